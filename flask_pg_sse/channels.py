@@ -1,0 +1,49 @@
+"""Channel names: which are legal, and what a channel is called in PostgreSQL.
+
+A channel of this package is any text of 1 to 255 bytes in UTF-8 without control characters. PostgreSQL's own names
+end at 63 bytes (NAMEDATALEN - 1), where LISTEN silently cuts and pg_notify() refuses: a longer channel travels under a
+hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+
+from .errors import InvalidChannel
+
+RESERVED_PREFIX = "flask_pg_sse"
+MAX_BYTES = 255
+_PG_MAX_BYTES = 63
+
+
+def check_channel(name: object) -> str:
+    """Return `name` if it is a legal channel name.
+
+    Raises `InvalidChannel` (a `ValueError`) for anything but 1 to 255 bytes of UTF-8 without control characters, and
+    for names that begin with `flask_pg_sse`, which the package keeps for itself.
+    """
+    if not isinstance(name, str):
+        raise InvalidChannel(f"A channel name is a string, not {type(name).__name__}.")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise InvalidChannel("The channel name is not valid Unicode text: it holds half of a surrogate pair.") from None
+    if not 1 <= size <= MAX_BYTES:
+        raise InvalidChannel(f"A channel name has 1 to {MAX_BYTES} bytes in UTF-8; this one has {size}.")
+    if any(unicodedata.category(char) == "Cc" for char in name):
+        raise InvalidChannel("A channel name holds no control characters (line ends, tabs, NUL); this one does.")
+    if name.startswith(RESERVED_PREFIX):
+        raise InvalidChannel(f"Channel names that begin with {RESERVED_PREFIX!r} are reserved; choose another.")
+    return str.__str__(name)  # a StrEnum's str() may be another text
+
+
+def pg_name(channel: str) -> str:
+    """Return the name under which PostgreSQL knows `channel`: itself, or a hash where it is longer than 63 bytes.
+
+    160 bits of SHA-256 behind the reserved prefix, so that no legal channel can be called so by chance or on purpose.
+    """
+    raw = channel.encode()
+    if len(raw) <= _PG_MAX_BYTES:
+        return channel
+    return f"{RESERVED_PREFIX}:{hashlib.sha256(raw).hexdigest()[:40]}"

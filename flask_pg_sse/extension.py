@@ -1,0 +1,202 @@
+"""What Flask developers call: `notify()` and its relatives, and `PgSSE` for those who prefer an extension object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+from flask import Flask, current_app, has_app_context, json, url_for
+from markupsafe import escape
+
+from .channels import check_channel
+from .event import FIELDS
+from .runtime import Runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+EXTENSION = "pg_sse"
+
+
+class State:
+    """What `app.extensions["pg_sse"]` holds: the app's runtime, and the blueprint's name in that app."""
+
+    def __init__(self, app: Flask, blueprint_name: str) -> None:
+        self.runtime = Runtime(app.config, lambda data: app.json.dumps(data))
+        self.blueprint_name = blueprint_name
+        self.warned_closed = False  # the warning that no channel is open is given once
+
+    def close(self) -> None:
+        """End all streams, threads and connections of this app in this process."""
+        self.runtime.close()
+
+
+def state_of(app: Flask) -> State:
+    """Return the state of an app; RuntimeError with the remedy where the blueprint is not registered."""
+    state: State | None = app.extensions.get(EXTENSION)
+    if state is None:
+        raise RuntimeError(
+            "flask_pg_sse is not set up for this app: call app.register_blueprint(sse_bp), or PgSSE(app), first."
+        )
+    return state
+
+
+def current_state() -> State:
+    """Return the state of the current app."""
+    return state_of(current_app._get_current_object())  # type: ignore[attr-defined]
+
+
+class _CurrentApp:
+    """The calls, for the current app. The module's functions are this class's methods."""
+
+    def _runtime(self) -> Runtime:
+        return current_state().runtime
+
+    def notify(
+        self,
+        channel: str,
+        data: object = None,
+        *,
+        event: str | None = None,
+        id: str | int | None = None,
+        retry: int | None = None,
+        comment: str | None = None,
+        sse_payload: Mapping[str, Any] | None = None,
+        durable: bool = True,
+        connection: Any = None,
+    ) -> int | None:
+        """Send an event to every stream that listens to `channel`, in any process on any host.
+
+        data:        a `str` as it is, `bytes` as UTF-8, anything else as JSON through the app's JSON provider.
+        event:       the event's name in the browser; `message` without one.
+        id:          the browser's `Last-Event-ID`.
+        retry:       the browser's reconnection time, in milliseconds.
+        comment:     text that browsers ignore.
+        sse_payload: the five above as one dict, the call of sse_relay_server; alone or not at all.
+        durable:     whether the event goes to the event log. There is no log yet: either way no event is kept.
+        connection:  a psycopg2 or psycopg 3 connection, or an SQLAlchemy `Connection`, `Session` or `scoped_session`.
+                     The event then belongs to its transaction: it leaves on commit, and never after a rollback. Without
+                     it the event leaves at once, on a connection of the package's own.
+
+        Returns the event's id in the log where it is known; without a log, None.
+        Raises `InvalidChannel` and `InvalidEvent` (both `ValueError`) for what cannot be sent, `PayloadTooLarge` for
+        what does not fit PostgreSQL's NOTIFY, `DatabaseUnavailable` (a `ConnectionError`), `DatabaseNotConfigured`.
+        """
+        fields: Mapping[str, Any] = {"event": event, "id": id, "retry": retry, "comment": comment}
+        if sse_payload is not None:
+            if data is not None or any(value is not None for value in fields.values()):
+                raise TypeError("notify() takes sse_payload, or data, event, id, retry and comment; not both.")
+            data, fields = _split_sse_payload(sse_payload)
+        self._runtime().notify(channel, [data], fields, connection)
+        return None
+
+    def notify_many(
+        self,
+        channel: str,
+        items: Iterable[object],
+        *,
+        event: str | None = None,
+        retry: int | None = None,
+        comment: str | None = None,
+        durable: bool = True,
+        connection: Any = None,
+    ) -> None:
+        """Send one event for each of `items`, in order and in one transaction: all of them or none.
+
+        An item is the data of its event; that and the rest are as in `notify()`.
+        """
+        if isinstance(items, str | bytes):
+            raise TypeError("notify_many() takes a list of items; for one string call notify().")
+        fields = {"event": event, "retry": retry, "comment": comment}
+        self._runtime().notify(channel, list(items), fields, connection)
+
+    def sse_url(self, channels: str | Iterable[str], *, external: bool = False) -> str:
+        """Return the URL of a stream on one channel or several.
+
+        A path, or with `external` an absolute URL; always absolute, under `SSE_SERVER_URL`, where that is set.
+        """
+        names = [channels] if isinstance(channels, str) else list(channels)
+        if not names:
+            raise ValueError("sse_url() needs at least one channel.")
+        query = urlencode([("channel", check_channel(name)) for name in names])
+        base = self._runtime().settings.server_url
+        if base is not None:
+            return f"{base}/?{query}"
+        return f"{url_for(f'{current_state().blueprint_name}.stream', _external=external)}?{query}"
+
+
+class PgSSE(_CurrentApp):
+    """The package as an extension object, for one app, for several, or for none.
+
+    database_url: beats what the app's config says; without an app and without it, the environment's `DATABASE_URL`.
+    url_prefix, name: of the blueprint, which `init_app` registers.
+
+    Within an app context the methods work on the current app, as the module's functions do; elsewhere on a runtime of
+    this object's own.
+    """
+
+    def __init__(
+        self,
+        app: Flask | None = None,
+        *,
+        database_url: str | None = None,
+        url_prefix: str = "/sse",
+        name: str = "sse",
+    ) -> None:
+        self._database_url = database_url
+        self._url_prefix = url_prefix
+        self._name = name
+        self._own = Runtime({"SSE_DATABASE_URL": database_url}, json.dumps)
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Register the blueprint under this object's name and prefix."""
+        from .blueprint import sse_bp
+
+        if self._database_url is not None:
+            app.config["SSE_DATABASE_URL"] = self._database_url
+        app.register_blueprint(sse_bp, url_prefix=self._url_prefix, name=self._name)
+
+    def _runtime(self) -> Runtime:
+        if has_app_context() and EXTENSION in current_app.extensions:
+            return current_state().runtime
+        return self._own
+
+    def close(self) -> None:
+        """End the streams, threads and connections that the methods have started; the next use starts anew."""
+        self._runtime().close()
+
+
+def _split_sse_payload(payload: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    unknown = sorted(payload.keys() - FIELDS)
+    if unknown:
+        raise TypeError(f"sse_payload has unknown keys ({', '.join(unknown)}); known: {', '.join(sorted(FIELDS))}.")
+    return payload.get("data"), {key: payload.get(key) for key in FIELDS - {"data"}}
+
+
+_current_app = _CurrentApp()
+notify = _current_app.notify
+notify_many = _current_app.notify_many
+sse_url = _current_app.sse_url
+# The name of the call in sse_server_postgres_listen_notify.
+postgres_notify = notify
+
+
+class ServerUrl:
+    """What stands before `/?channel=…` in a stream's URL: the `sse_server_url` of the older projects' templates.
+
+    Worked out where a template uses it, because each template gets it, also where no URL can be built. Not werkzeug's
+    LocalProxy: that calls itself a `str`, and Jinja's `~` and `tojson` believe it.
+    """
+
+    def __str__(self) -> str:
+        state = current_state()
+        return state.runtime.settings.server_url or url_for(f"{state.blueprint_name}.stream").rstrip("/")
+
+    def __html__(self) -> str:  # tojson takes this too
+        return str(escape(str(self)))
+
+    def __add__(self, text: str) -> str:
+        return str(self) + text

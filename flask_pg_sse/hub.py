@@ -1,0 +1,177 @@
+"""Who listens to what in this process, and the fan-out of every turn to them.
+
+A turn is all that one look at PostgreSQL brought, in its order. Streams with the same set of channels form a group; a
+turn becomes one block of bytes for each group, and every stream of the group is offered the same object. (A block for
+each channel would reorder a stream on two channels.)
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+from . import event
+from .subscription import Subscription
+
+logger = logging.getLogger(__name__)
+
+# Seconds until a stream that waits for PostgreSQL is told to come back later.
+OPEN_TIMEOUT = 10.0
+# After so many offers other greenlets get their turn: about one millisecond of work.
+OFFERS_BETWEEN_YIELDS = 250
+
+
+class Ticket(Protocol):
+    """The answer to come to a LISTEN."""
+
+    def wait(self, timeout: float) -> bool: ...
+
+    def cancel(self) -> None: ...
+
+
+class Hub:
+    """The subscriptions of one process.
+
+    `listen(channels)` is called for each new stream and gives a ticket, `unlisten(channels)` when it has gone; the
+    engine counts. `retry` is in milliseconds, `heartbeat` in seconds.
+    """
+
+    def __init__(
+        self,
+        listen: Callable[[Iterable[str]], Ticket],
+        unlisten: Callable[[Iterable[str]], None],
+        *,
+        heartbeat: float,
+        retry: int,
+    ) -> None:
+        self._listen = listen
+        self._unlisten = unlisten
+        self._heartbeat = heartbeat
+        self._retry = retry
+        self._tables = threading.Lock()  # guards the three tables below
+        self._groups: dict[frozenset[str], set[Subscription]] = {}
+        self._groups_of: dict[str, set[frozenset[str]]] = {}
+        self._tickets: dict[Subscription, Ticket] = {}
+        # Offers come one at a time, from the listener's turns or from the ticker. Held for a turn, not for a client.
+        self._dispatch = threading.Lock()
+        self._draining: str | None = None
+
+    # -- streams come and go
+
+    def open(self, subscription: Subscription) -> str | None:
+        """Add a stream and wait until PostgreSQL has confirmed LISTEN; return None, or why it must be refused.
+
+        The stream stands in the tables before LISTEN goes out, so that nothing falls between the two.
+        """
+        ticket = self._listen(subscription.channels)
+        with self._tables:
+            self._tickets[subscription] = ticket
+            members = self._groups.get(subscription.channels)
+            if members is None:
+                members = self._groups[subscription.channels] = set()
+                for channel in subscription.channels:
+                    self._groups_of.setdefault(channel, set()).add(subscription.channels)
+            members.add(subscription)
+        # Asked after the stream stands in the tables: drain() sets the reason first and then reads the tables.
+        if self._draining is None and ticket.wait(OPEN_TIMEOUT) and self._draining is None:
+            subscription.last_active = time.monotonic()
+            subscription.opened = True
+            return None
+        return self._draining or "unavailable"
+
+    def close(self, subscription: Subscription) -> None:
+        """Forget a stream; harmless when it was never opened or has been forgotten already."""
+        with self._tables:
+            ticket = self._tickets.pop(subscription, None)
+            if ticket is None:
+                return
+            members = self._groups[subscription.channels]
+            members.discard(subscription)
+            if not members:
+                del self._groups[subscription.channels]
+                for channel in subscription.channels:
+                    groups = self._groups_of[channel]
+                    groups.discard(subscription.channels)
+                    if not groups:
+                        del self._groups_of[channel]
+        subscription.end(b"")
+        self._unlisten(subscription.channels)
+
+    def __len__(self) -> int:
+        """Number of streams."""
+        return len(self._tickets)
+
+    def end_block(self, reason: str) -> bytes:
+        """Return the block that ends a stream. Its retry is spread over +-50 %, or all would come back at once."""
+        retry = int(self._retry * random.uniform(0.5, 1.5))
+        return event.control_block("end", {"reason": reason}, retry=max(1, retry))
+
+    # -- what the engine and the ticker call
+
+    def deliver(self, turn: Sequence[tuple[str, bytes]]) -> None:
+        """Hand a turn of (channel, block) to every stream that listens."""
+        with self._dispatch:
+            for members, block in self._blocks_of(turn):
+                now = time.monotonic()
+                for subscription in _with_pauses(members):
+                    if not subscription.offer(block, now):
+                        logger.info("A stream was ended: its client reads slower than events come.")
+                        subscription.end(self.end_block("behind"), drop=True)
+
+    def _blocks_of(self, turn: Sequence[tuple[str, bytes]]) -> list[tuple[tuple[Subscription, ...], bytes]]:
+        blocks: dict[frozenset[str], list[bytes]] = {}
+        with self._tables:
+            for channel, block in turn:
+                for group in self._groups_of.get(channel, ()):
+                    blocks.setdefault(group, []).append(block)
+            return [(tuple(self._groups[group]), b"".join(parts)) for group, parts in blocks.items()]
+
+    def gap(self, reason: str) -> None:
+        """Tell every open stream that events may have been missed and cannot be had again."""
+        block = event.control_block("reset", {"reason": reason})
+        now = time.monotonic()
+        with self._dispatch:
+            for subscription in _with_pauses(self._everybody()):
+                if subscription.opened and not subscription.offer(block, now):
+                    subscription.end(self.end_block("behind"), drop=True)
+
+    def beat(self) -> None:
+        """Send a comment on every stream that has been quiet for the heartbeat's time."""
+        now = time.monotonic()
+        quiet_since = now - self._heartbeat
+        with self._dispatch:
+            for subscription in _with_pauses(self._everybody()):
+                if subscription.opened and subscription.last_active <= quiet_since:
+                    subscription.heartbeat(now)
+
+    def drain(self, reason: str) -> None:
+        """End all streams, those that still wait for PostgreSQL too, and refuse new ones."""
+        self._draining = reason
+        with self._tables:
+            tickets = list(self._tickets.items())
+        with self._dispatch:
+            for subscription, ticket in tickets:
+                subscription.end(self.end_block(reason))
+                ticket.cancel()
+
+    def cut_off(self) -> None:
+        """End the connections of all streams that are left."""
+        for subscription in self._everybody():
+            if subscription.cut_off is not None:
+                subscription.cut_off()
+
+    def _everybody(self) -> tuple[Subscription, ...]:
+        with self._tables:
+            return tuple(self._tickets)
+
+
+def _with_pauses(subscriptions: Sequence[Subscription]) -> Iterator[Subscription]:
+    """Iterate, giving way to other greenlets or threads every few hundred: a large page must not stop the others."""
+    for start in range(0, len(subscriptions), OFFERS_BETWEEN_YIELDS):
+        if start:
+            time.sleep(0)
+        yield from subscriptions[start : start + OFFERS_BETWEEN_YIELDS]

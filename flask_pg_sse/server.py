@@ -1,0 +1,80 @@
+"""What the package knows of the WSGI servers it runs under: who can stream, and how a connection is closed."""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from . import wakeup
+
+
+def why_no_stream(environ: Mapping[str, Any]) -> str | None:
+    """Return why a stream would freeze this server, and the remedy; None if it would not.
+
+    A stream occupies whatever serves it for hours: under a server that has one request at a time nothing else would
+    ever be answered again.
+    """
+    gunicorn = "gunicorn.socket" in environ
+    if gunicorn and environ.get("SERVER_PROTOCOL") == "HTTP/2.0":
+        return (
+            "Streams cannot be served over gunicorn's own HTTP/2, which answers the requests of a connection one after "
+            "another. Let nginx or another proxy speak HTTP/2 to browsers and HTTP/1.1 to gunicorn."
+        )
+    if environ.get("wsgi.multithread") or "flask._preserve_context" in environ:  # the latter: Flask's test client
+        return None
+    if gunicorn:
+        return (
+            "Streams cannot be served by gunicorn's sync worker, which has one request at a time: this one would stop "
+            "all others. Run gunicorn -k gevent (or -k gthread with --threads)."
+        )
+    if wakeup.is_patched() or "SERVER_SOFTWARE" not in environ:
+        return None
+    return (
+        "Streams cannot be served by this server, which has one request at a time: this one would stop all others. Run "
+        "gunicorn -k gevent; with gevent's pywsgi call gevent.monkey.patch_all() before any other import; with "
+        "flask run leave --without-threads away."
+    )
+
+
+class Connection:
+    """The client's connection, as far as the server shows it."""
+
+    __slots__ = ("_socket",)
+
+    def __init__(self, environ: Mapping[str, Any]) -> None:
+        client = environ.get("gunicorn.socket")
+        # gevent's sockets wait and wake others in their methods; what lies below does neither.
+        self._socket: Any = getattr(client, "_sock", client)
+
+    def response_started(self, write: Any) -> None:
+        """Have the server close the connection after this response. `write` is what `start_response` returned.
+
+        Said before the headers leave, so that the client reads `Connection: close`: a stream ends only because it is to
+        end, and a client that keeps its connection would hold up the worker's exit.
+        """
+        response: Any = getattr(write, "__self__", None)
+        if hasattr(response, "force_close"):  # gunicorn
+            response.force_close()
+        elif hasattr(response, "close_connection"):  # gevent's pywsgi
+            response.close_connection = True
+
+    def stop_reading(self) -> None:
+        """Expect nothing more from the client, who may still read on.
+
+        gunicorn's gthread worker lingers up to two seconds over each connection for the client to close it; and where
+        middleware hid the response from `response_started()`, this makes the server find the connection at its end.
+        """
+        self._shutdown(socket.SHUT_RD)
+
+    def cut(self) -> None:
+        """End the connection at once; a send that waits for the client fails."""
+        self._shutdown(socket.SHUT_RDWR)
+
+    def _shutdown(self, how: int) -> None:
+        if isinstance(self._socket, _socket.socket):
+            with contextlib.suppress(OSError):  # the client has gone
+                # The base class's method: that of an SSL socket would also drop the encryption of what is still to go.
+                _socket.socket.shutdown(self._socket, how)

@@ -1,0 +1,177 @@
+"""The configuration of one app: the one table of keys, types, defaults and meanings.
+
+`Settings` is that table. Each field is the key `SSE_` + its name in capitals; parsing, error messages and the table in
+the README come from here. No I/O.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from .errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A type of value: what is expected, in words, and how it is read (ValueError if it cannot be)."""
+
+    expects: str
+    parse: Callable[[Any], Any]
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    # A string is split at commas, never iterated: ["*"] written as "news*" would otherwise open every channel.
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")] if value.strip() else []
+    if not isinstance(value, Sequence | set | frozenset) or isinstance(value, bytes):
+        raise ValueError
+    texts = tuple(value)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError
+    return texts
+
+
+def _origins(value: object) -> tuple[str, ...]:
+    origins = tuple(text.lower() for text in _texts(value))
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s*]+", origin):
+            raise ValueError
+    return origins
+
+
+def _web_url(value: object) -> str:
+    if not isinstance(value, str) or re.search(r"[\s?#]", value):
+        raise ValueError
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError
+    return value.rstrip("/")
+
+
+def _boolean(value: object) -> bool:
+    known = {"true": True, "1": True, "false": False, "0": False}
+    text = str(value).lower()
+    if not isinstance(value, bool | int | str) or text not in known:
+        raise ValueError
+    return known[text]
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, str):
+        value = int(value)
+    if type(value) is not int or value < 1:
+        raise ValueError
+    return value
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError
+    number = float(value)
+    if not math.isfinite(number) or number <= 0:
+        raise ValueError
+    return number
+
+
+def _database(value: object) -> object:
+    # A string, or an object such as SQLAlchemy's URL; postgres/dsn.py reads it at first use.
+    if isinstance(value, str):
+        return value if value.strip() else None  # an environment file's `SSE_DATABASE_URL=`
+    if not value or isinstance(value, bool | int | float | bytes):
+        raise ValueError
+    return value
+
+
+PATTERNS = Kind("a list of patterns, or a string with commas between them", _texts)
+ORIGINS = Kind('a list of origins such as "https://www.example.com" (no path, no wildcard inside), or "*"', _origins)
+WEB_URL = Kind("an http:// or https:// URL without query", _web_url)
+DATABASE = Kind("a PostgreSQL URL", _database)
+BOOLEAN = Kind("true or false", _boolean)
+WHOLE = Kind("a whole number of 1 or more", _whole)
+SECONDS = Kind("a number of seconds greater than 0", _seconds)
+
+
+def _key(default: Any, kind: Kind, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"kind": kind, "help": help})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:  # ruff's RUF009 cannot see that _key() is dataclasses.field()
+    """The values of one app, checked."""
+
+    channels: tuple[str, ...] = _key(
+        (), PATTERNS, "channels that everybody may listen to; `*`, `?` and `[…]` as in `fnmatch`, case counts"
+    )
+    database_url: Any = _key(  # noqa: RUF009
+        None, DATABASE, "the database; else `SQLALCHEMY_DATABASE_URI`, else the environment's `DATABASE_URL`"
+    )
+    listen_url: Any = _key(  # noqa: RUF009
+        None, DATABASE, "a direct connection for LISTEN, where the database URL leads through PgBouncer"
+    )
+    allowed_origins: tuple[str, ...] = _key(
+        (), ORIGINS, "origins of other sites whose pages may open streams, with cookies; `*`: all, without cookies"
+    )
+    server_url: str | None = _key(
+        None, WEB_URL, "where the streams are, if not in this app: `sse_url()` begins with it"
+    )
+    heartbeat: float = _key(15.0, SECONDS, "seconds after which a quiet stream gets a comment, to keep proxies patient")
+    retry: int = _key(3000, WHOLE, "milliseconds a browser waits before it reconnects")
+    buffer_bytes: int = _key(262144, WHOLE, "bytes that may wait for one slow client before its stream is ended")
+    max_channels: int = _key(100, WHOLE, "channels on one stream")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Settings:
+        """Read and check the keys of an app's config; None counts as not set.
+
+        Raises `ConfigurationError`, which names the key, the value and what is expected.
+        """
+        values = {}
+        for entry in dataclasses.fields(cls):
+            value = config.get(key_of(entry.name))
+            if value is None:
+                continue
+            kind: Kind = entry.metadata["kind"]
+            try:
+                values[entry.name] = kind.parse(value)
+            except (ValueError, TypeError, OverflowError):
+                shown = _shown(value, kind)
+                raise ConfigurationError(f"{key_of(entry.name)} is {shown}, and must be {kind.expects}.") from None
+        return cls(**values)
+
+
+def _shown(value: object, kind: Kind) -> str:
+    """Return a wrong value for an error message, without the password of a URL that stands in it by mistake."""
+    if kind is DATABASE:
+        return repr(value) if isinstance(value, bool | int | float) or not value else "that value"
+    return re.sub(r"(://[^:/]*:)[^']*@", r"\1***@", repr(value))
+
+
+def key_of(field_name: str) -> str:
+    """Return the config key of a field of `Settings`."""
+    return "SSE_" + field_name.upper()
+
+
+def table() -> Iterator[tuple[str, str, Any, str]]:
+    """Yield key, what is expected, default and meaning of every setting, in the table's order."""
+    for entry in dataclasses.fields(Settings):
+        yield key_of(entry.name), entry.metadata["kind"].expects, entry.default, entry.metadata["help"]
+
+
+def database_sources(
+    settings: Settings, config: Mapping[str, Any], environ: Mapping[str, str]
+) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Yield the places where a database may be configured, first choice first: key, value, connect arguments."""
+    if settings.database_url is not None:
+        yield "SSE_DATABASE_URL", settings.database_url, {}
+        return  # an explicit choice that is wrong is an error, not a reason to look on
+    if config.get("SQLALCHEMY_DATABASE_URI"):
+        options = config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
+        yield "SQLALCHEMY_DATABASE_URI", config["SQLALCHEMY_DATABASE_URI"], options.get("connect_args") or {}
+    if environ.get("DATABASE_URL"):
+        yield "DATABASE_URL of the environment", environ["DATABASE_URL"], {}

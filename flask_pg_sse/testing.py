@@ -1,0 +1,154 @@
+"""For the tests of apps that use this package.
+
+def test_order_is_announced(app, client):
+    with capture(app) as events:
+        client.post("/orders")
+    assert events[0].channel == "orders"
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from flask import Flask
+from flask.testing import FlaskClient
+
+from .event import Event
+from .extension import state_of
+from .subscription import Subscription
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """One event that the app sent: its channel and its fields, as they would have travelled."""
+
+    channel: str
+    data: str
+    event: str | None
+    id: str | None
+    retry: int | None
+    comment: str | None
+
+    @property
+    def json(self) -> Any:
+        """The data, read as JSON."""
+        return json.loads(self.data)
+
+
+@contextmanager
+def capture(app: Flask) -> Iterator[list[Captured]]:
+    """Collect what `notify()` would send, without any database.
+
+    The list grows while the block runs. Events are checked as ever, so that what cannot be sent fails here too; one
+    that is given a `connection=` is collected at the call, whatever becomes of the transaction.
+    """
+    runtime = state_of(app).runtime
+    events: list[Captured] = []
+
+    def collect(channel: str, event: Event) -> None:
+        events.append(Captured(channel, event.data, event.event, event.id, event.retry, event.comment))
+
+    previous, runtime.collect = runtime.collect, collect
+    try:
+        yield events
+    finally:
+        runtime.collect = previous
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One event as a browser would dispatch it; `id` is the last id that the stream has named, "" without one."""
+
+    event: str
+    data: str
+    id: str
+
+    @property
+    def json(self) -> Any:
+        """The data, read as JSON."""
+        return json.loads(self.data)
+
+
+def stream(client: FlaskClient, url: str, timeout: float = 5.0) -> Iterator[Received]:
+    """Open a stream with Flask's test client and yield its events; needs a database.
+
+    The first is `sse-open`: once it is there, nothing is missed. Waits `timeout` seconds for each event, then raises
+    TimeoutError; only a PostgreSQL that does not answer keeps the first one waiting longer, until `sse-end` says so. A
+    refused stream raises AssertionError with the status and the text. Closing the iterator, or leaving the test,
+    closes the stream.
+    """
+    opened: list[Subscription] = []  # the view adds its subscription: the test client hands the app a copy of environ
+    response = client.get(url, environ_overrides={"flask_pg_sse.testing": opened})
+    try:
+        if response.status_code != 200:
+            raise AssertionError(f"GET {url} answered {response.status}: {response.get_data(as_text=True).strip()}")
+        if not opened:
+            raise AssertionError(f"GET {url} answered {response.mimetype}, not a stream of flask_pg_sse.")
+        events = parse(response.iter_encoded())
+        while True:
+            with _at_most(timeout, opened[0]):
+                event = next(events, None)
+            if event is None:
+                return
+            yield event
+    finally:
+        response.close()
+
+
+@contextmanager
+def _at_most(timeout: float, subscription: Subscription) -> Iterator[None]:
+    """Wait for the stream inside; TimeoutError once it has taken too long. Heartbeats do not count as an answer."""
+    too_late = threading.Event()
+
+    def end() -> None:
+        too_late.set()
+        subscription.end(b"", drop=True)
+
+    timer = threading.Timer(timeout, end)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+    if too_late.is_set():
+        raise TimeoutError(f"no event within {timeout} s")
+
+
+def parse(chunks: Iterable[bytes]) -> Iterator[Received]:
+    """Parse a stream as browsers do.
+
+    https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
+    """
+    last_id = ""
+    name = ""
+    data: list[str] = []
+    for line in _lines(chunks):
+        field, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if not line:
+            if data:
+                yield Received(name or "message", "\n".join(data), last_id)
+            name, data = "", []
+        elif field == "data":
+            data.append(value)
+        elif field == "event":
+            name = value
+        elif field == "id" and "\0" not in value:
+            last_id = value
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+    rest = ""
+    for chunk in chunks:
+        # A CR at the end may be the first half of a CRLF.
+        *lines, rest = re.split(r"\r\n|\r(?!\Z)|\n", rest + decoder.decode(chunk))
+        yield from lines

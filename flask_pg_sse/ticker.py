@@ -1,0 +1,55 @@
+"""The one background thread that keeps time for all streams: heartbeats, and the end of the worker."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from . import shutdown, wakeup
+from .hub import Hub
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two looks. Streams are looked at a few times a heartbeat, so that none comes late by much.
+_TICK = 1.0
+# A client that has not read its farewell by then is cut off: gunicorn would wait 30 s for it.
+_FAREWELL = 1.0
+
+
+class Ticker:
+    """Looks after the streams of a hub from `start()` to `stop()`.
+
+    `cut_off` ends the connections of streams that are still there a second after they were told to go.
+    """
+
+    def __init__(self, hub: Hub, heartbeat: float) -> None:
+        self._hub = hub
+        self._interval = min(_TICK, heartbeat / 4)
+        self._wakeup = wakeup.Wakeup()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="pg-sse-ticker", daemon=True)
+
+    def start(self) -> None:
+        shutdown.subscribe(self._wakeup)
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        self._stopping = True
+        self._wakeup.set()
+        self._thread.join(timeout)
+        self._wakeup.close()
+
+    def _run(self) -> None:
+        drained_at: float | None = None
+        while not self._stopping:
+            self._wakeup.wait(self._interval)
+            try:
+                if drained_at is None and shutdown.requested():
+                    self._hub.drain("shutdown")
+                    drained_at = time.monotonic()
+                if drained_at is not None and time.monotonic() >= drained_at + _FAREWELL:
+                    self._hub.cut_off()
+                self._hub.beat()
+            except Exception:  # the ticker outlives whatever one round met
+                logger.exception("A round of heartbeats failed; the next one comes in %.1f s.", self._interval)

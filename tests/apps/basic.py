@@ -1,0 +1,44 @@
+"""The app that most tests run under a real server; configured through the environment (FLASK_SSE_…)."""
+
+from __future__ import annotations
+
+import logging
+
+from flask import Flask, current_app, jsonify, request
+from flask.typing import ResponseReturnValue
+
+from flask_pg_sse import notify, notify_many, sse_bp
+
+logging.basicConfig(level=logging.INFO)
+
+app = Flask(__name__)
+app.config["SSE_CHANNELS"] = ["*"]
+app.config.from_prefixed_env()
+app.register_blueprint(sse_bp)
+
+
+@app.get("/ping")
+def ping() -> ResponseReturnValue:
+    return "pong"
+
+
+@app.post("/notify/<channel>")
+def send(channel: str) -> ResponseReturnValue:
+    options = request.get_json()
+    return jsonify(notify(channel, options.pop("data", None), **options))
+
+
+@app.post("/flood/<channel>/<int:count>/<int:size>")
+def flood(channel: str, count: int, size: int) -> ResponseReturnValue:
+    """Send `count` numbered events of `size` bytes in one transaction."""
+    notify_many(channel, [f"{number} ".ljust(size, "x") for number in range(count)])
+    return "", 204
+
+
+@app.get("/state")
+def state() -> ResponseReturnValue:
+    """What the package holds in this process, without starting anything."""
+    process = current_app.extensions["pg_sse"].runtime._process
+    if process is None or process._hub is None:
+        return jsonify(streams=0, listened=[])
+    return jsonify(streams=len(process._hub), listened=process._listener.listened())

@@ -1,0 +1,189 @@
+"""One PostgreSQL server for the run, one database for each test, and nothing left behind by any."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+from flask import Flask
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from demo import postgres
+from flask_pg_sse import sse_bp
+from tests.client import eventually
+from tests.servers import WebServer, free_port, gunicorn
+
+_OPTIONS = {"fsync": "off", "max_connections": "200", "log_min_messages": "fatal"}
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[postgres.Server]:
+    """The server of the run. A test that stops servers takes `own_postgres`."""
+    scratch = postgres.scratch()
+    try:
+        with postgres.Server(scratch / "data", options=_OPTIONS) as server:
+            yield server
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[postgres.Server]:
+    """A server of this test's own, to be stopped and started at will."""
+    scratch = postgres.scratch()
+    try:
+        with postgres.Server(scratch / "data", options=_OPTIONS) as server:
+            yield server
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def connect(url: str) -> Any:
+    """Return a plain autocommit connection, as psql would have it."""
+    connection = psycopg2.connect(url)
+    connection.autocommit = True
+    return connection
+
+
+def execute(url: str, query: str, args: tuple[Any, ...] | None = None) -> list[tuple[Any, ...]]:
+    """Run one statement on a connection of its own."""
+    connection = connect(url)
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(query, args)
+            return cursor.fetchall() if cursor.description else []
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def database_url(postgres_server: postgres.Server) -> Iterator[str]:
+    """The URL of a fresh database. Sessions that a test leaves in it are an error."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    execute(postgres_server.url(), f"CREATE DATABASE {name} TEMPLATE template0")
+    yield postgres_server.url(name)
+    try:
+        eventually(lambda: not _sessions(postgres_server, name), 5, "no session is left in the test's database")
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {_sessions(postgres_server, name)}") from None
+    finally:
+        execute(postgres_server.url(), f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _sessions(server: postgres.Server, name: str) -> list[tuple[Any, ...]]:
+    query = "SELECT application_name, state, query FROM pg_stat_activity WHERE datname = %s"
+    return execute(server.url(), query, (name,))
+
+
+@pytest.fixture(autouse=True)
+def no_threads_left() -> Iterator[None]:
+    """Fail a test that leaves a thread behind."""
+    before = set(threading.enumerate())
+    yield
+
+    def left() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread not in before]
+
+    try:
+        eventually(lambda: not left(), 5)
+    except AssertionError:
+        raise AssertionError(f"threads are left: {left()}") from None
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the user's own databases out of the tests."""
+    for name in list(os.environ):
+        if name == "DATABASE_URL" or name.startswith(("PG", "FLASK_", "SSE_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def make_app() -> Iterator[Callable[..., Flask]]:
+    """Make apps with the blueprint and open channels; what they start is ended after the test."""
+    apps: list[Flask] = []
+
+    def make(database_url: str | None = None, /, **config: Any) -> Flask:
+        app = Flask("tests")
+        app.config.update(TESTING=True, SSE_CHANNELS=["*"], SSE_DATABASE_URL=database_url)
+        app.config.update(config)
+        app.register_blueprint(sse_bp)
+        apps.append(app)
+        return app
+
+    yield make
+    for app in apps:
+        app.extensions["pg_sse"].close()
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[Callable[..., WebServer]]:
+    """Start web servers (by default gunicorn -k gevent with tests.apps.basic) that end with the test."""
+    servers: list[WebServer] = []
+
+    def start(
+        database_url: str,
+        *options: str,
+        app: str = "tests.apps.basic:app",
+        command: Callable[[int], list[str]] | None = None,
+        port: int | None = None,
+        **env: str,
+    ) -> WebServer:
+        port = port or free_port()
+        line = command(port) if command else gunicorn(app, port, *options)
+        log = tmp_path / f"server-{len(servers)}.log"
+        server = WebServer(line, port, log, {"DATABASE_URL": database_url, **env})
+        servers.append(server)
+        server.wait_ready()
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+BROWSERS = (
+    "chromium", "chromium-browser", "google-chrome", "google-chrome-stable",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+)  # fmt: skip
+# A browser that calls home would not be on 127.0.0.1 alone.
+BROWSER_OPTIONS = [
+    "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--disable-quic",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """An installed Chromium or Chrome. One a module: its event loop would be in the way of tests with asyncio."""
+    path = os.environ.get("CHROME") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip("no browser: install Chromium or Chrome (Debian: apt-get install chromium), or set CHROME")
+    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=[*BROWSER_OPTIONS, *sandbox])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    context = browser.new_context()
+    yield context.new_page()
+    context.close()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With NO_SKIPS=1, as in CI, a skipped test fails the run: it would be green without having looked."""
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("NO_SKIPS") == "1" and reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,102 @@
+"""Real web servers in subprocesses, for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.client import eventually, request
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class WebServer:
+    """One server process on 127.0.0.1, with its log in a file; `stop()` ends it and all it started."""
+
+    def __init__(
+        self, command: Sequence[str], port: int, log: Path, env: Mapping[str, str], ready: str = "/ping"
+    ) -> None:
+        self.port = port
+        self.log_path = log
+        self._workers = [int(command[at + 1]) for at, word in enumerate(command) if word == "-w"][-1:]
+        self._ready = ready
+        environ = {key: value for key, value in os.environ.items() if not key.startswith(("PG", "FLASK_", "SSE_"))}
+        environ.pop("DATABASE_URL", None)
+        environ.update(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", PYTHONWARNINGS="default", **env)
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def wait_ready(self) -> None:
+        try:
+            eventually(self._answers, 30, "the server answers")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log()}") from None
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.log()}"
+        try:
+            with request(self.port, self._ready, timeout=5) as response:
+                if response.status != 200:
+                    return False
+        except OSError:
+            return False
+        return all(self.log().count("Worker is ready.") >= workers for workers in self._workers)
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def get(self, path: str) -> str:
+        with request(self.port, path) as response:
+            body = response.read().decode()
+            assert response.status == 200, (response.status, body, self.log())
+            return body
+
+    def post(self, path: str, body: bytes = b"") -> str:
+        headers = {"Content-Type": "application/json"}
+        with request(self.port, path, method="POST", headers=headers, body=body or b"{}") as response:
+            text = response.read().decode()
+            assert response.status < 300, (response.status, text, self.log())
+            return text
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> None:
+        """End the process, gently at first, and all that is left of its session."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def gunicorn(app: str, port: int, *options: str) -> list[str]:
+    """Return the command line of gunicorn with gevent workers; later options beat earlier ones."""
+    return [
+        sys.executable, "-m", "gunicorn", "-k", "gevent", "-w", "1", "-b", f"127.0.0.1:{port}",
+        "-c", "python:tests.apps.gunicorn_conf", *options, app,
+    ]  # fmt: skip

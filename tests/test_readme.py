@@ -1,0 +1,173 @@
+"""What the README says is true: its examples run, and its table is the one in settings.py."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sqlalchemy
+from flask import Flask
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, scoped_session, sessionmaker
+
+import flask_pg_sse
+from flask_pg_sse import notify, notify_many, settings
+from flask_pg_sse.testing import stream
+from tests.client import open_stream, request
+from tests.conftest import execute
+from tests.servers import WebServer, free_port, gunicorn
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def example(name: str) -> str:
+    found = re.search(rf"<!-- run: {re.escape(name)} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+    assert found, f"the README has no example {name!r}"
+    return found[1]
+
+
+def test_every_example_is_run() -> None:
+    here = Path(__file__).read_text() + (ROOT / "tests" / "test_readme_browser.py").read_text()
+    for name in re.findall(r"<!-- run: (\S+) -->", README):
+        assert f'example("{name}")' in here, name
+
+
+def expected_table() -> str:
+    rows = ["| key | value | default | |", "|---|---|---|---|"]
+    for key, expects, default, help in settings.table():
+        shown = "none" if default in (None, ()) else f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+        rows.append(f"| `{key}` | {expects} | {shown} | {help} |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_settings_is_that_of_the_code() -> None:
+    shown = README.split("<!-- table: settings -->\n")[1].split("\n\n")[0]
+    assert shown == expected_table(), f"put this there:\n{expected_table()}"
+
+
+def test_the_ten_line_app(database_url: str, start_server: Callable[..., WebServer], tmp_path: Path) -> None:
+    code = example("app.py").replace("postgresql://postgres@localhost/postgres", database_url)
+    assert len(code.strip().splitlines()) <= 13
+    (tmp_path / "readme_app.py").write_text(code + '\n@app.get("/ping")\ndef ping(): return "pong"\n')
+    server = start_server("", command=lambda port: gunicorn("readme_app:app", port, "--pythonpath", str(tmp_path)))
+    with open_stream(server.port, "orders") as stream, open_stream(server.port, path="/sse/orders") as other:
+        with request(server.port, "/orders", method="POST") as response:
+            assert response.status == 201
+        for found in (stream.event(), other.event()):
+            assert (found.event, found.json) == ("created", {"id": 7})
+    with request(server.port, "/sse?channel=secret") as response:
+        assert response.status == 403
+
+
+@pytest.fixture
+def app(database_url: str, make_app: Callable[..., Flask]) -> Iterator[Flask]:
+    app = make_app(database_url)
+
+    @app.post("/orders")
+    def create() -> tuple[str, int]:
+        notify("orders", {"id": 7}, event="created")
+        return "", 201
+
+    with app.app_context():
+        yield app
+
+
+def received(app: Flask, count: int, act: Callable[[], None]) -> list[tuple[str, str]]:
+    events = stream(app.test_client(), "/sse?channel=orders")
+    assert next(events).event == "sse-open"
+    act()
+    found = [next(events) for _ in range(count)]
+    events.close()  # type: ignore[attr-defined]
+    return [(event.event, event.data) for event in found]
+
+
+def test_publishing(app: Flask) -> None:
+    names = {"notify": notify, "notify_many": notify_many}
+    assert received(app, 4, lambda: exec(example("publish"), names)) == [
+        ("message", '{"id": 7, "total": "12.50"}'),
+        ("created", "<li>Two soups</li>"),
+        ("message", '{"id": 7}'),
+        ("message", '{"id": 8}'),
+    ]
+
+
+def test_publishing_in_a_transaction(app: Flask, database_url: str) -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Order(Base):
+        __tablename__ = "order"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        dish: Mapped[str]
+
+    engine = sqlalchemy.create_engine(database_url.replace("postgresql://", "postgresql+psycopg2://"))
+    Base.metadata.create_all(engine)
+    db = SimpleNamespace(session=scoped_session(sessionmaker(engine)))
+    names: dict[str, Any] = {"notify": notify, "db": db, "Order": Order}
+    assert received(app, 1, lambda: exec(example("transaction"), names)) == [("created", '{"id": 1}')]
+    db.session.remove()
+    engine.dispose()
+
+
+def test_publishing_from_sql(app: Flask, database_url: str) -> None:
+    statements = [statement for statement in example("sql").split(";") if statement.strip()]
+
+    def run() -> None:
+        for statement in statements:
+            execute(database_url, statement)
+
+    assert received(app, 2, run) == [("message", "hello"), ("created", "7")]
+
+
+def test_the_example_for_tests(app: Flask) -> None:
+    names: dict[str, Any] = {}
+    exec(example("testing"), names)
+    names["test_an_order_is_announced"](app, app.test_client())
+    names["test_an_order_reaches_the_browser"](app, app.test_client())
+
+
+def test_every_export_and_setting_is_in_the_readme() -> None:
+    for name in flask_pg_sse.__all__:
+        if name not in ("InvalidChannel", "InvalidEvent", "ConfigurationError", "PgSSEError", "DatabaseUnavailable"):
+            assert name in README, name
+
+
+def test_the_version_is_in_the_changelog() -> None:
+    assert f"## {flask_pg_sse.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_nginx_example_streams_without_delay(
+    database_url: str, start_server: Callable[..., WebServer], tmp_path: Path
+) -> None:
+    """With the listening side as it can be here: another port, and no certificate."""
+    nginx = shutil.which("nginx") or next(iter(p for p in ("/usr/sbin/nginx",) if os.path.exists(p)), None)
+    if nginx is None:
+        pytest.skip("nginx is not installed: apt-get install nginx-light")
+    app_server = start_server(database_url, "--forwarded-allow-ips", "*")
+    port = free_port()
+    server = example("nginx").replace("listen 443 ssl;\n    http2 on;", f"listen 127.0.0.1:{port};")
+    server = server.replace("127.0.0.1:8000", f"127.0.0.1:{app_server.port}")
+    places = "".join(
+        f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    user = "user root;\n" if os.geteuid() == 0 else ""
+    (tmp_path / "nginx.conf").write_text(
+        f"daemon off;\n{user}pid {tmp_path}/pid;\nerror_log {tmp_path}/error.log;\nevents {{}}\n"
+        f"http {{\naccess_log off;\n{places}{textwrap.dedent(server)}}}\n"
+    )
+    start_server("", command=lambda _: [nginx, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")], port=port)
+    with open_stream(port, "orders") as stream:
+        for number in range(20):
+            execute(database_url, "SELECT pg_notify('orders', %s)", (str(number),))
+            assert stream.event().data == str(number)
+        app_server.terminate()
+        assert stream.event().event == "sse-end"
+        with pytest.raises(EOFError):  # the connection itself is nginx's, to keep or to close
+            stream.next()
