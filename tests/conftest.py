@@ -134,12 +134,13 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., WebServer]]:
         app: str = "tests.apps.basic:app",
         command: Callable[[int], list[str]] | None = None,
         port: int | None = None,
+        ready: str = "/ping",
         **env: str,
     ) -> WebServer:
         port = port or free_port()
         line = command(port) if command else gunicorn(app, port, *options)
         log = tmp_path / f"server-{len(servers)}.log"
-        server = WebServer(line, port, log, {"DATABASE_URL": database_url, **env})
+        server = WebServer(line, port, log, {"DATABASE_URL": database_url, **env}, ready)
         servers.append(server)
         server.wait_ready()
         return server

@@ -25,9 +25,7 @@ def free_port() -> int:
 class WebServer:
     """One server process on 127.0.0.1, with its log in a file; `stop()` ends it and all it started."""
 
-    def __init__(
-        self, command: Sequence[str], port: int, log: Path, env: Mapping[str, str], ready: str = "/ping"
-    ) -> None:
+    def __init__(self, command: Sequence[str], port: int, log: Path, env: Mapping[str, str], ready: str) -> None:
         self.port = port
         self.log_path = log
         self._workers = [int(command[at + 1]) for at, word in enumerate(command) if word == "-w"][-1:]
