@@ -1,0 +1,266 @@
+"""One stream's buffer, and the fan-out to many: order, bounds, wake-ups, by threads and by greenlets."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flask_pg_sse import event
+from flask_pg_sse.hub import Hub
+from flask_pg_sse.subscription import PIECE_BYTES, Subscription
+
+
+class Confirmed:
+    """A ticket that is granted, or, while `granted` is false, waited for."""
+
+    def __init__(self, granted: bool = True) -> None:
+        self.granted = granted
+        self.cancelled = threading.Event()
+
+    def wait(self, timeout: float) -> bool:
+        return self.granted or (self.cancelled.wait(timeout) and False)
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+def make_hub(log: list[str] | None = None, ticket: Confirmed | None = None, heartbeat: float = 15) -> Hub:
+    def listen(channels: Iterable[str]) -> Confirmed:
+        if log is not None:
+            log.append("listen " + " ".join(sorted(channels)))
+        return ticket or Confirmed()
+
+    def unlisten(channels: Iterable[str]) -> None:
+        if log is not None:
+            log.append("unlisten " + " ".join(sorted(channels)))
+
+    return Hub(listen, unlisten, heartbeat=heartbeat, retry=3000)
+
+
+def drain(subscription: Subscription) -> list[bytes]:
+    subscription.end(b"")
+    pieces = []
+    while (piece := subscription.take()) is not None:
+        pieces.append(piece)
+    return pieces
+
+
+def test_all_that_waits_goes_in_one_piece() -> None:
+    subscription = Subscription(["a"], 1000)
+    for number in range(5):
+        assert subscription.offer(b"%d," % number, 0.0)
+    assert subscription.take() == b"0,1,2,3,4,"
+
+
+def test_large_blocks_go_in_pieces() -> None:
+    subscription = Subscription(["a"], 10)
+    block = random.Random(1).randbytes(3 * PIECE_BYTES + 17)
+    assert subscription.offer(block, 0.0), "one larger than the limit is taken where nothing waits"
+    pieces = drain(subscription)
+    assert b"".join(pieces) == block
+    assert max(map(len, pieces)) == PIECE_BYTES
+
+
+def test_the_limit_counts_what_waits_and_what_is_in_flight() -> None:
+    subscription = Subscription(["a"], 100)
+    assert subscription.offer(b"x" * 60, 0.0)
+    assert subscription.take() == b"x" * 60  # with the server now
+    assert subscription.waiting == 60
+    assert not subscription.offer(b"y" * 41, 0.0)
+    assert subscription.offer(b"y" * 40, 0.0)
+    assert subscription.take() == b"y" * 40  # asking for more says that the first is sent
+    assert subscription.waiting == 40
+
+
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 500), st.randoms(use_true_random=False))
+def test_whatever_the_sizes_order_is_kept_and_the_limit_holds(
+    sizes: list[int], limit: int, chooser: random.Random
+) -> None:
+    subscription = Subscription(["a"], limit)
+    sent, received = b"", b""
+    for number, size in enumerate(sizes):
+        block = bytes([number % 256]) * size
+        before = subscription.waiting
+        if subscription.offer(block, 0.0):
+            sent += block
+            assert subscription.waiting <= max(limit, size)
+        else:
+            assert before and before + size > limit
+        if subscription.waiting and received != sent and chooser.random() < 0.5:
+            received += subscription.take() or b""
+    received += b"".join(drain(subscription))
+    assert received == sent
+
+
+def test_what_was_offered_before_the_end_comes_before_it() -> None:
+    subscription = Subscription(["a"], 1000)
+    subscription.offer(b"last", 0.0)
+    subscription.end(b"end")
+    subscription.end(b"another end")
+    assert subscription.offer(b"too late", 0.0)
+    assert [subscription.take(), subscription.take(), subscription.take()] == [b"last", b"end", None]
+
+
+def test_an_end_in_place_of_what_waits() -> None:
+    subscription = Subscription(["a"], 1000)
+    subscription.offer(b"dropped", 0.0)
+    subscription.end(b"end", drop=True)
+    assert [subscription.take(), subscription.take()] == [b"end", None]
+
+
+RACE = """
+import sys
+if "gevent" in sys.argv:
+    import gevent.monkey
+    gevent.monkey.patch_all()
+import random, threading, time
+sys.setswitchinterval(1e-6)
+from flask_pg_sse.subscription import Subscription
+for round in range(30):
+    subscription = Subscription(["a"], 1 << 30)
+    def write():
+        for number in range(2000):
+            subscription.offer(b"%d," % number, 0.0)
+            if number % 7 == 0:
+                time.sleep(0)
+        subscription.end(b"end")
+    received = []
+    def read():
+        while (piece := subscription.take()) is not None:
+            received.append(piece)
+    threads = [threading.Thread(target=target) for target in (read, write)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join(20)
+    assert not any(thread.is_alive() for thread in threads), "a wake-up was lost"
+    assert b"".join(received) == b"".join(b"%d," % n for n in range(2000)) + b"end"
+print("fine")
+"""
+
+
+def race(*words: str) -> None:
+    done = subprocess.run([sys.executable, "-c", RACE, *words], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_no_wake_up_is_lost_between_threads() -> None:
+    race()
+
+
+def test_no_wake_up_is_lost_between_greenlets() -> None:
+    race("gevent")
+
+
+KILL = """
+import gevent.monkey
+gevent.monkey.patch_all()
+import gevent
+from flask_pg_sse.subscription import Subscription
+subscription = Subscription(["a"], 1000)
+reader = gevent.spawn(subscription.take)
+gevent.sleep(0)
+reader.kill(block=False)           # it will leave its spot …
+subscription.offer(b"x", 0.0)      # … before this wake-up gets there
+reader.join()
+def next_reader():
+    with gevent.Timeout(0.05, False):
+        return subscription.take()
+assert next_reader() == b"x"
+assert next_reader() is None       # times out while parked
+subscription.offer(b"y", 0.0)
+assert subscription.take() == b"y"
+print("fine")
+"""
+
+
+def test_a_greenlet_that_is_killed_in_its_spot_confuses_nobody() -> None:
+    done = subprocess.run([sys.executable, "-c", KILL], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_streams_of_the_same_channels_share_the_bytes() -> None:
+    hub = make_hub()
+    same = [Subscription(["b", "a"], 1000), Subscription(["a", "b"], 1000)]
+    other = Subscription(["a"], 1000)
+    for subscription in (*same, other):
+        assert hub.open(subscription) is None
+    hub.deliver([("b", b"1"), ("a", b"2"), ("c", b"3"), ("b", b"4")])
+    first, second = same[0].take(), same[1].take()
+    assert first == b"124", "in the order of the turn, over both channels"
+    assert first is second
+    assert other.take() == b"2"
+
+
+def test_the_tables_are_empty_when_all_have_gone() -> None:
+    log: list[str] = []
+    hub = make_hub(log)
+    streams = [Subscription(names, 1000) for names in ("a", "ab", "ab", "c")]
+    for subscription in streams:
+        hub.open(subscription)
+    for subscription in streams:
+        hub.close(subscription)
+        hub.close(subscription)
+    assert not hub._groups and not hub._groups_of and not len(hub)
+    came = ["listen a", "listen a b", "listen a b", "listen c"]
+    assert log == came + [f"un{line}" for line in came]
+    hub.close(Subscription("a", 1000))  # never opened
+
+
+def test_a_stream_that_waits_for_listen_is_let_go_at_the_end() -> None:
+    ticket = Confirmed(granted=False)
+    hub = make_hub(ticket=ticket)
+    subscription = Subscription("a", 1000)
+    answers: list[str | None] = []
+    waiting = threading.Thread(target=lambda: answers.append(hub.open(subscription)))
+    waiting.start()
+    while not len(hub):
+        time.sleep(0)
+    hub.drain("shutdown")
+    waiting.join(5)
+    assert answers == ["shutdown"]
+    assert hub.open(Subscription("a", 1000)) == "shutdown", "and so is one that comes later"
+
+
+def test_a_stream_is_told_of_a_gap_only_once_it_was_promised_something() -> None:
+    hub = make_hub()
+    opened, waiting = Subscription("a", 1000), Subscription("a", 1000)
+    hub.open(opened)
+    hub.open(waiting)
+    waiting.opened = False
+    hub.gap("reconnected")
+    assert opened.take() == b'event: sse-reset\ndata: {"reason": "reconnected"}\n\n'
+    assert not waiting.waiting
+
+
+def test_heartbeats_go_to_streams_that_are_quiet_and_have_nothing_waiting() -> None:
+    hub = make_hub(heartbeat=10)
+    now = time.monotonic()
+    quiet, busy, stuck = (Subscription("a", 1000) for _ in range(3))
+    for subscription in (quiet, busy, stuck):
+        hub.open(subscription)
+        subscription.last_active = now - 11
+    busy.last_active = now - 5
+    stuck.offer(b"waits", now - 11)
+    hub.beat()
+    assert quiet.take() == event.HEARTBEAT
+    assert not busy.waiting
+    assert drain(stuck) == [b"waits"]
+
+
+def test_a_stream_that_is_behind_is_ended_and_the_others_go_on() -> None:
+    hub = make_hub()
+    slow, quick = Subscription("a", 10), Subscription("a", 20)
+    hub.open(slow)
+    hub.open(quick)
+    for number in range(8):
+        hub.deliver([("a", b"%d23456" % number)])
+        assert quick.take() == b"%d23456" % number
+    end = slow.take()
+    assert end is not None and b'event: sse-end\ndata: {"reason": "behind"}\n\n' in end and end.startswith(b"retry: ")
+    assert slow.take() is None
