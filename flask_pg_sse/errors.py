@@ -42,8 +42,9 @@ class PayloadTooLarge(InvalidEvent):
 
     def __init__(self, channel: str, size: int, limit: int) -> None:
         super().__init__(
-            f"The event for channel {channel!r} has {size} bytes of data, and one NOTIFY of PostgreSQL carries "
-            f"{limit} of it. Send less: an id, say, with which the page fetches the rest."
+            f"The event for channel {channel!r} has {size} bytes of data, and one NOTIFY of PostgreSQL has room for "
+            f"{limit} beside the event's name, id and comment. Send less: an id, say, with which the page fetches the "
+            "rest."
         )
         self.size = size
         self.limit = limit

@@ -23,14 +23,14 @@ def why_no_stream(environ: Mapping[str, Any]) -> str | None:
             "Streams cannot be served over gunicorn's own HTTP/2, which answers the requests of a connection one after "
             "another. Let nginx or another proxy speak HTTP/2 to browsers and HTTP/1.1 to gunicorn."
         )
-    if environ.get("wsgi.multithread") or "flask._preserve_context" in environ:  # the latter: Flask's test client
+    if environ.get("wsgi.multithread"):
         return None
     if gunicorn:
         return (
             "Streams cannot be served by gunicorn's sync worker, which has one request at a time: this one would stop "
             "all others. Run gunicorn -k gevent (or -k gthread with --threads)."
         )
-    if wakeup.is_patched() or "SERVER_SOFTWARE" not in environ:
+    if wakeup.is_patched() or "SERVER_SOFTWARE" not in environ:  # greenlets; or Flask's test client, no server at all
         return None
     return (
         "Streams cannot be served by this server, which has one request at a time: this one would stop all others. Run "

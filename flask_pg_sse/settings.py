@@ -62,10 +62,13 @@ def _boolean(value: object) -> bool:
     return known[text]
 
 
+_MOST = 2**31 - 1  # what every browser and every system call takes
+
+
 def _whole(value: object) -> int:
     if isinstance(value, str):
         value = int(value)
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 1 <= value <= _MOST:
         raise ValueError
     return value
 
@@ -93,7 +96,7 @@ ORIGINS = Kind('a list of origins such as "https://www.example.com" (no path, no
 WEB_URL = Kind("an http:// or https:// URL without query", _web_url)
 DATABASE = Kind("a PostgreSQL URL", _database)
 BOOLEAN = Kind("true or false", _boolean)
-WHOLE = Kind("a whole number of 1 or more", _whole)
+WHOLE = Kind(f"a whole number from 1 to {_MOST}", _whole)
 SECONDS = Kind("a number of seconds greater than 0", _seconds)
 
 

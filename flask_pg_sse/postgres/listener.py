@@ -102,7 +102,7 @@ class Listener:
         self._pending: dict[str, _Pending] = {}  # wanted, and not confirmed yet
         self._idle_since: dict[str, float] = {}  # listened to and wanted by none any more; oldest first
         self._malformed = _Malformed()
-        self._connected_once = False
+        self._lost_one = False  # a connection on which a LISTEN may have stood
         self._stopping = False
         self._wakeup = Wakeup()
         self._backoff = Backoff(_BACKOFF_FIRST, _BACKOFF_MOST)
@@ -167,27 +167,35 @@ class Listener:
 
     def _run(self) -> None:
         while not self._stopping:
-            connection = None
             try:
                 connection = connect(self._dsn, "flask_pg_sse listener")
+            except (OSError, DatabaseUnavailable) as error:
+                self._pause("Cannot listen", error)
+                continue
+            failure: Exception | None = None
+            try:
                 self._serve(connection)
-            except (psycopg2.Error, OSError, DatabaseUnavailable) as error:
-                self._pause("Lost the connection that listens" if connection else "Cannot listen", error)
+            except (psycopg2.Error, OSError) as error:
+                failure = error
             except Exception as error:  # a listener that died would leave every stream deaf
                 logger.exception("The listener failed; it begins anew.")
-                self._pause("The listener failed", error)
+                failure = error
             finally:
-                with self._lock:
-                    self._listening.clear()
-                    for name in self._idle_since:
-                        del self._channel_of[name]
-                    self._idle_since.clear()
-                if connection is not None:
-                    connection.close()
+                self._forget_connection()
+                connection.close()
+            if failure is not None:
+                self._pause("Lost the connection that listens", failure)
+
+    def _forget_connection(self) -> None:
+        """Take note that no LISTEN stands any more: whoever comes now has to wait for the next connection."""
+        self._lost_one = True
+        with self._lock:
+            self._listening.clear()
+            for name in self._idle_since:
+                del self._channel_of[name]
+            self._idle_since.clear()
 
     def _pause(self, what: str, error: Exception) -> None:
-        if self._stopping:
-            return
         delay = self._backoff.next()
         reason = " ".join(str(error).split()) or type(error).__name__
         logger.warning("%s: %s. Next attempt in %.1f s; open streams stay open.", what, reason, delay)
@@ -204,23 +212,24 @@ class Listener:
             self._to_listen = set(self._wanted)
         self._change_listens(connection)
         self._backoff.reset()
-        if self._connected_once:
+        if self._lost_one:
             logger.warning("Listening again to %s; events since the connection broke may be lost.", self._dsn)
+            # Told when every LISTEN stands, so that a page which now loads its state misses nothing more, and before
+            # any event that came meanwhile, which would look like the next one.
             self._gap()
         else:
             logger.info("Listening to PostgreSQL at %s.", self._dsn)
-        self._connected_once = True
 
         poller = select.poll()
         poller.register(connection.fileno(), select.POLLIN)
         poller.register(self._wakeup.fileno(), select.POLLIN)
         while not self._stopping:
+            self._change_listens(connection)
+            self._hand_over(connection)
             ready = poller.poll(self._next_chore_in() * 1000)
             self._wakeup.clear()
-            self._hand_over(connection)
             if not ready:
                 self._execute(connection, "SELECT 1")  # a sign of life
-            self._change_listens(connection)
 
     def _next_chore_in(self) -> float:
         """Return the seconds until an UNLISTEN is due or the server is to be asked for a sign of life."""
@@ -231,7 +240,7 @@ class Listener:
         return min(_PING_EVERY, max(0.0, oldest + self._linger - time.monotonic()))
 
     def _change_listens(self, connection: Any) -> None:
-        """Bring the LISTENs of the connection to what is wanted."""
+        """Bring the LISTENs of the connection to what is wanted. What arrives meanwhile waits for `_hand_over()`."""
         while not self._stopping:
             with self._lock:
                 due = time.monotonic() - self._linger
@@ -263,7 +272,6 @@ class Listener:
 
     def _execute(self, connection: Any, query: str) -> None:
         execute(connection, query, timeout=_ANSWER_WITHIN)
-        self._hand_over(connection)  # what arrived meanwhile
 
     def _hand_over(self, connection: Any) -> None:
         """Deliver all that has arrived, in turns.
@@ -304,10 +312,11 @@ class _Malformed:
     def encode(self, payload: str) -> bytes | None:
         try:
             return event.encode(event.from_payload(payload))
-        except InvalidEvent as error:
+        except Exception as error:  # whatever anybody may have sent, it ends neither the listener nor a stream
             self.count += 1
             now = time.monotonic()
             if now - self._said_at >= 60:
                 self._said_at = now
-                logger.warning("Dropped a NOTIFY payload, the %d. so far: %s", self.count, error)
+                reason = error if isinstance(error, InvalidEvent) else type(error).__name__
+                logger.warning("Dropped a NOTIFY payload, number %d so far: %s", self.count, reason)
             return None
