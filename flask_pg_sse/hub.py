@@ -11,13 +11,16 @@ import logging
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from . import event
 from .subscription import Subscription
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 # Seconds until a stream that waits for PostgreSQL is told to come back later.
 OPEN_TIMEOUT = 10.0
@@ -59,6 +62,7 @@ class Hub:
         # Offers come one at a time, from the listener's turns or from the ticker. Held for a turn, not for a client.
         self._dispatch = threading.Lock()
         self._draining: str | None = None
+        self._gone: deque[Subscription] = deque()  # closed, and still in the tables
 
     # -- streams come and go
 
@@ -84,7 +88,20 @@ class Hub:
         return self._draining or "unavailable"
 
     def close(self, subscription: Subscription) -> None:
-        """Forget a stream; harmless when it was never opened or has been forgotten already."""
+        """Have a stream forgotten; harmless when it was never opened or has been forgotten already.
+
+        Takes no lock: the garbage collector may close a stream that nobody else did, in any thread and at any moment,
+        also while that thread holds a lock of ours. The ticker forgets it.
+        """
+        subscription.end(b"")
+        self._gone.append(subscription)
+
+    def sweep(self) -> None:
+        """Forget the streams that have gone."""
+        while self._gone:
+            self._forget(self._gone.popleft())
+
+    def _forget(self, subscription: Subscription) -> None:
         with self._tables:
             ticket = self._tickets.pop(subscription, None)
             if ticket is None:
@@ -98,7 +115,6 @@ class Hub:
                     groups.discard(subscription.channels)
                     if not groups:
                         del self._groups_of[channel]
-        subscription.end(b"")
         self._unlisten(subscription.channels)
 
     def __len__(self) -> int:
@@ -115,20 +131,30 @@ class Hub:
     def deliver(self, turn: Sequence[tuple[str, bytes]]) -> None:
         """Hand a turn of (channel, block) to every stream that listens."""
         with self._dispatch:
-            for members, block in self._blocks_of(turn):
-                now = time.monotonic()
-                for subscription in _with_pauses(members):
-                    if not subscription.offer(block, now):
-                        logger.info("A stream was ended: its client reads slower than events come.")
-                        subscription.end(self.end_block("behind"), drop=True)
+            now = time.monotonic()
+            pairs = ((stream, block) for streams, block in self._blocks_of(turn) for stream in streams)
+            for subscription, block in _with_pauses(pairs):
+                if not subscription.offer(block, now):
+                    logger.info("A stream was ended: its client reads slower than events come.")
+                    subscription.end(self.end_block("behind"), drop=True)
 
     def _blocks_of(self, turn: Sequence[tuple[str, bytes]]) -> list[tuple[tuple[Subscription, ...], bytes]]:
-        blocks: dict[frozenset[str], list[bytes]] = {}
+        """Return the streams of each group with their block.
+
+        Groups whose channels have the same share in the turn get the same bytes: streams that have a channel of their
+        own each, beside one for all, cost no more than if they had only that one.
+        """
+        positions: dict[str, list[int]] = {}
+        for position, (channel, _) in enumerate(turn):
+            positions.setdefault(channel, []).append(position)
         with self._tables:
-            for channel, block in turn:
-                for group in self._groups_of.get(channel, ()):
-                    blocks.setdefault(group, []).append(block)
-            return [(tuple(self._groups[group]), b"".join(parts)) for group, parts in blocks.items()]
+            groups = {group for channel in positions for group in self._groups_of.get(channel, ())}
+            found = [(group.intersection(positions), tuple(self._groups[group])) for group in groups]
+        blocks = {}
+        for share in {share for share, _ in found}:
+            wanted = sorted(position for channel in share for position in positions[channel])
+            blocks[share] = b"".join(turn[position][1] for position in wanted)
+        return [(streams, blocks[share]) for share, streams in found]
 
     def gap(self, reason: str) -> None:
         """Tell every open stream that events may have been missed and cannot be had again."""
@@ -141,6 +167,7 @@ class Hub:
 
     def beat(self) -> None:
         """Send a comment on every stream that has been quiet for the heartbeat's time."""
+        self.sweep()
         now = time.monotonic()
         quiet_since = now - self._heartbeat
         with self._dispatch:
@@ -169,9 +196,9 @@ class Hub:
             return tuple(self._tickets)
 
 
-def _with_pauses(subscriptions: Sequence[Subscription]) -> Iterator[Subscription]:
+def _with_pauses(items: Iterable[_T]) -> Iterator[_T]:
     """Iterate, giving way to other greenlets or threads every few hundred: a large page must not stop the others."""
-    for start in range(0, len(subscriptions), OFFERS_BETWEEN_YIELDS):
-        if start:
+    for number, item in enumerate(items, 1):
+        yield item
+        if not number % OFFERS_BETWEEN_YIELDS:
             time.sleep(0)
-        yield from subscriptions[start : start + OFFERS_BETWEEN_YIELDS]

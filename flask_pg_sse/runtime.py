@@ -121,6 +121,7 @@ class _Process:
         self._settings = settings
         self.publisher = Publisher(dsn)
         self._starting = threading.Lock()
+        self._stopped = False
         self._hub: Hub | None = None
         self._listener: Listener | None = None
         self._ticker: Ticker | None = None
@@ -129,6 +130,8 @@ class _Process:
         if self._hub is None:
             with self._starting:
                 if self._hub is None:
+                    if self._stopped:
+                        raise RuntimeError("flask_pg_sse was closed while this stream was about to start.")
                     self._hub = self._start()
         return self._hub
 
@@ -142,12 +145,19 @@ class _Process:
         )
         listener = Listener(self._listen_dsn, hub.deliver, lambda: hub.gap("reconnected"))
         ticker = Ticker(hub, heartbeat)
-        listener.start()
-        ticker.start()
+        try:
+            listener.start()
+            ticker.start()
+        except BaseException:  # no thread to be had, or a greenlet that was killed while it waited for one
+            listener.stop(0)
+            ticker.stop(0)
+            raise
         self._listener, self._ticker = listener, ticker
         return hub
 
     def stop(self, timeout: float) -> None:
+        with self._starting:  # a start that is under way comes to its end first
+            self._stopped = True
         if self._hub is not None:
             self._hub.drain("shutdown")
         if self._ticker is not None:

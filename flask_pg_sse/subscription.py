@@ -115,8 +115,11 @@ class Subscription:
             count = len(blocks)
             if not count:
                 return None
-            # Only as many as were counted: another thread may append at any moment.
-            self._rest = blocks[0] if count == 1 else b"".join(blocks[:count])
+            # Only as many as were counted: another thread may append, or drop them all, at any moment.
+            waiting = blocks[:count]
+            if not waiting:
+                return None
+            self._rest = waiting[0] if len(waiting) == 1 else b"".join(waiting)
             del blocks[:count]
         piece, self._rest = self._rest[:PIECE_BYTES], self._rest[PIECE_BYTES:]
         return piece

@@ -37,10 +37,18 @@ class Ticker:
     def stop(self, timeout: float) -> None:
         self._stopping = True
         self._wakeup.set()
-        self._thread.join(timeout)
-        self._wakeup.close()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        else:  # it may never have started
+            self._wakeup.close()
 
     def _run(self) -> None:
+        try:
+            self._keep_time()
+        finally:
+            self._wakeup.close()
+
+    def _keep_time(self) -> None:
         drained_at: float | None = None
         while not self._stopping:
             self._wakeup.wait(self._interval)

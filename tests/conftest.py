@@ -7,6 +7,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,28 @@ from tests.servers import WebServer, free_port, gunicorn
 _OPTIONS = {"fsync": "off", "max_connections": "200", "log_min_messages": "fatal"}
 
 
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[postgres.Server]:
-    """The server of the run. A test that stops servers takes `own_postgres`."""
+@contextmanager
+def running_postgres() -> Iterator[postgres.Server]:
     scratch = postgres.scratch()
     try:
         with postgres.Server(scratch / "data", options=_OPTIONS) as server:
             yield server
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[postgres.Server]:
+    """The server of the run. A test that stops servers takes `own_postgres`."""
+    with running_postgres() as server:
+        yield server
 
 
 @pytest.fixture
 def own_postgres() -> Iterator[postgres.Server]:
     """A server of this test's own, to be stopped and started at will."""
-    scratch = postgres.scratch()
-    try:
-        with postgres.Server(scratch / "data", options=_OPTIONS) as server:
-            yield server
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with running_postgres() as server:
+        yield server
 
 
 def connect(url: str) -> Any:

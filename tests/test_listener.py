@@ -228,8 +228,9 @@ def test_nothing_piles_up_while_postgres_is_away(own_postgres: postgres.Server, 
     own_postgres.start()
 
 
+@pytest.mark.parametrize("reloading", [False, True], ids=["quiet", "a page reloads"])
 def test_the_listener_notices_that_the_server_does_not_answer(
-    database_url: str, make_listener: Make, monkeypatch: pytest.MonkeyPatch
+    database_url: str, make_listener: Make, monkeypatch: pytest.MonkeyPatch, reloading: bool
 ) -> None:
     """A half-open connection: the server's process is stopped, so that nothing comes and nothing breaks."""
     monkeypatch.setattr("flask_pg_sse.postgres.listener._PING_EVERY", 0.1)
@@ -238,9 +239,18 @@ def test_the_listener_notices_that_the_server_does_not_answer(
     assert listener.listen(["orders"]).wait(10)
     pid = listener_pid(database_url)
     os.kill(pid, signal.SIGSTOP)
+
+    def noticed() -> bool:
+        if reloading:  # it wakes the listener, and is no sign of life of the server
+            listener.listen(["orders"])
+            listener.unlisten(["orders"])
+        return bool(gaps)
+
     try:
-        eventually(lambda: gaps)
+        listener.unlisten(["orders"])
+        eventually(noticed)
     finally:
+        listener.listen(["orders"])
         os.kill(pid, signal.SIGCONT)
     execute(database_url, "NOTIFY orders, 'x'")
     eventually(lambda: events(turns))
@@ -303,6 +313,102 @@ def test_turns_are_bounded(database_url: str, make_listener: Make) -> None:
     assert [int(block[6:].split(b"x")[0]) for _, block in events(turns)] == list(range(1, 3001))
     assert len(turns) > 10
     assert max(sum(len(block) for _, block in turn) for turn in turns) < 3 * 65536
+
+
+def test_turns_are_bounded_behind_a_statement_too(
+    database_url: str, make_listener: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """psycopg2 collects all that arrives while it waits for the answer to a LISTEN."""
+    go_on = threading.Event()
+    real = Listener._execute
+
+    def waiting(self: Listener, connection: Any, query: str) -> None:
+        if "second" in query:
+            go_on.wait(20)
+        real(self, connection, query)
+
+    monkeypatch.setattr(Listener, "_execute", waiting)
+    listener, turns, _ = make_listener(database_url)
+    assert listener.listen(["orders"]).wait(10)
+    ticket = listener.listen(["second"])
+    execute(database_url, "SELECT pg_notify('orders', n || repeat('x', 1000)) FROM generate_series(1, 3000) AS n")
+    go_on.set()
+    assert ticket.wait(20)
+    eventually(lambda: len(events(turns)) == 3000, 20)
+    assert [int(block[6:].split(b"x")[0]) for _, block in events(turns)] == list(range(1, 3001))
+    assert max(sum(len(block) for _, block in turn) for turn in turns) < 2 * 65536
+
+
+def test_events_do_not_wait_until_subscribers_stop_coming(
+    database_url: str, make_listener: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Listener._execute
+
+    def far_away(self: Listener, connection: Any, query: str) -> None:
+        threading.Event().wait(0.02)  # the way to a distant server
+        real(self, connection, query)
+
+    monkeypatch.setattr(Listener, "_execute", far_away)
+    listener, turns, _ = make_listener(database_url)
+    assert listener.listen(["orders"]).wait(10)
+    stop = threading.Event()
+
+    def keep_coming() -> None:
+        number = 0
+        while not stop.wait(0.002):
+            listener.listen([f"room-{number}"])
+            number += 1
+
+    coming = threading.Thread(target=keep_coming)
+    coming.start()
+    try:
+        execute(database_url, "NOTIFY orders, 'x'")
+        eventually(lambda: events(turns), 5)
+    finally:
+        stop.set()
+        coming.join()
+
+
+def test_a_stop_in_the_midst_of_a_flood_is_a_stop(database_url: str, make_listener: Make) -> None:
+    listener, turns, _ = make_listener(database_url)
+    assert listener.listen(["orders"]).wait(10)
+    stop = threading.Event()
+
+    def flood() -> None:
+        connection = plain_connect(database_url)
+        while not stop.is_set():
+            query = "SELECT pg_notify('orders', n || repeat('x', 1000)) FROM generate_series(1, 1000) AS n"
+            connection.cursor().execute(query)
+        connection.close()
+
+    flooding = threading.Thread(target=flood)
+    flooding.start()
+    try:
+        eventually(lambda: len(turns) > 20)
+        listener.stop(5)
+        assert not listener._thread.is_alive()
+    finally:
+        stop.set()
+        flooding.join()
+
+
+def test_a_name_that_the_database_cannot_write_harms_no_other(postgres_server: postgres.Server) -> None:
+    execute(postgres_server.url(), "CREATE DATABASE latin1 ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    url = postgres_server.url("latin1")
+    turns: Turns = []
+    gaps: list[int] = []
+    listener = Listener(to_dsn(url, "test"), lambda turn: turns.append(list(turn)), lambda: gaps.append(1))
+    listener.start()
+    try:
+        assert listener.listen(["orders"]).wait(10)
+        tickets = [listener.listen([name]) for name in ("room-€", "café", "room-\u4e2d", "plain")]
+        assert [ticket.wait(10) for ticket in tickets] == [False, True, False, True]
+        execute(url, "SELECT pg_notify(channel, 'x') FROM unnest(%s) AS channel", (["orders", "café", "plain"],))
+        eventually(lambda: len(events(turns)) == 3)
+        assert not gaps
+    finally:
+        listener.stop(5)
+        execute(postgres_server.url(), "DROP DATABASE latin1 WITH (FORCE)")
 
 
 def test_a_callback_that_fails_does_not_end_the_listener(database_url: str) -> None:

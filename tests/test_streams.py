@@ -175,6 +175,19 @@ def test_a_reader_that_is_too_slow_is_told_so_and_others_lose_nothing(database_u
 
 
 @pytest.mark.parametrize("options", [(), ("-k", "gthread", "--threads", "8")], ids=["gevent", "gthread"])
+def test_a_burst_reaches_every_stream_that_reads(
+    database_url: str, start_server: Start, options: tuple[str, ...]
+) -> None:
+    """One MB in one transaction, four times what may wait for a stream."""
+    server = start_server(database_url, *options)
+    streams = [open_stream(server.port, "orders") for _ in range(5)]
+    server.post("/flood/orders/150/7000")
+    for stream in streams:
+        assert [int((stream.event().data or "").split()[0]) for _ in range(150)] == list(range(150))
+        stream.close()
+
+
+@pytest.mark.parametrize("options", [(), ("-k", "gthread", "--threads", "8")], ids=["gevent", "gthread"])
 def test_streams_outlive_a_restart_of_postgres(
     own_postgres: postgres.Server, start_server: Start, options: tuple[str, ...]
 ) -> None:

@@ -206,6 +206,7 @@ def test_the_tables_are_empty_when_all_have_gone() -> None:
     for subscription in streams:
         hub.close(subscription)
         hub.close(subscription)
+    hub.sweep()
     assert not hub._groups and not hub._groups_of and not len(hub)
     came = ["listen a", "listen a b", "listen a b", "listen c"]
     assert log == came + [f"un{line}" for line in came]
@@ -264,3 +265,65 @@ def test_a_stream_that_is_behind_is_ended_and_the_others_go_on() -> None:
     end = slow.take()
     assert end is not None and b'event: sse-end\ndata: {"reason": "behind"}\n\n' in end and end.startswith(b"retry: ")
     assert slow.take() is None
+
+
+def test_blocks_that_are_dropped_between_two_looks_lose_no_end() -> None:
+    class Dropped(list[bytes]):
+        """As if another thread had cleared it behind the reader's back."""
+
+        def __len__(self) -> int:
+            count = super().__len__()
+            self.clear()
+            return count
+
+    for count in (1, 2):
+        subscription = Subscription("a", 1000)
+        subscription._blocks = Dropped([b"x"] * count)
+        subscription.end(b"end")
+        assert [subscription.take(), subscription.take()] == [b"end", None]
+
+
+def test_a_stream_may_be_closed_by_the_garbage_collector_at_any_moment() -> None:
+    """Which runs in whatever thread, also in one that holds a lock of the hub."""
+    log: list[str] = []
+    hub = make_hub(log)
+    subscription = Subscription("a", 1000)
+    hub.open(subscription)
+
+    def close_within_locks() -> None:
+        with hub._tables, hub._dispatch:
+            hub.close(subscription)
+
+    thread = threading.Thread(target=close_within_locks, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive()
+    hub.sweep()
+    assert not len(hub) and log == ["listen a", "unlisten a"]
+
+
+def test_a_channel_for_each_beside_one_for_all_shares_the_bytes() -> None:
+    hub = make_hub()
+    streams = [Subscription(["news", f"user-{number}"], 1000) for number in range(10)]
+    for stream in streams:
+        hub.open(stream)
+    hub.deliver([("news", b"1"), ("user-3", b"2"), ("news", b"3")])
+    received = [stream.take() for stream in streams]
+    assert received[3] == b"123"
+    others = received[:3] + received[4:]
+    assert others == [b"13"] * 9
+    assert all(block is others[0] for block in others)
+
+
+def test_a_large_page_lets_others_work_between() -> None:
+    hub = make_hub()
+    for number in range(1000):
+        hub.open(Subscription(["news", f"user-{number}"], 1000))
+    pauses: list[float] = []
+    real = time.sleep
+    time.sleep = pauses.append  # type: ignore[assignment]
+    try:
+        hub.deliver([("news", b"x")])
+    finally:
+        time.sleep = real
+    assert pauses == [0] * 4

@@ -34,7 +34,7 @@ def connect(dsn: Dsn, application_name: str) -> Any:
     errors = []
     defaults = {"application_name": application_name, "keepalives_idle": "30"}
     params = {**defaults, **dsn.params, "client_encoding": "UTF8"}
-    timeout = float(params.pop("connect_timeout", 0)) or CONNECT_TIMEOUT
+    timeout = _timeout(params.pop("connect_timeout", ""))
     for attempt in _attempts(params):
         connection = None
         try:
@@ -50,6 +50,14 @@ def connect(dsn: Dsn, application_name: str) -> Any:
                 connection.close()
             raise
     raise DatabaseUnavailable(f"PostgreSQL cannot be reached ({dsn}): {'; '.join(dict.fromkeys(errors))}")
+
+
+def _timeout(text: str) -> float:
+    """Return the seconds that a connect_timeout means; libpq's "for ever" (0 or less) and what is no number: ours."""
+    try:
+        return float(max(int(text), 0)) or CONNECT_TIMEOUT
+    except ValueError:
+        return CONNECT_TIMEOUT
 
 
 def wait(connection: Any, deadline: float) -> None:

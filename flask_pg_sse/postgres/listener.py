@@ -7,6 +7,7 @@ https://www.postgresql.org/docs/current/sql-listen.html
 
 from __future__ import annotations
 
+import itertools
 import logging
 import select
 import threading
@@ -21,7 +22,7 @@ from .. import event
 from ..backoff import Backoff
 from ..channels import pg_name
 from ..errors import DatabaseUnavailable, InvalidEvent
-from ..wakeup import Wakeup
+from ..wakeup import Wakeup, is_patched
 from .connect import connect, execute
 from .dsn import Dsn
 
@@ -102,6 +103,8 @@ class Listener:
         self._pending: dict[str, _Pending] = {}  # wanted, and not confirmed yet
         self._idle_since: dict[str, float] = {}  # listened to and wanted by none any more; oldest first
         self._malformed = _Malformed()
+        self._heard_at = 0.0  # when the connection gave its last sign of life
+        self._left: list[Any] = []  # arrived, and not handed over yet; the first one last
         self._lost_one = False  # a connection on which a LISTEN may have stood
         self._stopping = False
         self._wakeup = Wakeup()
@@ -119,8 +122,10 @@ class Listener:
         with self._lock:
             ListenTicket(list(self._pending.values())).cancel()
         self._wakeup.set()
-        self._thread.join(timeout)
-        self._wakeup.close()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        else:  # it may never have started
+            self._wakeup.close()
 
     def listen(self, channels: Iterable[str]) -> ListenTicket:
         """Want each of `channels` once more. The ticket tells when LISTEN stands; often it does already."""
@@ -166,6 +171,12 @@ class Listener:
     # -- the thread
 
     def _run(self) -> None:
+        try:
+            self._connect_and_serve()
+        finally:  # not in stop(), which may give up before this thread does
+            self._wakeup.close()
+
+    def _connect_and_serve(self) -> None:
         while not self._stopping:
             try:
                 connection = connect(self._dsn, "flask_pg_sse listener")
@@ -207,10 +218,14 @@ class Listener:
 
     def _serve(self, connection: Any) -> None:
         """Keep LISTENing on a connection that stands, until it breaks."""
+        if self._stopping:
+            return
+        self._left = []
         self._execute(connection, _SETUP)
         with self._lock:
             self._to_listen = set(self._wanted)
-        self._change_listens(connection)
+        while self._change_listens(connection):
+            pass
         self._backoff.reset()
         if self._lost_one:
             logger.warning("Listening again to %s; events since the connection broke may be lost.", self._dsn)
@@ -224,82 +239,105 @@ class Listener:
         poller.register(connection.fileno(), select.POLLIN)
         poller.register(self._wakeup.fileno(), select.POLLIN)
         while not self._stopping:
-            self._change_listens(connection)
-            self._hand_over(connection)
-            ready = poller.poll(self._next_chore_in() * 1000)
+            # One batch between two hand-overs: subscribers that keep coming do not hold up events.
+            busy = self._change_listens(connection)
+            while self._hand_over(connection) and not self._stopping:
+                pass
+            ready = poller.poll(0 if busy else self._next_chore_in() * 1000)
             self._wakeup.clear()
-            if not ready:
+            if any(descriptor == connection.fileno() for descriptor, _ in ready):
+                self._heard_at = time.monotonic()
+            elif time.monotonic() >= self._heard_at + _PING_EVERY:
                 self._execute(connection, "SELECT 1")  # a sign of life
 
     def _next_chore_in(self) -> float:
         """Return the seconds until an UNLISTEN is due or the server is to be asked for a sign of life."""
         with self._lock:
             oldest = next(iter(self._idle_since.values()), None)
-        if oldest is None:
-            return _PING_EVERY
-        return min(_PING_EVERY, max(0.0, oldest + self._linger - time.monotonic()))
+        due = self._heard_at + _PING_EVERY
+        if oldest is not None:
+            due = min(due, oldest + self._linger)
+        return max(0.0, due - time.monotonic())
 
-    def _change_listens(self, connection: Any) -> None:
-        """Bring the LISTENs of the connection to what is wanted. What arrives meanwhile waits for `_hand_over()`."""
-        while not self._stopping:
-            with self._lock:
-                due = time.monotonic() - self._linger
-                ended = [name for name, since in list(self._idle_since.items())[:_BATCH] if since <= due]
-                for name in ended:
-                    # From here on a new stream waits for a LISTEN of its own, which comes after the UNLISTEN.
-                    del self._idle_since[name]
-                    del self._channel_of[name]
-                    self._listening.discard(name)
-                begun = list(self._to_listen)[:_BATCH]
-            if not ended and not begun:
-                return
-            if ended:
-                self._execute(connection, ";".join(f"UNLISTEN {quote_ident(name, connection)}" for name in ended))
-            if begun:
-                self._execute(connection, ";".join(f"LISTEN {quote_ident(name, connection)}" for name in begun))
-            with self._lock:
-                self._to_listen.difference_update(begun)
-                self._listening.update(begun)
-                now = time.monotonic()
-                for name in begun:
-                    if name not in self._wanted:  # its last stream left while the LISTEN was under way
+    def _change_listens(self, connection: Any) -> bool:
+        """Bring the LISTENs of the connection to what is wanted, one batch; tell whether to call again.
+
+        What arrives meanwhile waits for `_hand_over()`.
+        """
+        with self._lock:
+            due = time.monotonic() - self._linger
+            ended = [name for name, since in itertools.islice(self._idle_since.items(), _BATCH) if since <= due]
+            for name in ended:
+                # From here on a new stream waits for a LISTEN of its own, which comes after the UNLISTEN.
+                del self._idle_since[name]
+                del self._channel_of[name]
+                self._listening.discard(name)
+            begun = list(itertools.islice(self._to_listen, _BATCH))
+        if self._stopping or not (ended or begun):
+            return False
+        if ended:
+            self._execute(connection, ";".join(f"UNLISTEN {quote_ident(name, connection)}" for name in ended))
+        heard = self._listen(connection, begun)
+        with self._lock:
+            self._to_listen.difference_update(begun)
+            self._listening.update(heard)
+            now = time.monotonic()
+            for name in begun:
+                if name not in self._wanted:  # its last stream left while the LISTEN was under way
+                    if name in heard:
                         self._channel_of.setdefault(name, name)
                         self._idle_since[name] = now
-                    elif name in self._pending:
-                        listen = self._pending.pop(name)
-                        listen.confirmed = True
-                        listen.answered.set()
+                elif name in self._pending:
+                    listen = self._pending.pop(name)
+                    listen.confirmed = name in heard
+                    listen.answered.set()
+        return True
+
+    def _listen(self, connection: Any, names: Sequence[str]) -> set[str]:
+        """LISTEN to `names`; return those that stand: not those that the database's encoding cannot write."""
+        if not names:
+            return set()
+        try:
+            self._execute(connection, ";".join(f"LISTEN {quote_ident(name, connection)}" for name in names))
+            return set(names)
+        except psycopg2.errors.UntranslatableCharacter:
+            if len(names) == 1:
+                return set()
+            half = len(names) // 2
+            return self._listen(connection, names[:half]) | self._listen(connection, names[half:])
 
     def _execute(self, connection: Any, query: str) -> None:
         execute(connection, query, timeout=_ANSWER_WITHIN)
+        self._heard_at = time.monotonic()
 
-    def _hand_over(self, connection: Any) -> None:
-        """Deliver all that has arrived, in turns.
+    def _hand_over(self, connection: Any) -> bool:
+        """Deliver one turn of what has arrived; tell whether it was a full one, so that there may be more.
 
         One poll() reads one buffer. The first after the server has gone succeeds; the next, when the descriptor is
         readable again, raises.
         """
-        more = True
-        while more:
-            turn: list[tuple[str, bytes]] = []
-            size = 0
-            try:
-                while more and len(turn) < _TURN_EVENTS and size < _TURN_BYTES:
+        turn: list[tuple[str, bytes]] = []
+        size = 0
+        try:
+            while len(turn) < _TURN_EVENTS and size < _TURN_BYTES:
+                if not self._left:
                     connection.poll()
-                    arrived, connection.notifies = connection.notifies, []
-                    more = bool(arrived)
-                    for notification in arrived:
-                        channel = self._channel_of.get(notification.channel)
-                        block = channel and self._malformed.encode(notification.payload)
-                        if channel and block:
-                            turn.append((channel, block))
-                            size += len(block)
-            finally:  # what came before the connection broke has come
-                if turn:
-                    self._deliver(turn)
-            if more:
-                # A flood comes faster than one stream's buffer takes it: let the streams send what they have.
-                time.sleep(0)
+                    self._left, connection.notifies = connection.notifies[::-1], []
+                    if not self._left:
+                        return False
+                notification = self._left.pop()
+                channel = self._channel_of.get(notification.channel)
+                block = channel and self._malformed.encode(notification.payload)
+                if channel and block:
+                    turn.append((channel, block))
+                    size += len(block)
+        finally:  # what came before the connection broke has come
+            if turn:
+                self._deliver(turn)
+        # A flood comes faster than one stream's buffer takes it: let the streams send what they have. Threads need
+        # more than a chance for that, greenlets do not.
+        time.sleep(0 if is_patched() else 0.001)
+        return True
 
 
 class _Malformed:

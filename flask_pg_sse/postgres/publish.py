@@ -88,8 +88,9 @@ class Publisher:
 
     def close(self) -> None:
         self._closed = True
-        while self._idle:
-            self._idle.pop().close()
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
 
 
 def _stands(connection: Any) -> bool:
