@@ -48,7 +48,7 @@ class Client(threading.Thread):
     promise to miss nothing was there, and what came.
     """
 
-    def __init__(self, port: int, publisher: Publisher, seed: int, deadline: float) -> None:
+    def __init__(self, port: int, publisher: Publisher, seed: int, stop: threading.Event, stays: bool) -> None:
         super().__init__()
         self.rows: list[tuple[list[str], int, list[int]]] = []
         self._publisher = publisher
@@ -56,11 +56,12 @@ class Client(threading.Thread):
         self.failure: Exception | None = None
         self._port = port
         self._chooser = random.Random(seed)
-        self._deadline = deadline
+        self._stop_asked = stop
+        self._stays = stays
 
     def run(self) -> None:
         try:
-            while time.monotonic() < self._deadline:
+            while not self._stop_asked.is_set():
                 self._one_stream()
         except Exception as error:
             self.failure = error
@@ -69,7 +70,9 @@ class Client(threading.Thread):
         channels = self._chooser.sample(CHANNELS, self._chooser.choice([1, 1, 2, 3, 8]))
         with open_stream(self._port, *channels, timeout=20) as stream:
             row = self._new_row(channels)
-            for _ in range(self._chooser.choice([0, 1, 20, 300])):
+            left = 10**9 if self._stays else self._chooser.choice([0, 1, 20, 300])
+            while left and not self._stop_asked.is_set():
+                left -= 1
                 message = stream.event()
                 if message.event == "sse-reset":
                     self.resets += 1
@@ -91,19 +94,24 @@ def test_every_stream_gets_all_and_only_its_events_in_order(
 ) -> None:
     server = start_server(database_url, *options, FLASK_SSE_HEARTBEAT="0.5", FLASK_SSE_BUFFER_BYTES="10000000")
     publisher = Publisher(database_url, seed=1)
-    deadline = time.monotonic() + SECONDS
-    clients = [Client(server.port, publisher, seed, deadline) for seed in range(12)]
+    stop = threading.Event()
+    # One stays, whatever happens: it sees every reset.
+    clients = [Client(server.port, publisher, seed, stop, stays=seed == 0) for seed in range(12)]
     publisher.start()
     for client in clients:
         client.start()
+    deadline = time.monotonic() + SECONDS
     if killing:
         kill = (
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
             "WHERE datname = current_database() AND application_name = 'flask_pg_sse listener'"
         )
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline or clients[0].resets < 3:
             execute(database_url, kill)
-            time.sleep(0.3)
+            stop.wait(0.3)
+            assert time.monotonic() < deadline + 60, "resets come"
+    stop.wait(max(0.0, deadline - time.monotonic()))
+    stop.set()
     for client in clients:
         client.join()
     publisher.stop.set()
