@@ -43,7 +43,7 @@ class Response:
         self.status = int(status.split()[1])
         self.headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         self.chunked = self.headers.get("transfer-encoding") == "chunked"
-        self._left = int(self.headers.get("content-length", -1))
+        self._left = 0 if self.status == 204 else int(self.headers.get("content-length", -1))
 
     def _receive(self) -> bool:
         """Read once; False at the end of the connection."""
@@ -115,14 +115,11 @@ class Response:
         return message
 
     def event(self) -> Message:
-        """Return the next block that is not a comment alone."""
+        """Return the next block that is not a comment alone; heartbeats do not prolong the wait for it."""
+        deadline = time.monotonic() + self.timeout
         while (message := self.next()).data is None:
-            pass
-        return message
-
-    def until(self, wanted: Callable[[Message], bool]) -> Message:
-        while not wanted(message := self.event()):
-            pass
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nothing but comments for {self.timeout} s")
         return message
 
     def wait_closed(self) -> None:

@@ -156,8 +156,12 @@ def test_the_memory_of_clients_that_went_is_used_again(database_url: str, start_
     assert sizes[-1] - sizes[1] < 2000, sizes
 
 
-def test_a_reader_that_is_too_slow_is_told_so_and_others_lose_nothing(database_url: str, start_server: Start) -> None:
-    server = start_server(database_url)
+@pytest.mark.parametrize("app", ["basic", "hiding"])
+def test_a_reader_that_is_too_slow_is_told_so_and_others_lose_nothing(
+    database_url: str, start_server: Start, app: str
+) -> None:
+    """And its connection is closed, though it could be kept alive."""
+    server = start_server(database_url, "--keep-alive", "75", app=f"tests.apps.{app}:app")
     slow = open_stream(server.port, "orders", receive_buffer=65536)
     with open_stream(server.port, "orders") as quick:
         for _ in range(10):  # 14 MB: past the buffer and the kernel's
