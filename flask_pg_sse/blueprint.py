@@ -14,7 +14,7 @@ from flask_cors import cross_origin
 
 from . import access, shutdown
 from .channels import check_channel
-from .errors import InvalidChannel
+from .errors import ConfigurationError, InvalidChannel
 from .extension import EXTENSION, ServerUrl, State, current_state, sse_url
 from .server import Connection, why_no_stream
 from .settings import Settings
@@ -30,7 +30,9 @@ class _StreamResponse(Response):
     """A response that tells its connection when the server has begun with it."""
 
     def __init__(self, body: Iterable[bytes], connection: Connection) -> None:
-        super().__init__(body, mimetype="text/event-stream")
+        # Passed through, so that what reads a whole body (a log, a compressor) fails or passes on, and does not wait
+        # for the end of a stream.
+        super().__init__(body, mimetype="text/event-stream", direct_passthrough=True)
         self._connection = connection
         # "no-transform" and nginx's own header keep proxies from collecting what should flow.
         self.headers["Cache-Control"] = "no-cache, no-transform"
@@ -45,6 +47,7 @@ class _StreamResponse(Response):
 @sse_bp.record
 def _set_up(registration: BlueprintSetupState) -> None:
     app: Any = registration.app
+    registration.url_prefix = registration.url_prefix or "/"  # Flask itself takes no ""
     Settings.from_config(app.config)  # a wrong value is said at once, and read again at first use
     unknown = registration.options.keys() - _BLUEPRINT_OPTIONS
     if unknown:
@@ -73,7 +76,8 @@ def _channel(channel: str) -> ResponseReturnValue:
 def _answer(names: list[str]) -> ResponseReturnValue:
     state = current_state()
     runtime, settings = state.runtime, state.runtime.settings
-    reason = why_no_stream(request.environ)
+    shutdown.watch()
+    reason = why_no_stream(request.environ, shutdown.gunicorn_worker())
     if reason is not None:
         logger.error("%s", reason)
         return _refusal(500, reason)
@@ -95,7 +99,6 @@ def _answer(names: list[str]) -> ResponseReturnValue:
     last_event_id = request.headers.get("Last-Event-ID") or request.args.get("last_event_id")
     if request.method == "HEAD":
         return _StreamResponse(iter(()), connection)  # a tuple would get a Content-Length, which no stream has
-    shutdown.watch()
     subscription = Subscription(channels, settings.buffer_bytes)
     asked = StreamRequest(resumes=bool(last_event_id), retry=settings.retry)
     response = _StreamResponse(stream(runtime.hub, subscription, asked, connection), connection)
@@ -130,7 +133,10 @@ def _cross_origin(response: Response) -> Response:
 
     Flask runs a blueprint's functions before the app's, and flask-cors leaves a response alone that it has seen.
     """
-    origins = current_state().runtime.settings.allowed_origins
+    try:
+        origins = current_state().runtime.settings.allowed_origins
+    except ConfigurationError:  # the view has failed with it already
+        return response
     origin = request.headers.get("Origin", "").lower()
     listed = bool(origin) and origin in origins
     # As a pattern of its own: flask-cors takes any text with brackets, an IPv6 origin say, for a regular expression.

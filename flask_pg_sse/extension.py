@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -106,8 +107,8 @@ class _CurrentApp:
 
         An item is the data of its event; that and the rest are as in `notify()`.
         """
-        if isinstance(items, str | bytes):
-            raise TypeError("notify_many() takes a list of items; for one string call notify().")
+        if isinstance(items, str | bytes | dict):
+            raise TypeError(f"notify_many() takes a list of items; for one {type(items).__name__} call notify().")
         fields = {"event": event, "retry": retry, "comment": comment}
         self._runtime().notify(channel, list(items), fields, connection)
 
@@ -132,8 +133,8 @@ class PgSSE(_CurrentApp):
     database_url: beats what the app's config says; without an app and without it, the environment's `DATABASE_URL`.
     url_prefix, name: of the blueprint, which `init_app` registers.
 
-    Within an app context the methods work on the current app, as the module's functions do; elsewhere on a runtime of
-    this object's own.
+    Within an app context the methods work on the current app, as the module's functions do; elsewhere on the one app
+    that this object was given, or without any app on a runtime of its own.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class PgSSE(_CurrentApp):
         self._url_prefix = url_prefix
         self._name = name
         self._own = Runtime({"SSE_DATABASE_URL": database_url}, json.dumps)
+        self._states: weakref.WeakSet[State] = weakref.WeakSet()  # of the apps that init_app() got
         if app is not None:
             self.init_app(app)
 
@@ -155,14 +157,22 @@ class PgSSE(_CurrentApp):
         """Register the blueprint under this object's name and prefix."""
         from .blueprint import sse_bp
 
+        if not isinstance(app, Flask):
+            raise TypeError(f"PgSSE() takes a Flask app, not {type(app).__name__}; for a URL say database_url=….")
         if self._database_url is not None:
             app.config["SSE_DATABASE_URL"] = self._database_url
         app.register_blueprint(sse_bp, url_prefix=self._url_prefix, name=self._name)
+        self._states.add(state_of(app))
 
     def _runtime(self) -> Runtime:
         if has_app_context() and EXTENSION in current_app.extensions:
             return current_state().runtime
-        return self._own
+        states = list(self._states)
+        if len(states) > 1:
+            raise RuntimeError(
+                "This PgSSE serves several apps, and here none is the current one: call it within app.app_context()."
+            )
+        return states[0].runtime if states else self._own
 
     def close(self) -> None:
         """End the streams, threads and connections that the methods have started; the next use starts anew."""
@@ -170,6 +180,8 @@ class PgSSE(_CurrentApp):
 
 
 def _split_sse_payload(payload: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    if not isinstance(payload, dict):
+        raise TypeError(f"sse_payload is a dict of {', '.join(sorted(FIELDS))}, not {type(payload).__name__}.")
     unknown = sorted(payload.keys() - FIELDS)
     if unknown:
         raise TypeError(f"sse_payload has unknown keys ({', '.join(unknown)}); known: {', '.join(sorted(FIELDS))}.")

@@ -18,7 +18,7 @@ from .event import Event, make_event, to_payload
 from .hub import Hub
 from .postgres.dsn import Dsn, is_postgres, to_dsn
 from .postgres.listener import Listener
-from .postgres.publish import Publisher, send_in_transaction
+from .postgres.publish import Publisher, check_caller, send_in_transaction
 from .settings import Settings, database_sources
 from .ticker import Ticker
 
@@ -59,6 +59,8 @@ class Runtime:
     ) -> None:
         """Send one event for each of `items` in one transaction: the caller's, or one of the package's own."""
         check_channel(channel)
+        if connection is not None:
+            check_caller(connection)
         events = [make_event(item, **fields, dumps=self._dumps) for item in items]
         payloads = [to_payload(event, channel) for event in events]
         if self.collect is not None:

@@ -11,17 +11,22 @@ from typing import Any
 from . import wakeup
 
 
-def why_no_stream(environ: Mapping[str, Any]) -> str | None:
+def why_no_stream(environ: Mapping[str, Any], worker: Any = None) -> str | None:
     """Return why a stream would freeze this server, and the remedy; None if it would not.
 
-    A stream occupies whatever serves it for hours: under a server that has one request at a time nothing else would
-    ever be answered again.
+    `worker` is gunicorn's, where it is known. A stream occupies whatever serves it for hours: under a server that has
+    one request at a time nothing else would ever be answered again.
     """
     gunicorn = "gunicorn.socket" in environ
     if gunicorn and environ.get("SERVER_PROTOCOL") == "HTTP/2.0":
         return (
             "Streams cannot be served over gunicorn's own HTTP/2, which answers the requests of a connection one after "
             "another. Let nginx or another proxy speak HTTP/2 to browsers and HTTP/1.1 to gunicorn."
+        )
+    if worker is not None and worker.cfg.worker_class_str == "gthread" and worker.cfg.threads < 2:
+        return (
+            "Streams cannot be served by gunicorn's gthread worker with one thread, which this one would occupy. Run "
+            "gunicorn -k gevent, or give it more --threads than there are to be streams."
         )
     if environ.get("wsgi.multithread"):
         return None

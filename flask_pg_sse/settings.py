@@ -121,7 +121,9 @@ class Settings:  # ruff's RUF009 cannot see that _key() is dataclasses.field()
         (), ORIGINS, "origins of other sites whose pages may open streams, with cookies; `*`: all, without cookies"
     )
     server_url: str | None = _key(
-        None, WEB_URL, "where the streams are, if not in this app: `sse_url()` begins with it"
+        None,
+        WEB_URL,
+        "where the streams are, if not in this app, the blueprint's path included: `https://live.example.com/sse`",
     )
     heartbeat: float = _key(15.0, SECONDS, "seconds after which a quiet stream gets a comment, to keep proxies patient")
     retry: int = _key(3000, WHOLE, "milliseconds a browser waits before it reconnects")

@@ -64,6 +64,11 @@ def watch() -> None:
         signal.signal(signal.SIGTERM, _Handler(handler))
 
 
+def gunicorn_worker() -> Any:
+    """Return the gunicorn worker that this process is, if `watch()` has found it."""
+    return _worker
+
+
 def requested() -> bool:
     """Tell whether this worker has been asked to stop."""
     return _requested or (_worker is not None and not _worker.alive)

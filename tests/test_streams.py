@@ -8,6 +8,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 
 import psycopg2
@@ -103,7 +104,9 @@ def test_quiet_streams_get_heartbeats_and_busy_ones_do_not(
         connection = connect(database_url)
         with connection.cursor() as cursor:
             beats = 0
+            deadline = time.monotonic() + 20
             while beats < 4:
+                assert time.monotonic() < deadline, "heartbeats come"
                 cursor.execute("NOTIFY busy, 'x'")
                 message = busy.next()
                 assert message.data == "x", "no heartbeat among events"

@@ -71,6 +71,14 @@ def test_gunicorn_sync_refuses_streams_in_words(database_url: str, start_server:
     server.post("/notify/orders", b'{"data": "x"}')
 
 
+def test_gthread_with_one_thread_refuses_streams_in_words(database_url: str, start_server: Start) -> None:
+    for options in (["-k", "gthread"], ["-k", "gthread", "--preload"]):
+        server = start_server(database_url, *options)
+        with request(server.port, "/sse?channel=orders") as response:
+            assert (response.status, b"--threads" in response.read()) == (500, True)
+        assert "--threads" in server.log()
+
+
 def test_servers_with_one_request_at_a_time_refuse_streams(database_url: str, start_server: Start) -> None:
     for command in (flask_run("--without-threads"), pywsgi("unpatched")):
         server = start_server(database_url, command=command)

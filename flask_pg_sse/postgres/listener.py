@@ -208,7 +208,7 @@ class Listener:
 
     def _pause(self, what: str, error: Exception) -> None:
         delay = self._backoff.next()
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".?") or type(error).__name__
         logger.warning("%s: %s. Next attempt in %.1f s; open streams stay open.", what, reason, delay)
         self._wakeup.clear()
         deadline = time.monotonic() + delay

@@ -105,19 +105,39 @@ def _stands(connection: Any) -> bool:
     return not connection.closed
 
 
+def check_caller(connection: Any) -> None:
+    """Raise TypeError, with the way, for what `send_in_transaction()` cannot use: asynchronous connections, others."""
+    if _is_sqlalchemy(connection):
+        return
+    kind = _kind(connection)
+    if kind.startswith("sqlalchemy.ext.asyncio"):
+        raise TypeError(
+            f"notify() cannot use an asynchronous {kind}. Call it with the synchronous session inside: "
+            'await session.run_sync(lambda s: notify("orders", data, connection=s)).'
+        )
+    methods = [getattr(connection, name, None) for name in ("cursor", "execute", "commit")]
+    if getattr(connection, "async_", 0) or any(map(inspect.iscoroutinefunction, methods)):
+        raise TypeError(f"notify() cannot use an asynchronous {kind}; give it a synchronous connection.")
+    if not callable(methods[0]) or not callable(methods[2]):
+        raise TypeError(
+            f"notify(connection=…) takes a psycopg2 or psycopg 3 connection, or an SQLAlchemy Connection, Session or "
+            f"scoped_session (db.session), not {kind}."
+        )
+
+
 def send_in_transaction(connection: Any, name: str, payloads: Sequence[str]) -> None:
     """Notify within the transaction of the caller's connection: sent on commit, never after a rollback.
 
     `connection` is a psycopg2 or psycopg 3 connection, or an SQLAlchemy `Connection`, `Session` or `scoped_session`;
-    all are used through their own `execute`. Others, asynchronous ones among them, are a `TypeError`.
+    all are used through their own `execute`. Raises TypeError where the database is none of PostgreSQL's.
     """
     if _is_sqlalchemy(connection):
-        text = sys.modules["sqlalchemy"].text
-        query = text("SELECT pg_catalog.pg_notify(:name, :payload)")
+        _refuse_other_engine((connection.get_bind() if hasattr(connection, "get_bind") else connection).dialect.name)
+        query = sys.modules["sqlalchemy"].text("SELECT pg_catalog.pg_notify(:name, :payload)")
         for payload in payloads:
             connection.execute(query, {"name": name, "payload": payload})
         return
-    _refuse_unusable(connection)
+    _refuse_other_engine("sqlite" if _kind(connection).startswith("sqlite3.") else "postgresql")
     with connection.cursor() as cursor:
         for payload in payloads:
             cursor.execute("SELECT pg_catalog.pg_notify(%s, %s)", (name, payload))
@@ -131,22 +151,13 @@ def _is_sqlalchemy(connection: Any) -> bool:
     )
 
 
-def _refuse_unusable(connection: Any) -> None:
-    kind = f"{type(connection).__module__}.{type(connection).__qualname__}"
-    is_async = (
-        getattr(connection, "async_", 0)
-        or inspect.iscoroutinefunction(getattr(connection, "execute", None))
-        or inspect.iscoroutinefunction(getattr(connection, "commit", None))
-    )
-    if kind.startswith("sqlalchemy.ext.asyncio"):
+def _kind(connection: Any) -> str:
+    return f"{type(connection).__module__}.{type(connection).__qualname__}"
+
+
+def _refuse_other_engine(engine: str) -> None:
+    if engine != "postgresql":
         raise TypeError(
-            f"notify() cannot use an asynchronous {kind}. Call it with the synchronous session inside: "
-            'await session.run_sync(lambda s: notify("orders", data, connection=s)).'
-        )
-    if is_async:
-        raise TypeError(f"notify() cannot use an asynchronous {kind}; give it a synchronous connection.")
-    if not callable(getattr(connection, "cursor", None)) or not callable(getattr(connection, "commit", None)):
-        raise TypeError(
-            f"notify(connection=…) takes a psycopg2 or psycopg 3 connection, or an SQLAlchemy Connection, Session or "
-            f"scoped_session (db.session), not {kind}."
+            f"notify(connection=…) needs a PostgreSQL connection, and this one is of {engine}. In tests without "
+            "PostgreSQL use flask_pg_sse.testing.capture(app)."
         )

@@ -1,0 +1,126 @@
+"""PgSSE and the functions where they meet the rest of an app: several apps, none, hooks, other engines, misuse."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+
+import pytest
+import sqlalchemy
+from flask import Flask, Response
+from sqlalchemy.orm import Session
+
+from flask_pg_sse import DatabaseNotConfigured, PgSSE, notify, notify_many, sse_bp, sse_url
+from flask_pg_sse.testing import capture, stream
+
+MakeApp = Callable[..., Flask]
+
+
+def test_pgsse_with_one_app_uses_that_apps_database_everywhere(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://nobody@127.0.0.1:1/wrong")
+    app = Flask("app")
+    app.config.update(SSE_DATABASE_URL=database_url, SSE_CHANNELS=["*"])
+    sse = PgSSE(app)
+    events = stream(app.test_client(), "/sse/orders")
+    assert next(events).event == "sse-open"
+    sse.notify("orders", "from outside any context")
+    assert next(events).data == "from outside any context"
+    sse.close()
+    assert next(events).json == {"reason": "shutdown"}
+    events.close()  # type: ignore[attr-defined]
+
+
+def test_pgsse_with_several_apps_wants_to_know_which(database_url: str) -> None:
+    sse = PgSSE(database_url=database_url)
+    apps = [Flask("one"), Flask("two")]
+    for app in apps:
+        sse.init_app(app)
+    with pytest.raises(RuntimeError, match="app_context"):
+        sse.notify("orders", "x")
+    for app in apps:
+        with app.app_context():
+            sse.notify("orders", "x")
+            sse.close()
+
+
+def test_an_empty_url_prefix_is_the_root(database_url: str) -> None:
+    for register in (
+        lambda app: app.register_blueprint(sse_bp, url_prefix=""),
+        lambda app: PgSSE(app, url_prefix=""),
+        lambda app: app.register_blueprint(sse_bp, url_prefix="/"),
+    ):
+        app = Flask("app")
+        app.config.update(SSE_DATABASE_URL=database_url, SSE_CHANNELS=["*"])
+        register(app)
+        with app.test_request_context():
+            assert sse_url("orders") == "/?channel=orders"
+        for url in ("/?channel=orders", "/orders"):
+            assert app.test_client().head(url).status_code == 200
+
+
+def test_a_hook_that_reads_the_whole_body_fails_and_does_not_hang(database_url: str, make_app: MakeApp) -> None:
+    app = make_app(database_url, TESTING=False, PROPAGATE_EXCEPTIONS=False)
+
+    @app.after_request
+    def read(response: Response) -> Response:
+        response.get_data()
+        return response
+
+    assert app.test_client().get("/sse/orders").status_code == 500
+    assert app.test_client().get("/sse").status_code == 400
+
+
+def test_a_wrong_value_at_first_use_is_said_once(make_app: MakeApp, caplog: pytest.LogCaptureFixture) -> None:
+    app = make_app(None, TESTING=False, PROPAGATE_EXCEPTIONS=False)
+    app.config["SSE_RETRY"] = "soon"
+    assert app.test_client().get("/sse/orders").status_code == 500
+    assert [record.exc_info is not None for record in caplog.records] == [True]
+    assert "SSE_RETRY is 'soon'" in caplog.text
+
+
+@pytest.fixture
+def sqlite_connections() -> Iterator[list[object]]:
+    engine = sqlalchemy.create_engine("sqlite://")
+    session, connection, raw = Session(engine), engine.connect(), sqlite3.connect(":memory:")
+    yield [session, connection, raw]
+    session.close()
+    connection.close()
+    raw.close()
+    engine.dispose()
+
+
+def test_a_connection_of_another_engine_is_refused_with_the_remedy(
+    make_app: MakeApp, sqlite_connections: list[object]
+) -> None:
+    with make_app().app_context():
+        for connection in sqlite_connections:
+            with pytest.raises(TypeError, match=r"sqlite.*capture"):
+                notify("orders", "x", connection=connection)
+
+
+def test_capture_takes_any_engine_and_refuses_what_is_no_connection(
+    make_app: MakeApp, sqlite_connections: list[object]
+) -> None:
+    app = make_app()
+    with app.app_context(), capture(app) as events:
+        for connection in sqlite_connections:
+            notify("orders", "x", connection=connection)
+        with pytest.raises(TypeError):
+            notify("orders", "x", connection=5)
+    assert len(events) == 3
+
+
+def test_misuse_is_said_in_words(make_app: MakeApp) -> None:
+    with make_app().app_context():
+        with pytest.raises(TypeError, match="sse_payload is a dict"):
+            notify("orders", sse_payload="x")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="call notify"):
+            notify_many("orders", {"id": 7})
+        with pytest.raises(DatabaseNotConfigured, match="SSE_DATABASE_URL"):
+            notify("orders", "x")
+    with pytest.raises(TypeError, match="database_url="):
+        PgSSE("postgresql://localhost/x")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="register_blueprint"), Flask("bare").app_context():
+        notify("orders", "x")
