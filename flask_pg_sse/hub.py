@@ -1,8 +1,8 @@
 """Who listens to what in this process, and the fan-out of every turn to them.
 
 A turn is all that one look at PostgreSQL brought, in its order. Streams with the same set of channels form a group; a
-turn becomes one block of bytes for each group, and every stream of the group is offered the same object. (A block for
-each channel would reorder a stream on two channels.)
+turn becomes one block of bytes for all groups with the same share in it, and every stream of those is offered the same
+object. (A block for each channel would reorder a stream on two channels.)
 """
 
 from __future__ import annotations
@@ -135,8 +135,11 @@ class Hub:
             pairs = ((stream, block) for streams, block in self._blocks_of(turn) for stream in streams)
             for subscription, block in _with_pauses(pairs):
                 if not subscription.offer(block, now):
-                    logger.info("A stream was ended: its client reads slower than events come.")
-                    subscription.end(self.end_block("behind"), drop=True)
+                    self._end_behind(subscription)
+
+    def _end_behind(self, subscription: Subscription) -> None:
+        logger.info("A stream was ended: its client reads slower than events come.")
+        subscription.end(self.end_block("behind"), drop=True)
 
     def _blocks_of(self, turn: Sequence[tuple[str, bytes]]) -> list[tuple[tuple[Subscription, ...], bytes]]:
         """Return the streams of each group with their block.
@@ -163,7 +166,7 @@ class Hub:
         with self._dispatch:
             for subscription in _with_pauses(self._everybody()):
                 if subscription.opened and not subscription.offer(block, now):
-                    subscription.end(self.end_block("behind"), drop=True)
+                    self._end_behind(subscription)
 
     def beat(self) -> None:
         """Send a comment on every stream that has been quiet for the heartbeat's time."""

@@ -105,7 +105,7 @@ def _key(default: Any, kind: Kind, help: str) -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:  # ruff's RUF009 cannot see that _key() is dataclasses.field()
+class Settings:
     """The values of one app, checked."""
 
     channels: tuple[str, ...] = _key(

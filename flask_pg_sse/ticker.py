@@ -18,10 +18,7 @@ _FAREWELL = 1.0
 
 
 class Ticker:
-    """Looks after the streams of a hub from `start()` to `stop()`.
-
-    `cut_off` ends the connections of streams that are still there a second after they were told to go.
-    """
+    """Looks after the streams of a hub from `start()` to `stop()`."""
 
     def __init__(self, hub: Hub, heartbeat: float) -> None:
         self._hub = hub
