@@ -54,14 +54,6 @@ def _web_url(value: object) -> str:
     return value.rstrip("/")
 
 
-def _boolean(value: object) -> bool:
-    known = {"true": True, "1": True, "false": False, "0": False}
-    text = str(value).lower()
-    if not isinstance(value, bool | int | str) or text not in known:
-        raise ValueError
-    return known[text]
-
-
 _MOST = 2**31 - 1  # what every browser and every system call takes
 
 
@@ -95,7 +87,6 @@ PATTERNS = Kind("a list of patterns, or a string with commas between them", _tex
 ORIGINS = Kind('a list of origins such as "https://www.example.com" (no path, no wildcard inside), or "*"', _origins)
 WEB_URL = Kind("an http:// or https:// URL without query", _web_url)
 DATABASE = Kind("a PostgreSQL URL", _database)
-BOOLEAN = Kind("true or false", _boolean)
 WHOLE = Kind(f"a whole number from 1 to {_MOST}", _whole)
 SECONDS = Kind("a number of seconds greater than 0", _seconds)
 

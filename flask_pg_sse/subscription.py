@@ -58,10 +58,6 @@ class Subscription:
         """Bytes that were offered and that the server has not yet sent."""
         return self._offered - self._taken
 
-    @property
-    def ended(self) -> bool:
-        return self._closing is not None
-
     def offer(self, block: bytes, now: float) -> bool:
         """Take a block for the client; False if it is too slow for that. A stream that has ended takes nothing."""
         if self._closing is not None:
