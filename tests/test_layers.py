@@ -12,11 +12,14 @@ PACKAGE = Path(flask_pg_sse.__file__).parent
 FLOORS = [
     {"errors", "event", "channels", "settings", "backoff", "wakeup"},
     {"hub", "subscription", "access", "server", "shutdown"},
-    {"postgres.dsn", "postgres.connect", "postgres.listener", "postgres.publish", "stream", "ticker"},
+    {
+        "postgres.dsn", "postgres.connect", "postgres.listener", "postgres.publish", "postgres.schema",
+        "stream", "ticker",
+    },
     {"runtime"},
     {"extension", "blueprint"},
     {"testing"},
-]
+]  # fmt: skip
 # Neighbours on one floor may use each other where the arrow goes one way.
 ALLOWED_BESIDE = {
     ("event", "errors"), ("channels", "errors"), ("settings", "errors"),
@@ -78,7 +81,7 @@ def test_the_readme_shows_the_same_floors() -> None:
     for number, cell in re.findall(r"^\| (\d), [^|]*\| (.*) \|$", table, re.MULTILINE):
         names = re.findall(r"`([a-z_/]+)`", cell)
         if "postgres/" in names:
-            inside = ("dsn", "connect", "listener", "publish")
+            inside = {name.partition(".")[2] for name in FLOORS[2] if name.startswith("postgres.")}
             names = [f"postgres.{name}" if name in inside else name for name in names]
             names.remove("postgres/")
         shown[int(number)] = set(names)
