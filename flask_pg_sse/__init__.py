@@ -11,12 +11,13 @@ from .errors import (
     ConfigurationError,
     DatabaseNotConfigured,
     DatabaseUnavailable,
+    EventLogMissing,
     InvalidChannel,
     InvalidEvent,
     PayloadTooLarge,
     PgSSEError,
 )
-from .extension import PgSSE, notify, notify_many, postgres_notify, sse_url
+from .extension import PgSSE, notify, notify_many, postgres_notify, sse_cursor, sse_url
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "ConfigurationError",
     "DatabaseNotConfigured",
     "DatabaseUnavailable",
+    "EventLogMissing",
     "InvalidChannel",
     "InvalidEvent",
     "PayloadTooLarge",
@@ -33,5 +35,6 @@ __all__ = [
     "notify_many",
     "postgres_notify",
     "sse_bp",
+    "sse_cursor",
     "sse_url",
 ]

@@ -14,8 +14,8 @@ from flask_cors import cross_origin
 
 from . import access, shutdown
 from .channels import check_channel
-from .errors import ConfigurationError, InvalidChannel
-from .extension import EXTENSION, ServerUrl, State, current_state, sse_url
+from .errors import ConfigurationError, EventLogMissing, InvalidChannel
+from .extension import EXTENSION, ServerUrl, State, current_state, sse_cursor, sse_url
 from .server import Connection, why_no_stream
 from .settings import Settings
 from .stream import StreamRequest, stream
@@ -55,7 +55,7 @@ def _set_up(registration: BlueprintSetupState) -> None:
     if EXTENSION not in app.extensions:
         name = f"{registration.name_prefix}.{registration.name}".lstrip(".")
         app.extensions[EXTENSION] = State(app, name)
-        app.context_processor(lambda: {"sse_url": sse_url, "sse_server_url": ServerUrl()})
+        app.context_processor(lambda: {"sse_url": sse_url, "sse_cursor": sse_cursor, "sse_server_url": ServerUrl()})
     shutdown.watch()  # here already, because under gthread only this runs in the main thread
 
 
@@ -94,14 +94,18 @@ def _answer(names: list[str]) -> ResponseReturnValue:
         if not access.is_public(channel, settings.channels):
             return _refusal(403, _closed(channel, state))
 
+    try:
+        runtime.require_log()
+    except EventLogMissing as error:
+        return _refusal(500, str(error))
     connection = Connection(request.environ)
     # Last-Event-ID of an EventSource that reconnects; the query is for clients that cannot set a header.
     last_event_id = request.headers.get("Last-Event-ID") or request.args.get("last_event_id")
     if request.method == "HEAD":
         return _StreamResponse(iter(()), connection)  # a tuple would get a Content-Length, which no stream has
     subscription = Subscription(channels, settings.buffer_bytes)
-    asked = StreamRequest(resumes=bool(last_event_id), retry=settings.retry)
-    response = _StreamResponse(stream(runtime.hub, subscription, asked, connection), connection)
+    asked = StreamRequest(last_event_id or "", retry=settings.retry)
+    response = _StreamResponse(stream(*runtime.streams, subscription, asked, connection), connection)
     if "flask_pg_sse.testing" in request.environ:
         request.environ["flask_pg_sse.testing"].append(subscription)
     return response

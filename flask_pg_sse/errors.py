@@ -7,6 +7,7 @@
     +-- InvalidEvent (ValueError)              an event that Server-Sent Events cannot carry
     |   +-- PayloadTooLarge                    it does not fit one NOTIFY (.size, .limit)
     +-- DatabaseUnavailable (ConnectionError)  PostgreSQL did not answer, or refused
+    +-- EventLogMissing (RuntimeError)         SSE_EVENT_LOG is true, and the database has no event log
 
 A message says what failed, why, and what to do about it; none holds a password.
 """
@@ -43,8 +44,8 @@ class PayloadTooLarge(InvalidEvent):
     def __init__(self, channel: str, size: int, limit: int) -> None:
         super().__init__(
             f"The event for channel {channel!r} has {size} bytes of data, and one NOTIFY of PostgreSQL has room for "
-            f"{limit} beside the event's name, id and comment. Send less: an id, say, with which the page fetches the "
-            "rest."
+            f"{limit} beside the event's name, id and comment. Install the event log (flask sse init), which carries "
+            "any size, or send less: an id, say, with which the page fetches the rest."
         )
         self.size = size
         self.limit = limit
@@ -52,3 +53,7 @@ class PayloadTooLarge(InvalidEvent):
 
 class DatabaseUnavailable(PgSSEError, ConnectionError):
     """PostgreSQL could not be reached in time, or ended or refused the call."""
+
+
+class EventLogMissing(PgSSEError, RuntimeError):
+    """The event log is required by the configuration, and the database has none that can be used."""

@@ -1,40 +1,25 @@
-"""One event: its fields, its bytes in a stream, and its form in a NOTIFY payload. No I/O.
+"""One event: its fields, and its bytes in a stream. No I/O.
 
-`Event` is checked when it is made, so that whoever holds one may send it. `encode()` gives the bytes that browsers read
-(https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation), `to_payload()` and
-`from_payload()` the text that travels through PostgreSQL.
+`Event` is checked when it is made, so that whoever holds one may send it. `encode()` gives what browsers read:
+https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from .errors import InvalidEvent, PayloadTooLarge
+from .errors import InvalidEvent
 
 FIELDS = frozenset({"event", "id", "data", "retry", "comment"})
 RESERVED_PREFIX = "sse-"
-# A payload "must be shorter than 8000 bytes": https://www.postgresql.org/docs/current/sql-notify.html
-MAX_PAYLOAD_BYTES = 7999
-
-# The wire form: a control character that no JSON text and hardly any human text begins with, then the version, one line
-# of JSON with every field but data, and after the first line end the data as it is (JSON would swell it). The character
-# alone tells it apart from what other programs send.
-_WIRE_MARK = "\x1e"
-_WIRE_VERSION = "1"
-# PostgreSQL sends equal payloads of one transaction once. The number makes each payload unlike its predecessors; it
-# need not be unique beyond the process, because a transaction does not reach beyond it either. It always has twelve
-# digits, so that the room for data is always the same.
-_serial = itertools.count(10**11)
-
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _FORBIDDEN = re.compile(r"[\r\n\0]")
 # Python refuses to turn a number of thousands of digits into text.
-_MAX_NUMBER = 2**63 - 1
+MAX_NUMBER = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +60,7 @@ class Event:
                 raise InvalidEvent(f"The event's {field} may not hold a line end or NUL: it is one line of the stream.")
         if self.event is not None and self.event.startswith(RESERVED_PREFIX):
             raise InvalidEvent(f"Event names that begin with {RESERVED_PREFIX!r} are reserved; choose another.")
-        if self.retry is not None and (type(self.retry) is not int or not 0 <= self.retry <= _MAX_NUMBER):
+        if self.retry is not None and (type(self.retry) is not int or not 0 <= self.retry <= MAX_NUMBER):
             raise InvalidEvent("The event's retry must be a whole number of milliseconds, 0 or more.")
 
 
@@ -94,7 +79,7 @@ def make_event(
     turns into JSON. NaN and infinities are refused, because `JSON.parse` of browsers fails on them.
     """
     if type(id) is int:
-        if abs(id) > _MAX_NUMBER:
+        if abs(id) > MAX_NUMBER:
             raise InvalidEvent("The event's id is a number beyond 64 bits; give it as a string.")
         id = str(id)
     return Event(
@@ -126,19 +111,20 @@ def _to_text(data: object, dumps: Callable[[Any], str]) -> str:
         text = text.decode()
     # Providers differ in the options they take, so the result is looked at, not the call changed.
     if "NaN" in text or "Infinity" in text:
-        json.loads(text, parse_constant=_refuse_constant)
+        json.loads(text, parse_constant=refuse_constant)
     return str.__str__(text)
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
     raise InvalidEvent(f"The event's data hold {name}, which is no JSON and which browsers cannot parse.")
 
 
-def encode(event: Event) -> bytes:
-    """Return the event as a block of a stream.
+def encode(event: Event, log_id: int | None = None) -> bytes:
+    """Return the event as a block of a stream, with its id in the log if it has one.
 
     Lines end with LF alone. Data is split where the specification splits it, and nowhere else (`str.splitlines` also
-    splits at U+2028 and others). A `data:` line always stands in it, or browsers would not dispatch the event.
+    splits at U+2028 and others). A `data:` line always stands in it, or browsers would not dispatch the event. An id of
+    the sender's own travels as it is, and is followed by the log's, with which the browser is to come back.
     """
     lines = []
     if event.comment is not None:
@@ -147,95 +133,35 @@ def encode(event: Event) -> bytes:
         lines.append(f"event: {event.event}")
     if event.id is not None:
         lines.append(f"id: {event.id}")
+    elif log_id is not None:
+        lines.append(f"id: {log_id}")
     if event.retry is not None:
         lines.append(f"retry: {event.retry}")
     lines += [f"data: {line}" for line in _LINE_END.split(event.data)]
-    return ("\n".join(lines) + "\n\n").encode()
+    block = ("\n".join(lines) + "\n\n").encode()
+    if event.id is not None and log_id is not None:
+        block += control_block("cursor", {}, id=log_id)
+    return block
 
 
 HEARTBEAT = b": heartbeat\n\n"
 
 
-def control_block(name: str, data: Mapping[str, object], *, retry: int | None = None) -> bytes:
-    """Return one of the package's own events (`sse-open`, `sse-reset`, `sse-end`) as a block of a stream."""
-    first = f"retry: {retry}\n" if retry is not None else ""
-    return f"{first}event: {RESERVED_PREFIX}{name}\ndata: {json.dumps(data)}\n\n".encode()
+def control_block(name: str, data: Mapping[str, object], *, id: int | None = None, retry: int | None = None) -> bytes:
+    """Return one of the package's own events (`sse-open`, `sse-cursor`, …) as a block of a stream.
 
-
-def to_payload(event: Event, channel: str) -> str:
-    """Return the event in the wire form of this package.
-
-    Raises `PayloadTooLarge` if it is longer than a NOTIFY payload may be; an event that has data alone may have at
-    least 7,800 bytes of it. `channel` is for the message only.
+    `id` is the log's, from which the browser is to go on. Never alone: some clients, htmx 4 betas among them, ignore an
+    `id` or a `retry` in a block without data.
     """
-    head: dict[str, object] = {"n": next(_serial)}
-    for field in ("event", "id", "retry", "comment"):
-        value = getattr(event, field)
-        if value is not None:
-            head[field] = value
-    body = "\n" + event.data
-    if "\0" in body:  # PostgreSQL's text has no NUL; JSON can write it
-        head["data"], body = event.data, ""
-    payload = _WIRE_MARK + _WIRE_VERSION + _compact_json(head) + body
-    size = len(payload.encode())
-    if size > MAX_PAYLOAD_BYTES:
-        data_size = len((body[1:] or _compact_json(event.data)[1:-1]).encode())  # as it would travel
-        raise PayloadTooLarge(channel, data_size, max(0, MAX_PAYLOAD_BYTES - (size - data_size)))
-    return payload
+    lines = [f"retry: {retry}"] if retry is not None else []
+    lines += [f"event: {RESERVED_PREFIX}{name}"]
+    lines += [f"id: {id}"] if id is not None else []
+    return "\n".join([*lines, f"data: {json.dumps(data)}\n\n"]).encode()
 
 
-def _compact_json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+_LOG_ID = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 
 
-def from_payload(payload: str) -> Event:
-    """Return the event that a NOTIFY payload of anybody means.
-
-    The wire form is told by its first character. A JSON object whose keys are all among event, id, data, retry and
-    comment is read as those fields, as senders written for sse_relay_server mean it. Anything else is data.
-    Raises `InvalidEvent` if that is no legal event.
-    """
-    if payload.startswith(_WIRE_MARK):
-        return _from_wire(payload)
-    if payload.lstrip(" \t\r\n").startswith("{"):
-        fields = _load_object(payload)
-        if fields and fields.keys() <= FIELDS:
-            return _from_fields(fields)
-    return Event(payload)
-
-
-def _from_wire(payload: str) -> Event:
-    if payload[1:2] != _WIRE_VERSION:
-        raise InvalidEvent("The payload is in a version of the wire form that this version of the package cannot read.")
-    head, line_end, data = payload[2:].partition("\n")
-    fields = _load_object(head)
-    if fields is None or not fields.keys() <= FIELDS | {"n"} or bool(line_end) == ("data" in fields):
-        raise InvalidEvent("The payload begins like the package's wire form and is not: damaged or forged.")
-    fields.pop("n", None)
-    if line_end:
-        fields["data"] = data
-    return _from_fields(fields)
-
-
-def _from_fields(fields: dict[str, Any]) -> Event:
-    """Read fields that another program wrote: numbers are taken for `id` and `event`, digits for `retry`."""
-    retry = fields.get("retry")
-    if isinstance(retry, str) and len(retry) < 20 and retry.isascii() and retry.isdigit():
-        retry = int(retry)
-    texts: dict[str, Any] = {}
-    for field in ("event", "id"):
-        value = fields.get(field)
-        texts[field] = str(value) if type(value) in (int, float) else value
-    try:
-        return make_event(fields.get("data"), **texts, retry=retry, comment=fields.get("comment"))
-    except RecursionError:
-        raise InvalidEvent("The event's data are nested too deep.") from None
-
-
-def _load_object(text: str) -> dict[str, Any] | None:
-    """Return the JSON object that `text` is, or None if it is none."""
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+def to_log_id(text: str) -> int | None:
+    """Return the log's id that a `Last-Event-ID` is, or None if it is none."""
+    return int(text) if _LOG_ID.fullmatch(text) and int(text) <= MAX_NUMBER else None

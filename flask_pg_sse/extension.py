@@ -75,22 +75,23 @@ class _CurrentApp:
         retry:       the browser's reconnection time, in milliseconds.
         comment:     text that browsers ignore.
         sse_payload: the five above as one dict, the call of sse_relay_server; alone or not at all.
-        durable:     whether the event goes to the event log. There is no log yet: either way no event is kept.
+        durable:     whether the event goes to the event log, where there is one. One that does not reaches the streams
+                     that are open, and is in no order with those of the log that its transaction sends.
         connection:  a psycopg2 or psycopg 3 connection, or an SQLAlchemy `Connection`, `Session` or `scoped_session`.
                      The event then belongs to its transaction: it leaves on commit, and never after a rollback. Without
                      it the event leaves at once, on a connection of the package's own.
 
-        Returns the event's id in the log where it is known; without a log, None.
+        Returns the event's id in the log; None without a log, and with `connection`, where it gets one on commit.
         Raises `InvalidChannel` and `InvalidEvent` (both `ValueError`) for what cannot be sent, `PayloadTooLarge` for
-        what does not fit PostgreSQL's NOTIFY, `DatabaseUnavailable` (a `ConnectionError`), `DatabaseNotConfigured`.
+        what does not fit PostgreSQL's NOTIFY and goes to no log, `DatabaseUnavailable` (a `ConnectionError`),
+        `DatabaseNotConfigured`, and `EventLogMissing` where the configuration requires a log and there is none.
         """
         fields: Mapping[str, Any] = {"event": event, "id": id, "retry": retry, "comment": comment}
         if sse_payload is not None:
             if data is not None or any(value is not None for value in fields.values()):
                 raise TypeError("notify() takes sse_payload, or data, event, id, retry and comment; not both.")
             data, fields = _split_sse_payload(sse_payload)
-        self._runtime().notify(channel, [data], fields, connection)
-        return None
+        return self._runtime().notify(channel, [data], fields, connection, durable=durable)
 
     def notify_many(
         self,
@@ -110,17 +111,29 @@ class _CurrentApp:
         if isinstance(items, str | bytes | dict):
             raise TypeError(f"notify_many() takes a list of items; for one {type(items).__name__} call notify().")
         fields = {"event": event, "retry": retry, "comment": comment}
-        self._runtime().notify(channel, list(items), fields, connection)
+        self._runtime().notify(channel, list(items), fields, connection, durable=durable)
 
-    def sse_url(self, channels: str | Iterable[str], *, external: bool = False) -> str:
+    def sse_cursor(self) -> int | None:
+        """Return the event log's head: whoever reads data after this call has all events up to it in them.
+
+        For `sse_url(…, cursor=…)`: the page's stream then begins where its data end. None without a log. Read on a
+        connection of the package's own. Raises `DatabaseUnavailable`, `DatabaseNotConfigured`.
+        """
+        return self._runtime().cursor()
+
+    def sse_url(self, channels: str | Iterable[str], *, cursor: int | str | None = None, external: bool = False) -> str:
         """Return the URL of a stream on one channel or several.
 
-        A path, or with `external` an absolute URL; always absolute, under `SSE_SERVER_URL`, where that is set.
+        `cursor` is what `sse_cursor()` gave: the stream begins with what came after it. A path, or with `external` an
+        absolute URL; always absolute, under `SSE_SERVER_URL`, where that is set.
         """
         names = [channels] if isinstance(channels, str) else list(channels)
         if not names:
             raise ValueError("sse_url() needs at least one channel.")
-        query = urlencode([("channel", check_channel(name)) for name in names])
+        pairs = [("channel", check_channel(name)) for name in names]
+        if cursor is not None:
+            pairs.append(("last_event_id", str(cursor)))
+        query = urlencode(pairs)
         base = self._runtime().settings.server_url
         if base is not None:
             return f"{base}/?{query}"
@@ -174,6 +187,8 @@ class PgSSE(_CurrentApp):
             )
         return states[0].runtime if states else self._own
 
+    cursor = _CurrentApp.sse_cursor
+
     def close(self) -> None:
         """End the streams, threads and connections that the methods have started; the next use starts anew."""
         self._runtime().close()
@@ -192,6 +207,7 @@ _current_app = _CurrentApp()
 notify = _current_app.notify
 notify_many = _current_app.notify_many
 sse_url = _current_app.sse_url
+sse_cursor = _current_app.sse_cursor
 # The name of the call in sse_server_postgres_listen_notify.
 postgres_notify = notify
 

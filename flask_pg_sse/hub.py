@@ -3,6 +3,10 @@
 A turn is all that one look at PostgreSQL brought, in its order. Streams with the same set of channels form a group; a
 turn becomes one block of bytes for all groups with the same share in it, and every stream of those is offered the same
 object. (A block for each channel would reorder a stream on two channels.)
+
+With the event log, `position` is the id up to which everything has been handed over. A stream that has missed
+something goes live at the moment when what the hub remembers joins on to what it has. Nothing is lost or repeated
+there, because turns and that moment exclude each other.
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from . import event
-from .subscription import Subscription
+from .page import Item
+from .recent import Recent
+from .subscription import Block, Subscription
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +67,8 @@ class Hub:
         self._tickets: dict[Subscription, Ticket] = {}
         # Offers come one at a time, from the listener's turns or from the ticker. Held for a turn, not for a client.
         self._dispatch = threading.Lock()
+        self.position = 0  # in the log; 0 without one. Moved under the lock, as what is remembered
+        self._recent = Recent()
         self._draining: str | None = None
         self._gone: deque[Subscription] = deque()  # closed, and still in the tables
 
@@ -82,10 +90,48 @@ class Hub:
             members.add(subscription)
         # Asked after the stream stands in the tables: drain() sets the reason first and then reads the tables.
         if self._draining is None and ticket.wait(OPEN_TIMEOUT) and self._draining is None:
-            subscription.last_active = time.monotonic()
-            subscription.opened = True
             return None
         return self._draining or "unavailable"
+
+    def go_live(self, subscription: Subscription) -> None:
+        """Let an open stream take what comes from now on."""
+        with self._dispatch:
+            self._remember(subscription)
+            subscription.go_live(self.position, Block(b""), time.monotonic())
+
+    def join(self, subscription: Subscription, *, exists: bool) -> bool:
+        """Let a stream that has everything up to `sent` go live without a gap; tell whether it could.
+
+        It cannot if it lacks more than is remembered here, or than its buffer takes; then it is to read the log.
+        `exists` says that its position is one of the log's: a client may have made one up that no event reaches for a
+        long time. Beyond our own position it may well be, where another worker was faster.
+        """
+        with self._dispatch:
+            self._remember(subscription)
+            if subscription.sent > self.position and not exists:
+                return False
+            items = self._recent.missed(subscription.channels, subscription.sent)
+            if items is None:
+                return False
+            missed = Block.of(items)
+            if len(missed.data) > subscription.limit:
+                return False
+            subscription.go_live(subscription.sent, missed, time.monotonic())
+            return True
+
+    def _remember(self, subscription: Subscription) -> None:
+        if self.position:
+            self._recent.begin(subscription.channels, self.position)
+
+    def unremembered(self, channels: Iterable[str]) -> dict[str, int]:
+        """Return the channels whose last events the log is to be asked for, each with the id up to which."""
+        with self._dispatch:
+            return self._recent.gaps(channels)
+
+    def remember(self, channel: str, after: int, items: Sequence[Item], upto: int) -> None:
+        """Remember the events that the log has of a channel between two ids."""
+        with self._dispatch:
+            self._recent.fill(channel, after, items, upto)
 
     def close(self, subscription: Subscription) -> None:
         """Have a stream forgotten; harmless when it was never opened or has been forgotten already.
@@ -102,7 +148,7 @@ class Hub:
             self._forget(self._gone.popleft())
 
     def _forget(self, subscription: Subscription) -> None:
-        with self._tables:
+        with self._dispatch, self._tables:
             ticket = self._tickets.pop(subscription, None)
             if ticket is None:
                 return
@@ -115,6 +161,7 @@ class Hub:
                     groups.discard(subscription.channels)
                     if not groups:
                         del self._groups_of[channel]
+                        self._recent.end(channel)
         self._unlisten(subscription.channels)
 
     def __len__(self) -> int:
@@ -128,27 +175,33 @@ class Hub:
 
     # -- what the engine and the ticker call
 
-    def deliver(self, turn: Sequence[tuple[str, bytes]]) -> None:
-        """Hand a turn of (channel, block) to every stream that listens."""
+    def deliver(self, turn: Sequence[Item], position: int) -> None:
+        """Hand a turn to every stream that listens. `position` is the log's after it."""
         with self._dispatch:
+            self.position = position
+            self._recent.add(turn)
             now = time.monotonic()
             pairs = ((stream, block) for streams, block in self._blocks_of(turn) for stream in streams)
             for subscription, block in _with_pauses(pairs):
                 if not subscription.offer(block, now):
-                    self._end_behind(subscription)
+                    self._fall_behind(subscription)
 
-    def _end_behind(self, subscription: Subscription) -> None:
-        logger.info("A stream was ended: its client reads slower than events come.")
-        subscription.end(self.end_block("behind"), drop=True)
+    def _fall_behind(self, subscription: Subscription) -> None:
+        """Stop buffering for a client that reads slower than events come."""
+        if self.position:
+            subscription.fall_behind()
+        else:
+            logger.info("A stream was ended: its client reads slower than events come.")
+            subscription.end(self.end_block("behind"), drop=True)
 
-    def _blocks_of(self, turn: Sequence[tuple[str, bytes]]) -> list[tuple[tuple[Subscription, ...], bytes]]:
+    def _blocks_of(self, turn: Sequence[Item]) -> list[tuple[tuple[Subscription, ...], Block]]:
         """Return the streams of each group with their block.
 
         Groups whose channels have the same share in the turn get the same bytes: streams that have a channel of their
         own each, beside one for all, cost no more than if they had only that one.
         """
         positions: dict[str, list[int]] = {}
-        for position, (channel, _) in enumerate(turn):
+        for position, (channel, _, _) in enumerate(turn):
             positions.setdefault(channel, []).append(position)
         with self._tables:
             groups = {group for channel in positions for group in self._groups_of.get(channel, ())}
@@ -156,27 +209,36 @@ class Hub:
         blocks = {}
         for share in {share for share, _ in found}:
             wanted = sorted(position for channel in share for position in positions[channel])
-            blocks[share] = b"".join(turn[position][1] for position in wanted)
+            blocks[share] = Block.of([turn[position] for position in wanted])
         return [(streams, blocks[share]) for share, streams in found]
 
-    def gap(self, reason: str) -> None:
-        """Tell every open stream that events may have been missed and cannot be had again."""
-        block = event.control_block("reset", {"reason": reason})
+    def gap(self, reason: str, position: int) -> None:
+        """Tell every live stream that events may have been missed and cannot be had again.
+
+        `position` is the log's, from which they go on; 0 without one. Streams that are behind find out by themselves.
+        """
+        block = Block(event.control_block("reset", {"reason": reason}, id=position or None), last=position)
         now = time.monotonic()
         with self._dispatch:
+            self.position = position
+            self._recent.restart(position)
             for subscription in _with_pauses(self._everybody()):
-                if subscription.opened and not subscription.offer(block, now):
-                    self._end_behind(subscription)
+                if subscription.live:
+                    subscription.accepted = position
+                    if not subscription.offer(block, now):
+                        self._fall_behind(subscription)
 
     def beat(self) -> None:
-        """Send a comment on every stream that has been quiet for the heartbeat's time."""
+        """Send a sign of life on every stream that has been quiet for the heartbeat's time."""
         self.sweep()
         now = time.monotonic()
         quiet_since = now - self._heartbeat
         with self._dispatch:
+            self._recent.trim()
+            cursor = Block(event.control_block("cursor", {}, id=self.position), last=self.position)
             for subscription in _with_pauses(self._everybody()):
-                if subscription.opened and subscription.last_active <= quiet_since:
-                    subscription.heartbeat(now)
+                if subscription.live and subscription.last_active <= quiet_since:
+                    subscription.heartbeat(now, cursor)
 
     def drain(self, reason: str) -> None:
         """End all streams, those that still wait for PostgreSQL too, and refuse new ones."""

@@ -6,6 +6,8 @@ workers are forked and before gevent patches them. What was started belongs to t
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 import threading
@@ -13,14 +15,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .channels import check_channel, pg_name
-from .errors import DatabaseNotConfigured
-from .event import Event, make_event, to_payload
+from .errors import DatabaseNotConfigured, DatabaseUnavailable
+from .event import Event, make_event
 from .hub import Hub
 from .postgres.dsn import Dsn, is_postgres, to_dsn
-from .postgres.listener import Listener
-from .postgres.publish import Publisher, check_caller, send_in_transaction
+from .postgres.listener import BEAT_EVERY, Listener
+from .postgres.log import EventLog
+from .postgres.pool import Pool
+from .postgres.presence import Presence
+from .postgres.prune import Pruner
+from .postgres.publish import Publisher, check_caller, execute_on, log_in_transaction, send_in_transaction
+from .replay import Replay
 from .settings import Settings, database_sources
 from .ticker import Ticker
+from .wire import to_payload, to_row
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +48,7 @@ class Runtime:
         self._config = config
         self._dumps = dumps
         self._settings: Settings | None = None
+        self._log_presence: Presence | None = None
         self._locks: dict[int, threading.Lock] = {}
         self._process: _Process | None = None
         self.collect: Callable[[str, Event], None] | None = None  # gets the events in PostgreSQL's place, in tests
@@ -56,27 +65,72 @@ class Runtime:
         items: Sequence[object],
         fields: Mapping[str, Any],
         connection: Any = None,
-    ) -> None:
-        """Send one event for each of `items` in one transaction: the caller's, or one of the package's own."""
+        *,
+        durable: bool = True,
+    ) -> int | None:
+        """Send one event for each of `items` in one transaction: the caller's, or one of the package's own.
+
+        Returns the last one's id in the log where it is known.
+        """
         check_channel(channel)
         if connection is not None:
             check_caller(connection)
         events = [make_event(item, **fields, dumps=self._dumps) for item in items]
-        payloads = [to_payload(event, channel) for event in events]
         if self.collect is not None:
+            if not durable or self.settings.event_log is not True:
+                _ = [to_payload(event, channel) for event in events]  # as large as it may be
             for event in events:
                 self.collect(channel, event)
-        elif not payloads:
-            return
-        elif connection is not None:
-            send_in_transaction(connection, pg_name(channel), payloads)
+        elif events:
+            return self._send(channel, events, connection, durable)
+        return None
+
+    def _send(self, channel: str, events: Sequence[Event], connection: Any, durable: bool) -> int | None:
+        presence, publisher = self._presence(), None
+        if connection is None:
+            publisher = self._running().publisher
+            rows_of = publisher.execute
         else:
-            self._running().publisher.send(pg_name(channel), payloads)
+            rows_of = functools.partial(execute_on, connection)
+        if not durable or presence.look(rows_of) is None:
+            payloads = [to_payload(event, channel) for event in events]
+            if publisher is None:
+                send_in_transaction(connection, pg_name(channel), payloads)
+            else:
+                publisher.send(pg_name(channel), payloads)
+            return None
+        rows = [to_row(event) for event in events]
+        try:
+            if publisher is not None:
+                return publisher.log(channel, rows)
+            log_in_transaction(connection, channel, rows)
+        except Exception:
+            presence.forget()  # it may have been taken away
+            raise
+        return None
+
+    def cursor(self) -> int | None:
+        """Return the head of the event log, None without a log."""
+        process = self._running()
+        if self._presence().look(process.publisher.execute) is None:
+            return None
+        return process.log.head()
+
+    def require_log(self) -> None:
+        """Raise `EventLogMissing` where the configuration requires a log, and the database answers that it has none."""
+        if self.settings.event_log is True and not self._presence().found:
+            with contextlib.suppress(DatabaseUnavailable):  # a stream waits for it, and says so
+                self._presence().look(self._running().publisher.execute)
 
     @property
-    def hub(self) -> Hub:
-        """The hub of this process, with its listener and ticker running."""
-        return self._running().hub()
+    def streams(self) -> tuple[Hub, Replay]:
+        """What serves the streams of this process, with listener and ticker running."""
+        return self._running().streams()
+
+    def _presence(self) -> Presence:
+        if self._log_presence is None:
+            self._log_presence = Presence(self.settings.event_log)
+        return self._log_presence
 
     def close(self, timeout: float = 5.0) -> None:
         """End all streams, threads and connections of this process; the next use starts anew."""
@@ -91,7 +145,7 @@ class Runtime:
             with self._lock():
                 process = self._process
                 if process is None or process.pid != os.getpid():
-                    process = self._process = _Process(self._dsns(), self.settings)
+                    process = self._process = _Process(self._dsns(), self.settings, self._presence())
         return process
 
     def _lock(self) -> threading.Lock:
@@ -114,30 +168,47 @@ class Runtime:
         return dsn, listen
 
 
+# Connections of the package's own. A notify takes about a millisecond, so a few serve a whole worker.
+_NOTIFY_CONNECTIONS = 4
+# Reading for slow clients must not keep notify() waiting, nor the other way round.
+_LOG_CONNECTIONS = 2
+
+
 class _Process:
     """What runs in one process. The hub starts with the first stream: a process that only notifies never listens."""
 
-    def __init__(self, dsns: tuple[Dsn, Dsn], settings: Settings) -> None:
+    def __init__(self, dsns: tuple[Dsn, Dsn], settings: Settings, presence: Presence) -> None:
         self.pid = os.getpid()
         dsn, self._listen_dsn = dsns
         self._settings = settings
-        self.publisher = Publisher(dsn)
+        self._presence = presence
+        self._pools = (
+            Pool(dsn, "notify", _NOTIFY_CONNECTIONS),
+            Pool(dsn, "log", _LOG_CONNECTIONS, down_for=0.5),
+            Pool(dsn, "prune", 1),
+        )
+        self.publisher = Publisher(self._pools[0])
+        self.log = EventLog(self._pools[1])
         self._starting = threading.Lock()
         self._stopped = False
-        self._hub: Hub | None = None
+        self._streams: tuple[Hub, Replay] | None = None
         self._listener: Listener | None = None
-        self._ticker: Ticker | None = None
+        self._threads: tuple[Listener | Ticker | Pruner, ...] = ()
 
-    def hub(self) -> Hub:
-        if self._hub is None:
+    @property
+    def hub(self) -> Hub | None:
+        return self._streams[0] if self._streams is not None else None
+
+    def streams(self) -> tuple[Hub, Replay]:
+        if self._streams is None:
             with self._starting:
-                if self._hub is None:
+                if self._streams is None:
                     if self._stopped:
                         raise RuntimeError("flask_pg_sse was closed while this stream was about to start.")
-                    self._hub = self._start()
-        return self._hub
+                    self._streams = self._start()
+        return self._streams
 
-    def _start(self) -> Hub:
+    def _start(self) -> tuple[Hub, Replay]:
         heartbeat = self._settings.heartbeat
         hub = Hub(
             lambda channels: listener.listen(channels),
@@ -145,25 +216,26 @@ class _Process:
             heartbeat=heartbeat,
             retry=self._settings.retry,
         )
-        listener = Listener(self._listen_dsn, hub.deliver, lambda: hub.gap("reconnected"))
-        ticker = Ticker(hub, heartbeat)
+        listener = Listener(
+            self._listen_dsn, hub.deliver, hub.gap, self._presence, beat_every=min(BEAT_EVERY, heartbeat)
+        )
+        threads = (listener, Ticker(hub, heartbeat), Pruner(self._pools[2], self._presence, self._settings.retention))
         try:
-            listener.start()
-            ticker.start()
+            for thread in threads:
+                thread.start()
         except BaseException:  # no thread to be had, or a greenlet that was killed while it waited for one
-            listener.stop(0)
-            ticker.stop(0)
+            for thread in threads:
+                thread.stop(0)
             raise
-        self._listener, self._ticker = listener, ticker
-        return hub
+        self._listener, self._threads = listener, threads
+        return hub, Replay(hub, self.log, heartbeat=heartbeat)
 
     def stop(self, timeout: float) -> None:
         with self._starting:  # a start that is under way comes to its end first
             self._stopped = True
-        if self._hub is not None:
-            self._hub.drain("shutdown")
-        if self._ticker is not None:
-            self._ticker.stop(timeout)
-        if self._listener is not None:
-            self._listener.stop(timeout)
-        self.publisher.close()
+        if self._streams is not None:
+            self._streams[0].drain("shutdown")
+        for thread in reversed(self._threads):
+            thread.stop(timeout)
+        for pool in self._pools:
+            pool.close()

@@ -83,12 +83,23 @@ def _database(value: object) -> object:
     return value
 
 
+def _on_off_auto(value: object) -> object:
+    if isinstance(value, str) and value.lower() == "auto":
+        return "auto"
+    if isinstance(value, str):
+        value = {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    raise ValueError
+
+
 PATTERNS = Kind("a list of patterns, or a string with commas between them", _texts)
 ORIGINS = Kind('a list of origins such as "https://www.example.com" (no path, no wildcard inside), or "*"', _origins)
 WEB_URL = Kind("an http:// or https:// URL without query", _web_url)
 DATABASE = Kind("a PostgreSQL URL", _database)
 WHOLE = Kind(f"a whole number from 1 to {_MOST}", _whole)
 SECONDS = Kind("a number of seconds greater than 0", _seconds)
+ON_OFF_AUTO = Kind('true, false or "auto"', _on_off_auto)
 
 
 def _key(default: Any, kind: Kind, help: str) -> Any:
@@ -116,9 +127,19 @@ class Settings:
         WEB_URL,
         "where the streams are, if not in this app, the blueprint's path included: `https://live.example.com/sse`",
     )
-    heartbeat: float = _key(15.0, SECONDS, "seconds after which a quiet stream gets a comment, to keep proxies patient")
+    event_log: bool | str = _key(
+        "auto",
+        ON_OFF_AUTO,
+        "the event log: used where it is installed (`flask sse init`); true: required; false: unused",
+    )
+    retention: float = _key(86400.0, SECONDS, "seconds for which the event log keeps events")
+    heartbeat: float = _key(
+        15.0, SECONDS, "seconds after which a quiet stream gets a sign of life, to keep proxies patient"
+    )
     retry: int = _key(3000, WHOLE, "milliseconds a browser waits before it reconnects")
-    buffer_bytes: int = _key(262144, WHOLE, "bytes that may wait for one slow client before its stream is ended")
+    buffer_bytes: int = _key(
+        262144, WHOLE, "bytes that may wait for one slow client; past that it reads the event log, or without it ends"
+    )
     max_channels: int = _key(100, WHOLE, "channels on one stream")
 
     @classmethod
@@ -135,7 +156,7 @@ class Settings:
             kind: Kind = entry.metadata["kind"]
             try:
                 values[entry.name] = kind.parse(value)
-            except (ValueError, TypeError, OverflowError):
+            except (ValueError, TypeError, OverflowError, KeyError):
                 shown = _shown(value, kind)
                 raise ConfigurationError(f"{key_of(entry.name)} is {shown}, and must be {kind.expects}.") from None
         return cls(**values)

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import event
+from .errors import DatabaseUnavailable
 from .hub import Hub
+from .replay import Replay
 from .server import Connection
 from .subscription import Subscription
 
@@ -15,14 +17,16 @@ from .subscription import Subscription
 class StreamRequest:
     """What a stream needs to know of its request, in plain values: request and app context are gone when it runs.
 
-    `resumes` says that the client was connected before and names the last event that it has.
+    `last_event_id` is what the client says of its own position, "" if nothing.
     """
 
-    resumes: bool
+    last_event_id: str
     retry: int
 
 
-def stream(hub: Hub, subscription: Subscription, request: StreamRequest, connection: Connection) -> Iterator[bytes]:
+def stream(
+    hub: Hub, replay: Replay, subscription: Subscription, request: StreamRequest, connection: Connection
+) -> Iterator[bytes]:
     """Yield the blocks of a stream until it ends.
 
     Nothing happens, and nothing needs to be undone, before the first `next()`: a response that is dropped before the
@@ -31,20 +35,39 @@ def stream(hub: Hub, subscription: Subscription, request: StreamRequest, connect
     subscription.cut_off = connection.cut
     try:
         refusal = hub.open(subscription)
+        if refusal is None:
+            opening = _go_live(hub, subscription, request)
+            missed = replay.read(subscription, opening=True)
+            try:
+                opening += next(missed, b"")  # before anything has left: the log may not answer
+            except DatabaseUnavailable:
+                refusal = "unavailable"
         if refusal is not None:
             yield hub.end_block(refusal)
         else:
-            yield _opening(request)
+            yield opening
+            yield from missed
             while (piece := subscription.take()) is not None:
-                yield piece
+                if piece:
+                    yield piece
+                else:  # it has fallen behind
+                    yield from replay.read(subscription)
         connection.stop_reading()
     finally:
         hub.close(subscription)
 
 
-def _opening(request: StreamRequest) -> bytes:
-    block = event.control_block("open", {}, retry=request.retry)
-    if request.resumes:
+def _go_live(hub: Hub, subscription: Subscription, request: StreamRequest) -> bytes:
+    """Return the first block. The stream is live then, unless it has to read first what it has missed."""
+    after = event.to_log_id(request.last_event_id)
+    if hub.position and after is not None:
+        subscription.sent = after
+        return event.control_block("open", {}, id=after, retry=request.retry)
+    hub.go_live(subscription)
+    position = subscription.accepted or None
+    block = event.control_block("open", {}, id=position, retry=request.retry)
+    if request.last_event_id:
         # There is nothing to replay from, and the client must not believe otherwise.
-        block += event.control_block("reset", {"reason": "no-log"})
+        reason = "unknown-id" if position else "no-log"
+        block += event.control_block("reset", {"reason": reason}, id=position)
     return block

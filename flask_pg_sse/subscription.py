@@ -1,18 +1,50 @@
-"""One stream's place between the fan-out and its client: a bounded buffer of blocks of bytes.
+"""One stream's place between the fan-out and its client: a bounded buffer of blocks of bytes, and where it stands.
 
-Who calls what: `offer()`, `heartbeat()` and `end()` come from the dispatching side, one call at a time (the hub sees to
-that); `take()` from the stream's generator alone. Each side writes only its own counter and the list's operations are
-atomic under the interpreter's lock, so the hot path needs no lock of its own.
+A stream is live, and takes what is offered, or it is behind, takes nothing, and reads the event log until it has caught
+up. Invariant: an event of the log is taken only if its id is above `accepted`, and taking it moves `accepted` there.
+
+Who calls what: `offer()`, `heartbeat()`, `fall_behind()`, `go_live()` and `end()` come one call at a time (the hub sees
+to that); `take()` from the stream's generator alone. Each side writes only its own counter and the list's operations
+are atomic under the interpreter's lock, so the hot path needs no lock of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from . import event, wakeup
+from .page import Item
 
 # What one send may hold. A page of several hundred kB in one piece would be copied again at every partial send.
 PIECE_BYTES = 65536
+_NEVER = 2**63  # above every id
+
+
+class Block:
+    """Bytes for a stream, or for many, and the ids in the log between which they lie."""
+
+    __slots__ = ("_items", "data", "first", "last")
+
+    def __init__(self, data: bytes, first: int = _NEVER, last: int = 0) -> None:
+        self.data = data
+        self.first = first
+        self.last = last
+        self._items: Sequence[Item] = ()
+
+    @classmethod
+    def of(cls, items: Sequence[Item]) -> Block:
+        """Join events, in their order."""
+        ids = [log_id for _, _, log_id in items if log_id]
+        block = cls(b"".join([data for _, data, _ in items]), min(ids, default=_NEVER), max(ids, default=0))
+        block._items = items
+        return block
+
+    def above(self, log_id: int) -> Block:
+        """Return what of it the log has above an id, and all that is not in the log."""
+        return Block.of([item for item in self._items if not item[2] or item[2] > log_id])
+
+
+_HEARTBEAT = Block(event.HEARTBEAT)
 
 
 class Subscription:
@@ -31,20 +63,24 @@ class Subscription:
         "_rest",
         "_spot",
         "_taken",
+        "accepted",
         "channels",
         "cut_off",
         "last_active",
         "limit",
-        "opened",
+        "live",
+        "sent",
     )
 
     def __init__(self, channels: Iterable[str], limit: int) -> None:
         self.channels = frozenset(channels)
         self.limit = limit
-        self.opened = False  # whether the first block, and with it the promise to miss nothing, has left
+        self.live = False
+        self.accepted = 0  # id in the log up to which all has been taken, and which the client is told
+        self.sent = 0  # id up to which all has been handed to the server: where to read on after falling behind
         self.last_active = 0.0  # monotonic time of the last block
         self.cut_off: Callable[[], None] | None = None  # ends the client's connection at once
-        self._blocks: list[bytes] = []
+        self._blocks: list[Block] = []
         self._rest = b""
         self._offered = 0
         self._taken = 0
@@ -58,24 +94,51 @@ class Subscription:
         """Bytes that were offered and that the server has not yet sent."""
         return self._offered - self._taken
 
-    def offer(self, block: bytes, now: float) -> bool:
-        """Take a block for the client; False if it is too slow for that. A stream that has ended takes nothing."""
-        if self._closing is not None:
+    @property
+    def ended(self) -> bool:
+        """Whether the stream's end has been decided; its last block may still have to leave."""
+        return self._closing is not None
+
+    def go_live(self, after: int, missed: Block, now: float) -> None:
+        """Take what is offered from now on. The client has everything up to the id `after`, and then `missed`."""
+        self._offered = self._taken = self._in_flight = 0
+        self.accepted = self.sent = after
+        self.last_active = now
+        self.live = True
+        if missed.data:
+            self.offer(missed, now)
+
+    def offer(self, block: Block, now: float) -> bool:
+        """Take a block for the client; False if it is too slow for that. A stream that is not live takes nothing."""
+        if not self.live or self._closing is not None:
             return True
+        if block.first <= self.accepted:  # it came by the log already
+            block = block.above(self.accepted)
+            if not block.data:
+                return True
         waiting = self._offered - self._taken
-        if waiting and waiting + len(block) > self.limit:
+        if waiting and waiting + len(block.data) > self.limit:
             return False
         self._blocks.append(block)
-        self._offered += len(block)
+        self._offered += len(block.data)
+        if block.last:
+            self.accepted = block.last
         self.last_active = now
         if self._parked:
             self._wake()
         return True
 
-    def heartbeat(self, now: float) -> None:
-        """Offer a comment, if nothing waits that would do as a sign of life."""
+    def heartbeat(self, now: float, cursor: Block) -> None:
+        """Offer a sign of life, if nothing waits that would do as one: the log's position if it has moved on."""
         if self._offered == self._taken:
-            self.offer(event.HEARTBEAT, now)
+            self.offer(cursor if cursor.last > self.accepted else _HEARTBEAT, now)
+
+    def fall_behind(self) -> None:
+        """Drop what waits. The stream is to read on from the log, from `sent`."""
+        self.live = False
+        self._blocks.clear()
+        if self._parked:
+            self._wake()
 
     def end(self, block: bytes, *, drop: bool = False) -> None:
         """Close the stream with `block`, after what waits or, with `drop`, in place of it. The first end counts."""
@@ -90,12 +153,13 @@ class Subscription:
     def take(self) -> bytes | None:
         """Return the next piece for the client, waiting until there is one; None when the stream has ended.
 
-        All that waits goes in one piece, up to 64 kB: a client that fell behind catches up in few sends.
+        All that waits goes in one piece, up to 64 kB: a client that fell behind catches up in few sends. An empty piece
+        says that the stream is not live.
         """
         self._taken += self._in_flight
         self._in_flight = 0
         while True:
-            closing = self._closing  # read first: what was offered before the end is then in sight
+            closing, live = self._closing, self.live  # read first: what was offered before is then in sight
             piece = self._next_piece()
             if piece is not None:
                 self._in_flight = len(piece)
@@ -103,6 +167,8 @@ class Subscription:
             if closing is not None:
                 self._closing = b""
                 return closing or None
+            if not live:
+                return b""
             self._park()
 
     def _next_piece(self) -> bytes | None:
@@ -115,7 +181,9 @@ class Subscription:
             waiting = blocks[:count]
             if not waiting:
                 return None
-            self._rest = waiting[0] if len(waiting) == 1 else b"".join(waiting)
+            self._rest = waiting[0].data if len(waiting) == 1 else b"".join([block.data for block in waiting])
+            for block in waiting:
+                self.sent = block.last or self.sent
             del blocks[:count]
         piece, self._rest = self._rest[:PIECE_BYTES], self._rest[PIECE_BYTES:]
         return piece
@@ -125,7 +193,7 @@ class Subscription:
             self._spot = wakeup.new_spot()
         self._parked = True
         # Looked at again after the flag is up: what came before it would otherwise wake nobody.
-        if not self._blocks and self._closing is None:
+        if not self._blocks and self._closing is None and self.live:
             self._spot.park()
         self._parked = False
 

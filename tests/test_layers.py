@@ -10,11 +10,12 @@ import flask_pg_sse
 
 PACKAGE = Path(flask_pg_sse.__file__).parent
 FLOORS = [
-    {"errors", "event", "channels", "settings", "backoff", "wakeup"},
-    {"hub", "subscription", "access", "server", "shutdown"},
+    {"errors", "event", "wire", "page", "channels", "settings", "backoff", "wakeup"},
+    {"hub", "subscription", "recent", "access", "server", "shutdown"},
     {
-        "postgres.dsn", "postgres.connect", "postgres.listener", "postgres.publish", "postgres.schema",
-        "stream", "ticker",
+        "postgres.dsn", "postgres.connect", "postgres.pool", "postgres.schema", "postgres.presence", "postgres.log",
+        "postgres.publish", "postgres.wanted", "postgres.decode", "postgres.listener", "postgres.prune",
+        "replay", "stream", "ticker",
     },
     {"runtime"},
     {"extension", "blueprint"},
@@ -23,10 +24,16 @@ FLOORS = [
 # Neighbours on one floor may use each other where the arrow goes one way.
 ALLOWED_BESIDE = {
     ("event", "errors"), ("channels", "errors"), ("settings", "errors"),
-    ("hub", "subscription"),
-    ("postgres.connect", "postgres.dsn"),
+    ("wire", "errors"), ("wire", "event"),
+    ("hub", "subscription"), ("hub", "recent"),
+    ("stream", "replay"),
+    ("postgres.connect", "postgres.dsn"), ("postgres.pool", "postgres.connect"), ("postgres.pool", "postgres.dsn"),
+    ("postgres.presence", "postgres.schema"),
+    ("postgres.log", "postgres.pool"), ("postgres.publish", "postgres.pool"),
+    ("postgres.prune", "postgres.pool"), ("postgres.prune", "postgres.presence"),
     ("postgres.listener", "postgres.connect"), ("postgres.listener", "postgres.dsn"),
-    ("postgres.publish", "postgres.connect"), ("postgres.publish", "postgres.dsn"),
+    ("postgres.listener", "postgres.decode"), ("postgres.listener", "postgres.wanted"),
+    ("postgres.listener", "postgres.log"), ("postgres.listener", "postgres.presence"),
     ("blueprint", "extension"),
     # PgSSE registers the blueprint, within a function.
     ("extension", "blueprint"),

@@ -15,14 +15,16 @@ import pytest
 from demo import postgres
 from flask_pg_sse.backoff import Backoff
 from flask_pg_sse.channels import pg_name
+from flask_pg_sse.page import Item
 from flask_pg_sse.postgres.connect import connect
 from flask_pg_sse.postgres.dsn import to_dsn
 from flask_pg_sse.postgres.listener import Listener
+from flask_pg_sse.postgres.presence import Presence
 from tests.client import eventually
 from tests.conftest import connect as plain_connect
 from tests.conftest import execute
 
-Turns = list[list[tuple[str, bytes]]]
+Turns = list[list[Item]]
 Make = Callable[..., tuple[Listener, Turns, list[float]]]
 
 
@@ -35,10 +37,14 @@ def make_listener() -> Iterator[Make]:
         turns: Turns = []
         gaps: list[float] = []
 
-        def deliver(turn: Sequence[tuple[str, bytes]]) -> None:
-            turns.append(list(turn))
+        def deliver(turn: Sequence[Item], position: int) -> None:
+            if turn:
+                turns.append(list(turn))
 
-        listener = Listener(to_dsn(url, "test"), deliver, lambda: gaps.append(time.monotonic()), **options)
+        def gap(reason: str, position: int) -> None:
+            gaps.append(time.monotonic())
+
+        listener = Listener(to_dsn(url, "test"), deliver, gap, Presence("auto"), **options)
         listener.start()
         made.append(listener)
         return listener, turns, gaps
@@ -49,7 +55,7 @@ def make_listener() -> Iterator[Make]:
 
 
 def events(turns: Turns) -> list[tuple[str, bytes]]:
-    return [entry for turn in list(turns) for entry in turn]
+    return [(channel, data) for turn in list(turns) for channel, data, _ in turn]
 
 
 def listener_pid(url: str) -> int:
@@ -81,11 +87,12 @@ def test_two_thousand_channels_cost_few_round_trips(
     go_on = threading.Event()
     real = Listener._execute
 
-    def counting(self: Listener, connection: Any, query: str) -> None:
-        statements.append(query)
+    def counting(self: Listener, connection: Any, query: str, *rest: Any) -> Any:
+        if "LISTEN" in query:
+            statements.append(query)
         if "first" in query:
             go_on.wait(20)
-        real(self, connection, query)
+        return real(self, connection, query, *rest)
 
     monkeypatch.setattr(Listener, "_execute", counting)
     listener, turns, _ = make_listener(database_url, linger=0.0)
@@ -120,8 +127,8 @@ def test_channels_are_freed_when_nobody_wants_them(database_url: str, make_liste
     assert listener.listen(["a", "b", "ü" * 100]).wait(10)
     listener.unlisten(["a", "ü" * 100])
     eventually(lambda: listener.listened() == ["b"])
-    assert listener._channel_of.keys() == {"b"}
-    assert not listener._idle_since and not listener._pending and not listener._to_listen
+    assert listener._wanted._channel_of.keys() == {"b"}
+    assert not listener._wanted._idle_since and not listener._wanted._pending and not listener._wanted._to_listen
 
 
 def test_a_stream_that_comes_during_an_unlisten_gets_a_listen_of_its_own(
@@ -223,8 +230,8 @@ def test_nothing_piles_up_while_postgres_is_away(own_postgres: postgres.Server, 
     for number in range(1000):
         assert not listener.listen([f"room-{number}"]).wait(0)
         listener.unlisten([f"room-{number}"])
-    assert listener._channel_of.keys() == listener._to_listen | {"kept"} == {"kept"}
-    assert not listener._pending
+    assert listener._wanted._channel_of.keys() == listener._wanted._to_listen | {"kept"} == {"kept"}
+    assert not listener._wanted._pending
     own_postgres.start()
 
 
@@ -233,9 +240,8 @@ def test_the_listener_notices_that_the_server_does_not_answer(
     database_url: str, make_listener: Make, monkeypatch: pytest.MonkeyPatch, reloading: bool
 ) -> None:
     """A half-open connection: the server's process is stopped, so that nothing comes and nothing breaks."""
-    monkeypatch.setattr("flask_pg_sse.postgres.listener._PING_EVERY", 0.1)
     monkeypatch.setattr("flask_pg_sse.postgres.listener._ANSWER_WITHIN", 0.3)
-    listener, turns, gaps = make_listener(database_url)
+    listener, turns, gaps = make_listener(database_url, beat_every=0.1)
     assert listener.listen(["orders"]).wait(10)
     pid = listener_pid(database_url)
     os.kill(pid, signal.SIGSTOP)
@@ -302,7 +308,7 @@ def test_malformed_payloads_are_logged_once_a_minute(
     said = [record for record in caplog.records if "NOTIFY payload" in record.message]
     assert len(said) == 1
     assert "hunter2" not in caplog.text
-    assert listener._malformed.count == 50
+    assert listener._decoder.malformed == 50
 
 
 def test_turns_are_bounded(database_url: str, make_listener: Make) -> None:
@@ -312,7 +318,7 @@ def test_turns_are_bounded(database_url: str, make_listener: Make) -> None:
     eventually(lambda: len(events(turns)) == 3000, 20)
     assert [int(block[6:].split(b"x")[0]) for _, block in events(turns)] == list(range(1, 3001))
     assert len(turns) > 10
-    assert max(sum(len(block) for _, block in turn) for turn in turns) < 3 * 65536
+    assert max(sum(len(block) for _, block, _ in turn) for turn in turns) < 3 * 65536
 
 
 def test_turns_are_bounded_behind_a_statement_too(
@@ -322,10 +328,10 @@ def test_turns_are_bounded_behind_a_statement_too(
     go_on = threading.Event()
     real = Listener._execute
 
-    def waiting(self: Listener, connection: Any, query: str) -> None:
+    def waiting(self: Listener, connection: Any, query: str, *rest: Any) -> Any:
         if "second" in query:
             go_on.wait(20)
-        real(self, connection, query)
+        return real(self, connection, query, *rest)
 
     monkeypatch.setattr(Listener, "_execute", waiting)
     listener, turns, _ = make_listener(database_url)
@@ -336,7 +342,7 @@ def test_turns_are_bounded_behind_a_statement_too(
     assert ticket.wait(20)
     eventually(lambda: len(events(turns)) == 3000, 20)
     assert [int(block[6:].split(b"x")[0]) for _, block in events(turns)] == list(range(1, 3001))
-    assert max(sum(len(block) for _, block in turn) for turn in turns) < 2 * 65536
+    assert max(sum(len(block) for _, block, _ in turn) for turn in turns) < 2 * 65536
 
 
 def test_events_do_not_wait_until_subscribers_stop_coming(
@@ -344,9 +350,9 @@ def test_events_do_not_wait_until_subscribers_stop_coming(
 ) -> None:
     real = Listener._execute
 
-    def far_away(self: Listener, connection: Any, query: str) -> None:
+    def far_away(self: Listener, connection: Any, query: str, *rest: Any) -> Any:
         threading.Event().wait(0.02)  # the way to a distant server
-        real(self, connection, query)
+        return real(self, connection, query, *rest)
 
     monkeypatch.setattr(Listener, "_execute", far_away)
     listener, turns, _ = make_listener(database_url)
@@ -392,13 +398,12 @@ def test_a_stop_in_the_midst_of_a_flood_is_a_stop(database_url: str, make_listen
         flooding.join()
 
 
-def test_a_name_that_the_database_cannot_write_harms_no_other(postgres_server: postgres.Server) -> None:
+def test_a_name_that_the_database_cannot_write_harms_no_other(
+    postgres_server: postgres.Server, make_listener: Make
+) -> None:
     execute(postgres_server.url(), "CREATE DATABASE latin1 ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
     url = postgres_server.url("latin1")
-    turns: Turns = []
-    gaps: list[int] = []
-    listener = Listener(to_dsn(url, "test"), lambda turn: turns.append(list(turn)), lambda: gaps.append(1))
-    listener.start()
+    listener, turns, gaps = make_listener(url)
     try:
         assert listener.listen(["orders"]).wait(10)
         tickets = [listener.listen([name]) for name in ("room-€", "café", "room-\u4e2d", "plain")]
@@ -414,12 +419,12 @@ def test_a_name_that_the_database_cannot_write_harms_no_other(postgres_server: p
 def test_a_callback_that_fails_does_not_end_the_listener(database_url: str) -> None:
     calls: list[Any] = []
 
-    def deliver(turn: Sequence[tuple[str, bytes]]) -> None:
+    def deliver(turn: Sequence[Item], position: int) -> None:
         calls.append(turn)
         if len(calls) == 1:
             raise RuntimeError("a bug")
 
-    listener = Listener(to_dsn(database_url, "test"), deliver, lambda: None)
+    listener = Listener(to_dsn(database_url, "test"), deliver, lambda reason, position: None, Presence("auto"))
     listener.start()
     try:
         assert listener.listen(["orders"]).wait(10)

@@ -27,7 +27,8 @@ from flask_pg_sse import (
     notify_many,
     postgres_notify,
 )
-from flask_pg_sse.event import Event, from_payload
+from flask_pg_sse.event import Event
+from flask_pg_sse.wire import from_payload
 from tests.client import eventually
 from tests.conftest import connect, execute
 
@@ -53,7 +54,9 @@ class Ear:
                 if notification.channel == "fence":
                     self.connection.notifies.clear()
                     return True
-                found.append((notification.channel, from_payload(notification.payload)))
+                event = from_payload(notification.payload).event
+                assert event is not None
+                found.append((notification.channel, event))
             self.connection.notifies.clear()
             return False
 

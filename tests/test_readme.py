@@ -17,7 +17,8 @@ from flask import Flask
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, scoped_session, sessionmaker
 
 import flask_pg_sse
-from flask_pg_sse import notify, notify_many, settings
+from flask_pg_sse import notify, notify_many, settings, sse_cursor, sse_url
+from flask_pg_sse.postgres.schema import schema_sql
 from flask_pg_sse.testing import stream
 from tests.client import open_stream, request
 from tests.conftest import execute
@@ -114,6 +115,27 @@ def test_publishing_in_a_transaction(app: Flask, database_url: str) -> None:
     assert received(app, 1, lambda: exec(example("transaction"), names)) == [("created", '{"id": 1}')]
     db.session.remove()
     engine.dispose()
+
+
+def test_an_order_placed_while_the_page_is_on_its_way(app: Flask, database_url: str) -> None:
+    execute(database_url, schema_sql())
+    placed = []
+
+    def read_orders(query: str) -> SimpleNamespace:
+        placed.append(notify("orders", "placed after the page has read its data"))
+        return SimpleNamespace(all=list)
+
+    names: dict[str, Any] = {
+        "app": app, "sse_cursor": sse_cursor, "sse_url": sse_url, "select": str, "Order": "orders",
+        "db": SimpleNamespace(session=SimpleNamespace(scalars=read_orders)),
+        "render_template": lambda name, orders, live: live,
+    }  # fmt: skip
+    exec(example("cursor"), names)
+    client = app.test_client()
+    events = stream(client, client.get("/orders").text)
+    assert next(events).event == "sse-open"
+    assert next(events).id == str(placed[0])
+    events.close()  # type: ignore[attr-defined]
 
 
 def test_publishing_from_sql(app: Flask, database_url: str) -> None:

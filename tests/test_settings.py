@@ -178,6 +178,26 @@ def test_a_url_that_was_given_to_the_wrong_key_does_not_show_its_password(key: s
         assert "hunt" not in error(key, value)
 
 
+# -- on, off, or as the database has it
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (True, True), (False, False), (1, True), (0, False), ("true", True), ("TRUE", True), ("1", True),
+        ("False", False), ("0", False), ("auto", "auto"), ("Auto", "auto"),
+    ],
+)  # fmt: skip
+def test_the_event_log_is_on_off_or_auto(value: object, expected: object) -> None:
+    found = read("SSE_EVENT_LOG", value)
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize("value", ["yes", "", 2, -1, 1.0, [], "on", b"1"])
+def test_another_word_for_the_event_log_is_an_error(value: object) -> None:
+    assert 'true, false or "auto"' in error("SSE_EVENT_LOG", value)
+
+
 # -- the environment
 
 
@@ -188,6 +208,8 @@ def test_every_key_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch
         "LISTEN_URL": "postgresql://u:p@h:5433/d",
         "ALLOWED_ORIGINS": '["https://a.org", "https://b.org"]',
         "SERVER_URL": "https://e.org",
+        "EVENT_LOG": "False",
+        "RETENTION": "3600",
         "HEARTBEAT": "2.5",
         "RETRY": "1000",
         "BUFFER_BYTES": "65536",
@@ -204,6 +226,8 @@ def test_every_key_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch
         listen_url="postgresql://u:p@h:5433/d",
         allowed_origins=("https://a.org", "https://b.org"),
         server_url="https://e.org",
+        event_log=False,
+        retention=3600.0,
         heartbeat=2.5,
         retry=1000,
         buffer_bytes=65536,

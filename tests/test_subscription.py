@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flask_pg_sse import event
 from flask_pg_sse.hub import Hub
-from flask_pg_sse.subscription import PIECE_BYTES, Subscription
+from flask_pg_sse.subscription import PIECE_BYTES, Block, Subscription
 
 
 class Confirmed:
@@ -44,6 +44,19 @@ def make_hub(log: list[str] | None = None, ticket: Confirmed | None = None, hear
     return Hub(listen, unlisten, heartbeat=heartbeat, retry=3000)
 
 
+def live(channels: Iterable[str], limit: int) -> Subscription:
+    subscription = Subscription(channels, limit)
+    subscription.go_live(0, Block(b""), 0.0)
+    return subscription
+
+
+def opened(hub: Hub, channels: Iterable[str], limit: int = 1000) -> Subscription:
+    subscription = Subscription(channels, limit)
+    assert hub.open(subscription) is None
+    hub.go_live(subscription)
+    return subscription
+
+
 def drain(subscription: Subscription) -> list[bytes]:
     subscription.end(b"")
     pieces = []
@@ -53,28 +66,28 @@ def drain(subscription: Subscription) -> list[bytes]:
 
 
 def test_all_that_waits_goes_in_one_piece() -> None:
-    subscription = Subscription(["a"], 1000)
+    subscription = live(["a"], 1000)
     for number in range(5):
-        assert subscription.offer(b"%d," % number, 0.0)
+        assert subscription.offer(Block(b"%d," % number), 0.0)
     assert subscription.take() == b"0,1,2,3,4,"
 
 
 def test_large_blocks_go_in_pieces() -> None:
-    subscription = Subscription(["a"], 10)
+    subscription = live(["a"], 10)
     block = random.Random(1).randbytes(3 * PIECE_BYTES + 17)
-    assert subscription.offer(block, 0.0), "one larger than the limit is taken where nothing waits"
+    assert subscription.offer(Block(block), 0.0), "one larger than the limit is taken where nothing waits"
     pieces = drain(subscription)
     assert b"".join(pieces) == block
     assert max(map(len, pieces)) == PIECE_BYTES
 
 
 def test_the_limit_counts_what_waits_and_what_is_in_flight() -> None:
-    subscription = Subscription(["a"], 100)
-    assert subscription.offer(b"x" * 60, 0.0)
+    subscription = live(["a"], 100)
+    assert subscription.offer(Block(b"x" * 60), 0.0)
     assert subscription.take() == b"x" * 60  # with the server now
     assert subscription.waiting == 60
-    assert not subscription.offer(b"y" * 41, 0.0)
-    assert subscription.offer(b"y" * 40, 0.0)
+    assert not subscription.offer(Block(b"y" * 41), 0.0)
+    assert subscription.offer(Block(b"y" * 40), 0.0)
     assert subscription.take() == b"y" * 40  # asking for more says that the first is sent
     assert subscription.waiting == 40
 
@@ -84,12 +97,12 @@ def test_the_limit_counts_what_waits_and_what_is_in_flight() -> None:
 def test_whatever_the_sizes_order_is_kept_and_the_limit_holds(
     sizes: list[int], limit: int, chooser: random.Random
 ) -> None:
-    subscription = Subscription(["a"], limit)
+    subscription = live(["a"], limit)
     sent, received = b"", b""
     for number, size in enumerate(sizes):
         block = bytes([number % 256]) * size
         before = subscription.waiting
-        if subscription.offer(block, 0.0):
+        if subscription.offer(Block(block), 0.0):
             sent += block
             assert subscription.waiting <= max(limit, size)
         else:
@@ -101,17 +114,17 @@ def test_whatever_the_sizes_order_is_kept_and_the_limit_holds(
 
 
 def test_what_was_offered_before_the_end_comes_before_it() -> None:
-    subscription = Subscription(["a"], 1000)
-    subscription.offer(b"last", 0.0)
+    subscription = live(["a"], 1000)
+    subscription.offer(Block(b"last"), 0.0)
     subscription.end(b"end")
     subscription.end(b"another end")
-    assert subscription.offer(b"too late", 0.0)
+    assert subscription.offer(Block(b"too late"), 0.0)
     assert [subscription.take(), subscription.take(), subscription.take()] == [b"last", b"end", None]
 
 
 def test_an_end_in_place_of_what_waits() -> None:
-    subscription = Subscription(["a"], 1000)
-    subscription.offer(b"dropped", 0.0)
+    subscription = live(["a"], 1000)
+    subscription.offer(Block(b"dropped"), 0.0)
     subscription.end(b"end", drop=True)
     assert [subscription.take(), subscription.take()] == [b"end", None]
 
@@ -123,12 +136,13 @@ if "gevent" in sys.argv:
     gevent.monkey.patch_all()
 import random, threading, time
 sys.setswitchinterval(1e-6)
-from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.subscription import Block, Subscription
 for round in range(30):
     subscription = Subscription(["a"], 1 << 30)
+    subscription.go_live(0, Block(b""), 0.0)
     def write():
         for number in range(2000):
-            subscription.offer(b"%d," % number, 0.0)
+            subscription.offer(Block(b"%d," % number), 0.0)
             if number % 7 == 0:
                 time.sleep(0)
         subscription.end(b"end")
@@ -162,19 +176,20 @@ KILL = """
 import gevent.monkey
 gevent.monkey.patch_all()
 import gevent
-from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.subscription import Block, Subscription
 subscription = Subscription(["a"], 1000)
+subscription.go_live(0, Block(b""), 0.0)
 reader = gevent.spawn(subscription.take)
 gevent.sleep(0)
 reader.kill(block=False)           # it will leave its spot …
-subscription.offer(b"x", 0.0)      # … before this wake-up gets there
+subscription.offer(Block(b"x"), 0.0)      # … before this wake-up gets there
 reader.join()
 def next_reader():
     with gevent.Timeout(0.05, False):
         return subscription.take()
 assert next_reader() == b"x"
 assert next_reader() is None       # times out while parked
-subscription.offer(b"y", 0.0)
+subscription.offer(Block(b"y"), 0.0)
 assert subscription.take() == b"y"
 print("fine")
 """
@@ -187,11 +202,9 @@ def test_a_greenlet_that_is_killed_in_its_spot_confuses_nobody() -> None:
 
 def test_streams_of_the_same_channels_share_the_bytes() -> None:
     hub = make_hub()
-    same = [Subscription(["b", "a"], 1000), Subscription(["a", "b"], 1000)]
-    other = Subscription(["a"], 1000)
-    for subscription in (*same, other):
-        assert hub.open(subscription) is None
-    hub.deliver([("b", b"1"), ("a", b"2"), ("c", b"3"), ("b", b"4")])
+    same = [opened(hub, ["b", "a"]), opened(hub, ["a", "b"])]
+    other = opened(hub, ["a"])
+    hub.deliver([("b", b"1", 0), ("a", b"2", 0), ("c", b"3", 0), ("b", b"4", 0)], 0)
     first, second = same[0].take(), same[1].take()
     assert first == b"124", "in the order of the turn, over both channels"
     assert first is second
@@ -231,24 +244,21 @@ def test_a_stream_that_waits_for_listen_is_let_go_at_the_end() -> None:
 
 def test_a_stream_is_told_of_a_gap_only_once_it_was_promised_something() -> None:
     hub = make_hub()
-    opened, waiting = Subscription("a", 1000), Subscription("a", 1000)
-    hub.open(opened)
+    told, waiting = opened(hub, "a"), Subscription("a", 1000)
     hub.open(waiting)
-    waiting.opened = False
-    hub.gap("reconnected")
-    assert opened.take() == b'event: sse-reset\ndata: {"reason": "reconnected"}\n\n'
+    hub.gap("reconnected", 0)
+    assert told.take() == b'event: sse-reset\ndata: {"reason": "reconnected"}\n\n'
     assert not waiting.waiting
 
 
 def test_heartbeats_go_to_streams_that_are_quiet_and_have_nothing_waiting() -> None:
     hub = make_hub(heartbeat=10)
     now = time.monotonic()
-    quiet, busy, stuck = (Subscription("a", 1000) for _ in range(3))
+    quiet, busy, stuck = (opened(hub, "a") for _ in range(3))
     for subscription in (quiet, busy, stuck):
-        hub.open(subscription)
         subscription.last_active = now - 11
     busy.last_active = now - 5
-    stuck.offer(b"waits", now - 11)
+    stuck.offer(Block(b"waits"), now - 11)
     hub.beat()
     assert quiet.take() == event.HEARTBEAT
     assert not busy.waiting
@@ -257,11 +267,9 @@ def test_heartbeats_go_to_streams_that_are_quiet_and_have_nothing_waiting() -> N
 
 def test_a_stream_that_is_behind_is_ended_and_the_others_go_on() -> None:
     hub = make_hub()
-    slow, quick = Subscription("a", 10), Subscription("a", 20)
-    hub.open(slow)
-    hub.open(quick)
+    slow, quick = opened(hub, "a", 10), opened(hub, "a", 20)
     for number in range(8):
-        hub.deliver([("a", b"%d23456" % number)])
+        hub.deliver([("a", b"%d23456" % number, 0)], 0)
         assert quick.take() == b"%d23456" % number
     end = slow.take()
     assert end is not None and b'event: sse-end\ndata: {"reason": "behind"}\n\n' in end and end.startswith(b"retry: ")
@@ -269,7 +277,7 @@ def test_a_stream_that_is_behind_is_ended_and_the_others_go_on() -> None:
 
 
 def test_blocks_that_are_dropped_between_two_looks_lose_no_end() -> None:
-    class Dropped(list[bytes]):
+    class Dropped(list[Block]):
         """As if another thread had cleared it behind the reader's back."""
 
         def __len__(self) -> int:
@@ -278,8 +286,8 @@ def test_blocks_that_are_dropped_between_two_looks_lose_no_end() -> None:
             return count
 
     for count in (1, 2):
-        subscription = Subscription("a", 1000)
-        subscription._blocks = Dropped([b"x"] * count)
+        subscription = live("a", 1000)
+        subscription._blocks = Dropped([Block(b"x")] * count)
         subscription.end(b"end")
         assert [subscription.take(), subscription.take()] == [b"end", None]
 
@@ -305,10 +313,8 @@ def test_a_stream_may_be_closed_by_the_garbage_collector_at_any_moment() -> None
 
 def test_a_channel_for_each_beside_one_for_all_shares_the_bytes() -> None:
     hub = make_hub()
-    streams = [Subscription(["news", f"user-{number}"], 1000) for number in range(10)]
-    for stream in streams:
-        hub.open(stream)
-    hub.deliver([("news", b"1"), ("user-3", b"2"), ("news", b"3")])
+    streams = [opened(hub, ["news", f"user-{number}"]) for number in range(10)]
+    hub.deliver([("news", b"1", 0), ("user-3", b"2", 0), ("news", b"3", 0)], 0)
     received = [stream.take() for stream in streams]
     assert received[3] == b"123"
     others = received[:3] + received[4:]
@@ -319,12 +325,12 @@ def test_a_channel_for_each_beside_one_for_all_shares_the_bytes() -> None:
 def test_a_large_page_lets_others_work_between() -> None:
     hub = make_hub()
     for number in range(1000):
-        hub.open(Subscription(["news", f"user-{number}"], 1000))
+        opened(hub, ["news", f"user-{number}"])
     pauses: list[float] = []
     real = time.sleep
     time.sleep = pauses.append  # type: ignore[assignment]
     try:
-        hub.deliver([("news", b"x")])
+        hub.deliver([("news", b"x", 0)], 0)
     finally:
         time.sleep = real
     assert pauses == [0] * 4

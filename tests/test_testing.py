@@ -33,7 +33,7 @@ def app(make_app: MakeApp) -> Flask:
 
 
 def streams(app: Flask) -> int:
-    return len(app.extensions["pg_sse"].runtime._process._hub)
+    return len(app.extensions["pg_sse"].runtime._process.hub)
 
 
 # -- capture
@@ -178,7 +178,11 @@ def test_silence_ends_in_a_timeout_that_leaves_nothing(database_url: str, make_a
     with pytest.raises(TimeoutError, match=r"0\.1 s"):
         next(events)
     eventually(lambda: streams(app) == 0)
-    assert {thread.name for thread in set(threading.enumerate()) - before} == {"pg-sse-listener", "pg-sse-ticker"}
+    assert {thread.name for thread in set(threading.enumerate()) - before} == {
+        "pg-sse-listener",
+        "pg-sse-ticker",
+        "pg-sse-pruner",
+    }
     assert next(events, None) is None
 
 

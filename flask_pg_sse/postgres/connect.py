@@ -73,7 +73,7 @@ def wait(connection: Any, deadline: float) -> None:
 def execute(connection: Any, query: str, args: tuple[Any, ...] | None = None, *, timeout: float) -> list[Any]:
     """Run a query and return its rows. After an error the connection may be in the midst of it: close it."""
     with connection.cursor() as cursor:
-        cursor.execute(query, args)
+        cursor.execute(query, args or None)
         wait(connection, time.monotonic() + timeout)
         return list(cursor.fetchall()) if cursor.description else []
 

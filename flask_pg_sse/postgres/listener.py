@@ -1,13 +1,18 @@
 """The one connection of a process that listens, and the one background thread that waits for it.
 
-Others only change what is wanted, under a lock, and wake the thread through a socketpair; no statement runs outside it.
-It LISTENs in batches, hands over what arrives turn by turn, and reconnects when PostgreSQL goes away.
+Others only change what is wanted and wake the thread through a socketpair; no statement runs outside it. It LISTENs in
+batches, hands over what arrives turn by turn, and reconnects when PostgreSQL goes away.
 https://www.postgresql.org/docs/current/sql-listen.html
+
+With the event log it knows its position: the id up to which it has handed over everything. Events move it, and beats:
+notifications to itself that name the log's head. PostgreSQL delivers in the order of commits, so when one comes back
+everything up to that head has come. What the connection did not bring (because it was lost, because an event is too
+large for NOTIFY, or because LISTEN is deaf) is read from the log, from the position on.
 """
 
 from __future__ import annotations
 
-import itertools
+import json
 import logging
 import select
 import threading
@@ -18,13 +23,18 @@ from typing import Any
 import psycopg2
 from psycopg2.extensions import quote_ident
 
-from .. import event
+from .. import wire
 from ..backoff import Backoff
-from ..channels import pg_name
-from ..errors import DatabaseUnavailable, InvalidEvent
+from ..channels import RESERVED_PREFIX as CONTROL
+from ..errors import DatabaseUnavailable, EventLogMissing
+from ..page import Item, Page
 from ..wakeup import Wakeup, is_patched
 from .connect import connect, execute
+from .decode import Decoder
 from .dsn import Dsn
+from .log import read_page
+from .presence import Presence
+from .wanted import ListenTicket, Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +43,18 @@ _BATCH = 500
 # One turn at the most, so that a flood still leaves in pieces and the others get their time between them.
 _TURN_EVENTS = 1000
 _TURN_BYTES = 65536
+# The largest event there is: PostgreSQL's values end at 1 GB.
+_ANY_SIZE = 2**30
 # Seconds a channel stays listened to after its last stream: a page that reloads costs no round-trip.
 LINGER = 10.0
-# Seconds of silence after which the server is asked for a sign of life, and within which it must give one. A peer that
-# vanished without a word (a dropped NAT entry, a host that lost power) is noticed by nothing else.
-_PING_EVERY = 10.0
+# Seconds between two beats, which are the sign of life too: a peer that vanished without a word (a dropped NAT entry, a
+# host that lost power) is noticed by nothing else. And within how many seconds the server must answer.
+BEAT_EVERY = 10.0
 _ANSWER_WITHIN = 5.0
+# The same for a page of the log, which may be one event of many megabytes.
+_READ_WITHIN = 30.0
+# Seconds between two looks at the log where LISTEN is deaf.
+_DEAF_PACE = 1.0
 _BACKOFF_FIRST = 0.1
 _BACKOFF_MOST = 5.0
 
@@ -47,63 +63,43 @@ _SETUP = """
 SELECT set_config(name, '0', false) FROM pg_catalog.pg_settings
 WHERE name IN ('idle_session_timeout', 'statement_timeout', 'lock_timeout', 'transaction_timeout')
 """
-
-
-class _Pending:
-    """A LISTEN that is asked for: shared by all streams that wait for it."""
-
-    def __init__(self) -> None:
-        self.answered = threading.Event()
-        self.confirmed = False
-
-
-class ListenTicket:
-    """Tells when PostgreSQL has confirmed LISTEN on all channels of one stream."""
-
-    def __init__(self, pending: Sequence[_Pending]) -> None:
-        self._pending = pending
-
-    def wait(self, timeout: float) -> bool:
-        """Wait `timeout` seconds at the most; tell whether LISTEN stands."""
-        deadline = time.monotonic() + timeout
-        for listen in self._pending:
-            listen.answered.wait(max(0.0, deadline - time.monotonic()))
-        return all(listen.confirmed for listen in self._pending)
-
-    def cancel(self) -> None:
-        """End the wait of all streams that wait for the same."""
-        for listen in self._pending:
-            listen.answered.set()
+_BEAT = "SELECT pg_catalog.pg_notify('flask_pg_sse', pg_catalog.json_build_object('beat', %s::text)::text)"
+_BEAT_OF_LOG = "SELECT flask_pg_sse.beat_v1(%s)"
+_DEAF = (
+    "LISTEN hears nothing here, as through PgBouncer in transaction mode: set SSE_LISTEN_URL to a direct connection to "
+    "PostgreSQL"
+)
 
 
 class Listener:
     """Listens to the channels that are wanted, from `start()` to `stop()`.
 
-    `deliver(turn)` gets each turn as (channel, encoded event) in the order of arrival; `gap()` is called when the
-    connection was lost and stands again: events between may have been missed. Both run in the listener's thread.
+    `deliver(turn, position)` gets each turn in the order of arrival, and the log's position after it (0 without a log);
+    `gap(reason, position)` is called when events may have been missed and cannot be had again. Both run in the
+    listener's thread. `linger` and `beat_every` are in seconds.
     """
 
     def __init__(
         self,
         dsn: Dsn,
-        deliver: Callable[[Sequence[tuple[str, bytes]]], None],
-        gap: Callable[[], None],
+        deliver: Callable[[Sequence[Item], int], None],
+        gap: Callable[[str, int], None],
+        presence: Presence,
         *,
         linger: float = LINGER,
+        beat_every: float = BEAT_EVERY,
     ) -> None:
         self._dsn = dsn
         self._deliver = deliver
         self._gap = gap
-        self._linger = linger
-        self._lock = threading.Lock()  # guards the tables, whose names are all PostgreSQL's
-        self._wanted: dict[str, int] = {}  # how many streams want it
-        self._channel_of: dict[str, str] = {}
-        self._listening: set[str] = set()  # confirmed on the connection that stands, and no UNLISTEN under way
-        self._to_listen: set[str] = set()
-        self._pending: dict[str, _Pending] = {}  # wanted, and not confirmed yet
-        self._idle_since: dict[str, float] = {}  # listened to and wanted by none any more; oldest first
-        self._malformed = _Malformed()
-        self._heard_at = 0.0  # when the connection gave its last sign of life
+        self._presence = presence
+        self._beat_every = beat_every
+        self._wanted = Wanted(linger)
+        self._decoder = Decoder()
+        self._position = 0  # in the log; 0: not known, or no log
+        self._beats = 0
+        self._beat_returned = 0  # the number of the last beat that came back
+        self._beat_at = 0.0  # when it did
         self._left: list[Any] = []  # arrived, and not handed over yet; the first one last
         self._lost_one = False  # a connection on which a LISTEN may have stood
         self._stopping = False
@@ -119,8 +115,7 @@ class Listener:
     def stop(self, timeout: float) -> None:
         """End the thread and its connection, within `timeout` seconds; streams that wait for LISTEN are let go."""
         self._stopping = True
-        with self._lock:
-            ListenTicket(list(self._pending.values())).cancel()
+        self._wanted.cancel()
         self._wakeup.set()
         if self._thread.is_alive():
             self._thread.join(timeout)
@@ -129,44 +124,19 @@ class Listener:
 
     def listen(self, channels: Iterable[str]) -> ListenTicket:
         """Want each of `channels` once more. The ticket tells when LISTEN stands; often it does already."""
-        names = {pg_name(channel): channel for channel in channels}
-        with self._lock:
-            for name in names:
-                self._wanted[name] = self._wanted.get(name, 0) + 1
-                self._idle_since.pop(name, None)
-            self._channel_of.update(names)
-            missing = names.keys() - self._listening
-            self._to_listen.update(missing)
-            pending = [self._pending.setdefault(name, _Pending()) for name in missing]
+        ticket, missing = self._wanted.add(channels)
         if missing:
             self._wakeup.set()
-        return ListenTicket(pending)
+        return ticket
 
     def unlisten(self, channels: Iterable[str]) -> None:
         """Want each of `channels` once less. UNLISTEN follows later, if nobody wants it again until then."""
-        now = time.monotonic()
-        with self._lock:
-            none_idle = not self._idle_since
-            for channel in channels:
-                name = pg_name(channel)
-                self._wanted[name] -= 1
-                if self._wanted[name]:
-                    continue
-                del self._wanted[name]
-                if name in self._listening:
-                    self._idle_since[name] = now
-                else:  # while PostgreSQL is away nothing may pile up
-                    self._to_listen.discard(name)
-                    self._pending.pop(name, None)
-                    del self._channel_of[name]
-            wake = none_idle and bool(self._idle_since)
-        if wake:  # the thread knows of no UNLISTEN to come yet
+        if self._wanted.remove(channels):  # the thread knows of no UNLISTEN to come yet
             self._wakeup.set()
 
     def listened(self) -> list[str]:
         """Return the channels on which LISTEN stands."""
-        with self._lock:
-            return [self._channel_of[name] for name in self._listening]
+        return self._wanted.listened()
 
     # -- the thread
 
@@ -186,25 +156,17 @@ class Listener:
             failure: Exception | None = None
             try:
                 self._serve(connection)
-            except (psycopg2.Error, OSError) as error:
+            except (psycopg2.Error, OSError, EventLogMissing) as error:  # OSError: no answer in time, or deaf
                 failure = error
             except Exception as error:  # a listener that died would leave every stream deaf
                 logger.exception("The listener failed; it begins anew.")
                 failure = error
             finally:
-                self._forget_connection()
+                self._lost_one = True
+                self._wanted.lost()
                 connection.close()
             if failure is not None:
                 self._pause("Lost the connection that listens", failure)
-
-    def _forget_connection(self) -> None:
-        """Take note that no LISTEN stands any more: whoever comes now has to wait for the next connection."""
-        self._lost_one = True
-        with self._lock:
-            self._listening.clear()
-            for name in self._idle_since:
-                del self._channel_of[name]
-            self._idle_since.clear()
 
     def _pause(self, what: str, error: Exception) -> None:
         delay = self._backoff.next()
@@ -221,19 +183,24 @@ class Listener:
         if self._stopping:
             return
         self._left = []
+        self._find_log(connection, anew=True)
+        self._wanted.restart()
+        self._execute(connection, f"LISTEN {CONTROL}")
+        try:
+            self._beat(connection, _BEAT)
+        except _Deaf:
+            self._follow_log(connection)
+            return
         self._execute(connection, _SETUP)
-        with self._lock:
-            self._to_listen = set(self._wanted)
-        while self._change_listens(connection):
-            pass
+        confirmed = []
+        while names := self._wanted.due(_BATCH)[1]:
+            confirmed.append((names, self._listen(connection, names)))
+        # After every LISTEN, so that from here on nothing is missed; and before any event that has come meanwhile,
+        # which would look like the next one.
+        self._recover(connection)
+        for names, heard in confirmed:
+            self._wanted.confirm(names, heard)
         self._backoff.reset()
-        if self._lost_one:
-            logger.warning("Listening again to %s; events since the connection broke may be lost.", self._dsn)
-            # Told when every LISTEN stands, so that a page which now loads its state misses nothing more, and before
-            # any event that came meanwhile, which would look like the next one.
-            self._gap()
-        else:
-            logger.info("Listening to PostgreSQL at %s.", self._dsn)
 
         poller = select.poll()
         poller.register(connection.fileno(), select.POLLIN)
@@ -243,55 +210,38 @@ class Listener:
             busy = self._change_listens(connection)
             while self._hand_over(connection) and not self._stopping:
                 pass
-            ready = poller.poll(0 if busy else self._next_chore_in() * 1000)
+            poller.poll(0 if busy else self._next_chore_in() * 1000)
             self._wakeup.clear()
-            if any(descriptor == connection.fileno() for descriptor, _ in ready):
-                self._heard_at = time.monotonic()
-            elif time.monotonic() >= self._heard_at + _PING_EVERY:
-                self._execute(connection, "SELECT 1")  # a sign of life
+            if time.monotonic() >= self._beat_at + self._beat_every:
+                self._find_log(connection)
+                self._beat(connection, self._beat_query())
+
+    def _find_log(self, connection: Any, *, anew: bool = False) -> None:
+        installation = self._presence.look(lambda query: self._execute(connection, query), anew=anew)
+        self._decoder.key = installation.key if installation is not None else None
+
+    @property
+    def _log_is_on(self) -> bool:
+        return self._decoder.key is not None
 
     def _next_chore_in(self) -> float:
-        """Return the seconds until an UNLISTEN is due or the server is to be asked for a sign of life."""
-        with self._lock:
-            oldest = next(iter(self._idle_since.values()), None)
-        due = self._heard_at + _PING_EVERY
-        if oldest is not None:
-            due = min(due, oldest + self._linger)
-        return max(0.0, due - time.monotonic())
+        """Return the seconds until an UNLISTEN or a beat is due."""
+        beat_in = self._beat_at + self._beat_every - time.monotonic()
+        return max(0.0, min(beat_in, self._wanted.next_due_in()))
 
     def _change_listens(self, connection: Any) -> bool:
-        """Bring the LISTENs of the connection to what is wanted, one batch; tell whether to call again.
-
-        What arrives meanwhile waits for `_hand_over()`.
-        """
-        with self._lock:
-            due = time.monotonic() - self._linger
-            ended = [name for name, since in itertools.islice(self._idle_since.items(), _BATCH) if since <= due]
-            for name in ended:
-                # From here on a new stream waits for a LISTEN of its own, which comes after the UNLISTEN.
-                del self._idle_since[name]
-                del self._channel_of[name]
-                self._listening.discard(name)
-            begun = list(itertools.islice(self._to_listen, _BATCH))
-        if self._stopping or not (ended or begun):
+        """Bring the LISTENs of the connection to what is wanted, one batch; tell whether to call again."""
+        if self._stopping:
             return False
+        ended, begun = self._wanted.due(_BATCH)
         if ended:
             self._execute(connection, ";".join(f"UNLISTEN {quote_ident(name, connection)}" for name in ended))
-        heard = self._listen(connection, begun)
-        with self._lock:
-            self._to_listen.difference_update(begun)
-            self._listening.update(heard)
-            now = time.monotonic()
-            for name in begun:
-                if name not in self._wanted:  # its last stream left while the LISTEN was under way
-                    if name in heard:
-                        self._channel_of.setdefault(name, name)
-                        self._idle_since[name] = now
-                elif name in self._pending:
-                    listen = self._pending.pop(name)
-                    listen.confirmed = name in heard
-                    listen.answered.set()
-        return True
+        if begun:
+            heard = self._listen(connection, begun)
+            # The position is then one that was the log's head after LISTEN.
+            self._beat(connection, self._beat_query())
+            self._wanted.confirm(begun, heard)
+        return bool(ended or begun)
 
     def _listen(self, connection: Any, names: Sequence[str]) -> set[str]:
         """LISTEN to `names`; return those that stand: not those that the database's encoding cannot write."""
@@ -306,9 +256,36 @@ class Listener:
             half = len(names) // 2
             return self._listen(connection, names[:half]) | self._listen(connection, names[half:])
 
-    def _execute(self, connection: Any, query: str) -> None:
-        execute(connection, query, timeout=_ANSWER_WITHIN)
-        self._heard_at = time.monotonic()
+    def _execute(self, connection: Any, query: str, args: Sequence[Any] = (), timeout: float = _ANSWER_WITHIN) -> Any:
+        return execute(connection, query, tuple(args) or None, timeout=timeout)
+
+    def _beat_query(self) -> str:
+        return _BEAT_OF_LOG if self._log_is_on else _BEAT
+
+    def _beat(self, connection: Any, query: str) -> None:
+        """Notify ourselves, and hand over what has come until that comes back. Raises `_Deaf` if it does not."""
+        self._beats += 1
+        self._execute(connection, query, (str(self._beats),))
+        deadline = time.monotonic() + _ANSWER_WITHIN
+        poller = select.poll()
+        poller.register(connection.fileno(), select.POLLIN)
+        while True:
+            more = self._hand_over(connection)
+            if self._beat_returned == self._beats:
+                self._beat_at = time.monotonic()
+                return
+            left = deadline - time.monotonic()
+            if not more and (left <= 0 or not poller.poll(left * 1000)):
+                raise _Deaf(_DEAF)
+
+    def _take_control(self, connection: Any, notification: Any) -> None:
+        """Read what came on the control channel. Any role may send there; only our own beats count."""
+        if notification.pid != connection.info.backend_pid:
+            return
+        message = json.loads(notification.payload)
+        if message.get("beat") == str(self._beats):
+            self._beat_returned = self._beats
+            self._position = max(self._position, message.get("head", 0))
 
     def _hand_over(self, connection: Any) -> bool:
         """Deliver one turn of what has arrived; tell whether it was a full one, so that there may be more.
@@ -316,45 +293,101 @@ class Listener:
         One poll() reads one buffer. The first after the server has gone succeeds; the next, when the descriptor is
         readable again, raises.
         """
-        turn: list[tuple[str, bytes]] = []
+        turn: list[Item] = []
         size = 0
+        before = self._position
+        fetch = False
         try:
-            while len(turn) < _TURN_EVENTS and size < _TURN_BYTES:
+            while len(turn) < _TURN_EVENTS and size < _TURN_BYTES and not fetch:
                 if not self._left:
                     connection.poll()
                     self._left, connection.notifies = connection.notifies[::-1], []
                     if not self._left:
                         return False
                 notification = self._left.pop()
-                channel = self._channel_of.get(notification.channel)
-                block = channel and self._malformed.encode(notification.payload)
-                if channel and block:
-                    turn.append((channel, block))
-                    size += len(block)
+                if notification.channel == CONTROL:
+                    self._take_control(connection, notification)
+                    continue
+                channel = self._wanted.channel_of(notification.channel)
+                if channel is None:
+                    continue
+                log_id, block = self._decoder.decode(notification.payload)
+                if log_id and log_id <= self._position:
+                    continue  # read from the log already
+                if block is None:
+                    fetch = log_id > 0
+                    continue
+                self._position = log_id or self._position
+                turn.append((channel, block, log_id))
+                size += len(block)
         finally:  # what came before the connection broke has come
-            if turn:
-                self._deliver(turn)
+            if turn or self._position != before:
+                self._deliver(turn, self._position)
+        if fetch:
+            self._catch_up(connection)
+        self._pause_for_streams()
+        return True
+
+    def _recover(self, connection: Any) -> None:
+        """Make up for what came while no LISTEN stood, or say that it cannot be had again."""
+        lost_one, self._lost_one = self._lost_one, False
+        if self._log_is_on and self._position:
+            self._catch_up(connection)
+            return
+        self._position = self._read(connection, [], 0).head if self._log_is_on else 0
+        if lost_one:
+            logger.warning("Listening again to %s; events since the connection broke may be lost.", self._dsn)
+            self._gap("reconnected", self._position)
+        else:
+            logger.info("Listening to PostgreSQL at %s.", self._dsn)
+            if self._position:
+                self._deliver((), self._position)
+
+    def _catch_up(self, connection: Any) -> None:
+        """Read the log from the position to its end, and hand over what it has."""
+        while not self._stopping:
+            # What has arrived of the log is in the pages to come, and would be too much to keep after a long absence.
+            connection.poll()
+            arrived, connection.notifies = [*self._left[::-1], *connection.notifies], []
+            self._left = [one for one in reversed(arrived) if not wire.is_logged(one.payload)]
+            page = self._read(connection, self._wanted.channels(), self._position)
+            reason = page.why_not_from(self._position)
+            if reason is not None:
+                logger.warning("The event log of %s does not reach back to what was received last.", self._dsn)
+                self._position = page.head
+                self._gap(reason, page.head)
+                return
+            self._position = page.upto
+            self._deliver(page.items, page.upto)
+            if page.upto >= page.head:
+                return
+            self._pause_for_streams()
+
+    def _read(self, connection: Any, channels: Sequence[str], after: int) -> Page:
+        def run(query: str, args: Sequence[Any]) -> Any:
+            return self._execute(connection, query, args, _READ_WITHIN)
+
+        return read_page(run, channels, after, _TURN_BYTES, _ANY_SIZE)
+
+    def _follow_log(self, connection: Any) -> None:
+        """Serve without LISTEN: look at the log from time to time."""
+        if not self._log_is_on:
+            raise _Deaf(_DEAF)
+        logger.error("%s. Until then events of the log come late, and others not at all.", _DEAF)
+        while not self._stopping:
+            _, begun = self._wanted.due(_BATCH)
+            self._recover(connection)
+            self._wanted.confirm(begun, set(begun))
+            while self._hand_over(connection) and not self._stopping:
+                pass
+            self._backoff.reset()
+            self._wakeup.wait(_DEAF_PACE)
+
+    def _pause_for_streams(self) -> None:
         # A flood comes faster than one stream's buffer takes it: let the streams send what they have. Threads need
         # more than a chance for that, greenlets do not.
         time.sleep(0 if is_patched() else 0.001)
-        return True
 
 
-class _Malformed:
-    """Encodes payloads, and counts those that are no legal event; said in the log once a minute at the most."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._said_at = float("-inf")
-
-    def encode(self, payload: str) -> bytes | None:
-        try:
-            return event.encode(event.from_payload(payload))
-        except Exception as error:  # whatever anybody may have sent, it ends neither the listener nor a stream
-            self.count += 1
-            now = time.monotonic()
-            if now - self._said_at >= 60:
-                self._said_at = now
-                reason = error if isinstance(error, InvalidEvent) else type(error).__name__
-                logger.warning("Dropped a NOTIFY payload, number %d so far: %s", self.count, reason)
-            return None
+class _Deaf(DatabaseUnavailable):
+    """The connection LISTENs and hears nothing."""

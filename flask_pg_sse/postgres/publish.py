@@ -1,4 +1,4 @@
-"""Sending: pg_notify() on the package's own connections, or in the transaction of a connection that the caller gives.
+"""Sending, through the event log or by NOTIFY alone: on the package's own connections, or in a caller's transaction.
 
 https://www.postgresql.org/docs/current/sql-notify.html
 """
@@ -6,103 +6,39 @@ https://www.postgresql.org/docs/current/sql-notify.html
 from __future__ import annotations
 
 import inspect
-import select
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any
 
-import psycopg2
+import psycopg2.extensions
 
-from ..errors import DatabaseUnavailable
-from .connect import connect, execute
-from .dsn import Dsn
+from .pool import Pool
 
-# Connections of the package's own. A notify takes about a millisecond, so a few serve a whole worker.
-POOL_SIZE = 4
-# Seconds for a free connection, and for the statement.
-_TIMEOUT = 10.0
+# An event as it stands in the log: fields as JSON, and data.
+Row = tuple[str, str | None]
 
 # One statement, hence one transaction and one round-trip for many. A function scan keeps the array's order.
 _NOTIFY = "SELECT pg_catalog.pg_notify(%s, payload) FROM pg_catalog.unnest(%s::text[]) AS payload"
+# sql/schema_1.sql explains these two.
+_PUBLISH = "SELECT flask_pg_sse.publish_v1(%s, %s::json[], %s::text[])"
+_ENQUEUE = "SELECT flask_pg_sse.enqueue_v1({}, CAST({} AS json[]), CAST({} AS text[]))"
 
 
 class Publisher:
-    """A small pool of autocommit connections."""
+    """Sends on connections of its own."""
 
-    def __init__(self, dsn: Dsn) -> None:
-        self._dsn = dsn
-        self._idle: list[Any] = []
-        self._free = threading.BoundedSemaphore(POOL_SIZE)
-        self._closed = False
+    def __init__(self, pool: Pool) -> None:
+        self.execute = pool.execute
 
     def send(self, name: str, payloads: Sequence[str]) -> None:
-        """Notify PostgreSQL's channel `name` of all payloads, in one transaction.
+        """Notify PostgreSQL's channel `name` of all payloads, in one transaction. Raises `DatabaseUnavailable`."""
+        self.execute(_NOTIFY, (name, list(payloads)))
 
-        Raises `DatabaseUnavailable`. A connection that the server has closed since its last use is replaced.
-        """
-        if not self._free.acquire(timeout=_TIMEOUT):
-            raise DatabaseUnavailable(
-                f"notify() found all {POOL_SIZE} connections busy for {_TIMEOUT:.0f} s: PostgreSQL answers too slowly."
-            )
-        try:
-            self._send(name, payloads)
-        finally:
-            self._free.release()
-
-    def _send(self, name: str, payloads: Sequence[str]) -> None:
-        while True:
-            connection = self._checkout()
-            used_before = connection is not None
-            if connection is None:
-                connection = connect(self._dsn, "flask_pg_sse notify")
-            try:
-                execute(connection, _NOTIFY, (name, list(payloads)), timeout=_TIMEOUT)
-            except BaseException as error:
-                broken = bool(connection.closed)
-                connection.close()
-                # Ended between our look and our call: nothing was executed, or the server was just being stopped.
-                if broken and used_before and isinstance(error, psycopg2.Error):
-                    continue
-                if isinstance(error, psycopg2.Error | TimeoutError):
-                    reason = " ".join(str(error).split())
-                    raise DatabaseUnavailable(f"PostgreSQL did not take the notification: {reason}") from error
-                raise
-            if self._closed:
-                connection.close()
-            else:
-                self._idle.append(connection)
-            return
-
-    def _checkout(self) -> Any:
-        """Return an idle connection that still stands, or None."""
-        while self._idle:
-            try:
-                connection = self._idle.pop()
-            except IndexError:  # another thread was faster
-                return None
-            if _stands(connection):
-                return connection
-            connection.close()
-        return None
-
-    def close(self) -> None:
-        self._closed = True
-        idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
-
-
-def _stands(connection: Any) -> bool:
-    """Tell whether an idle connection is still good. The server's farewell makes it readable."""
-    try:
-        poller = select.poll()
-        poller.register(connection.fileno(), select.POLLIN)
-        while poller.poll(0):
-            connection.poll()  # the first after the end succeeds, the second raises
-    except (psycopg2.Error, OSError):
-        return False
-    return not connection.closed
+    def log(self, channel: str, rows: Sequence[Row]) -> int:
+        """Write events to the log and send them, in one transaction; return the id of the last."""
+        fields, data = zip(*rows, strict=True)
+        [(log_id,)] = self.execute(_PUBLISH, (channel, list(fields), list(data)))
+        return int(log_id)
 
 
 def check_caller(connection: Any) -> None:
@@ -131,16 +67,32 @@ def send_in_transaction(connection: Any, name: str, payloads: Sequence[str]) -> 
     `connection` is a psycopg2 or psycopg 3 connection, or an SQLAlchemy `Connection`, `Session` or `scoped_session`;
     all are used through their own `execute`. Raises TypeError where the database is none of PostgreSQL's.
     """
+    for payload in payloads:
+        execute_on(connection, "SELECT pg_catalog.pg_notify({}, {})", (name, payload))
+
+
+def log_in_transaction(connection: Any, channel: str, rows: Sequence[Row]) -> None:
+    """Write events to the log within the transaction of the caller's connection, and have them sent on commit."""
+    fields, data = zip(*rows, strict=True)
+    execute_on(connection, _ENQUEUE, (channel, list(fields), list(data)))
+
+
+def execute_on(connection: Any, query: str, args: Sequence[Any] = ()) -> list[Any]:
+    """Run a query on a caller's connection, through its own `execute`; return its rows. `{}` stands for an argument."""
     if _is_sqlalchemy(connection):
         _refuse_other_engine((connection.get_bind() if hasattr(connection, "get_bind") else connection).dialect.name)
-        query = sys.modules["sqlalchemy"].text("SELECT pg_catalog.pg_notify(:name, :payload)")
-        for payload in payloads:
-            connection.execute(query, {"name": name, "payload": payload})
-        return
+        text = sys.modules["sqlalchemy"].text(query.format(*(f":arg{number}" for number in range(len(args)))))
+        result = connection.execute(text, {f"arg{number}": arg for number, arg in enumerate(args)})
+        return list(result.fetchall()) if result.returns_rows else []
     _refuse_other_engine("sqlite" if _kind(connection).startswith("sqlite3.") else "postgresql")
-    with connection.cursor() as cursor:
-        for payload in payloads:
-            cursor.execute("SELECT pg_catalog.pg_notify(%s, %s)", (name, payload))
+    # Rows as tuples, whatever kind the caller likes.
+    if isinstance(connection, psycopg2.extensions.connection):
+        options: dict[str, Any] = {"cursor_factory": psycopg2.extensions.cursor}
+    else:
+        options = {"row_factory": sys.modules["psycopg.rows"].tuple_row} if "psycopg.rows" in sys.modules else {}
+    with connection.cursor(**options) as cursor:
+        cursor.execute(query.format(*["%s"] * len(args)), tuple(args))
+        return list(cursor.fetchall())
 
 
 def _is_sqlalchemy(connection: Any) -> bool:

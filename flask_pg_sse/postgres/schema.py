@@ -6,8 +6,10 @@ database does not have yet, so that a fresh install and an upgrade are one scrip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
+from typing import Any
 
 SCHEMA = "flask_pg_sse"
 VERSION = 1
@@ -77,3 +79,43 @@ GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {SCHEMA} TO {quoted};
 
 def _read(name: str) -> str:
     return (files(__package__) / "sql" / name).read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """The event log that a database has: its version, and the key that signs its ids."""
+
+    version: int
+    key: bytes = field(repr=False)
+
+
+# From the catalog, which everybody may read: naming a function that is not there, or that this role may not call, would
+# be an error, and end a transaction.
+_LOOK_UP = f"""
+SELECT has_schema_privilege(n.oid, 'USAGE') AND has_function_privilege(p.oid, 'EXECUTE')
+FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+WHERE n.nspname = '{SCHEMA}' AND p.proname = 'installed_v1'
+"""
+
+
+class NotUsable(Exception):
+    """There is an event log, and this role or this version of the package cannot use it; the text says the remedy."""
+
+
+def look_up(execute: Callable[[str], Sequence[Sequence[Any]]]) -> Installation | None:
+    """Return the event log of the database that `execute` runs queries on, or None. Raises `NotUsable`."""
+    found = execute(_LOOK_UP)
+    if not found:
+        return None
+    if not found[0][0]:
+        raise NotUsable(
+            "the database has an event log, which its role may not use. Remedy: flask sse init --grant-to ROLE, run by "
+            "the role that installed it"
+        )
+    [(version, key)] = execute(f"SELECT version, key FROM {SCHEMA}.installed_v1()")
+    if version < VERSION:
+        raise NotUsable(
+            f"the database's event log is of version {version}, and this package needs {VERSION}. Remedy: "
+            "flask sse init"
+        )
+    return Installation(version, bytes(key))

@@ -39,6 +39,6 @@ def flood(channel: str, count: int, size: int) -> ResponseReturnValue:
 def state() -> ResponseReturnValue:
     """What the package holds in this process, without starting anything."""
     process = current_app.extensions["pg_sse"].runtime._process
-    if process is None or process._hub is None:
+    if process is None or process.hub is None:
         return jsonify(streams=0, listened=[])
-    return jsonify(streams=len(process._hub), listened=process._listener.listened())
+    return jsonify(streams=len(process.hub), listened=process._listener.listened())

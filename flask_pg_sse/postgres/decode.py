@@ -1,0 +1,53 @@
+"""From the payload of a NOTIFY to the bytes that go out to streams."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from .. import event, wire
+from ..errors import InvalidEvent
+
+logger = logging.getLogger(__name__)
+
+
+class Decoder:
+    """Encodes payloads, once for all streams, and counts those that are no legal event.
+
+    `key` is the event log's, None where none is used.
+    """
+
+    def __init__(self) -> None:
+        self.key: bytes | None = None
+        self.malformed = 0
+        self._said_at = float("-inf")
+
+    def decode(self, payload: str) -> tuple[int, bytes | None]:
+        """Return an event's id in the log, 0 without one, and its bytes.
+
+        An id without bytes is that of an event that has to be fetched; neither means that there is nothing to send.
+        """
+        try:
+            message = wire.from_payload(payload)
+            log_id = message.log_id or 0
+            if self.key is None:
+                log_id = 0
+            elif log_id and message.signature != wire.signature(self.key, log_id):
+                raise InvalidEvent("It claims an id of the event log, and is not signed: damaged or forged.")
+            if message.event is not None:
+                return log_id, event.encode(message.event, log_id or None)
+            if log_id:
+                return log_id, None
+            raise InvalidEvent("It is too large for NOTIFY, and the event log is not used here.")
+        except Exception as error:  # whatever anybody may have sent, it ends neither the listener nor a stream
+            self._count(error)
+            return 0, None
+
+    def _count(self, error: Exception) -> None:
+        """Say it in the log once a minute at the most."""
+        self.malformed += 1
+        now = time.monotonic()
+        if now - self._said_at >= 60:
+            self._said_at = now
+            reason = error if isinstance(error, InvalidEvent) else type(error).__name__
+            logger.warning("Dropped a NOTIFY payload, number %d so far: %s", self.malformed, reason)

@@ -1,0 +1,70 @@
+"""Reading the event log, on connections of its own: READ COMMITTED, and never in a transaction of the caller's.
+
+The functions that are called here are explained in sql/schema_1.sql.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .. import event, wire
+from ..errors import InvalidEvent
+from ..page import Item, Page
+from .pool import Pool
+
+logger = logging.getLogger(__name__)
+
+_PAGE = "SELECT * FROM flask_pg_sse.page_v1(%s::text[], %s, %s, %s)"
+_TAILS = "SELECT * FROM flask_pg_sse.tail_v1(%s::text[], %s::bigint[])"
+_HEAD = "SELECT flask_pg_sse.head_v1()"
+
+Execute = Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]]
+
+
+def read_page(execute: Execute, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
+    """Return the events on `channels` after an id: `max_bytes` of them, or a larger one alone, up to `max_event` bytes.
+
+    `execute` runs a query on the database.
+    """
+    rows = execute(_PAGE, (list(channels), after, max_bytes, max_event))
+    pruned_through, head, upto = rows[0][:3]
+    items: list[Item] = []
+    for _, _, _, log_id, channel, fields, data, size in rows:
+        if log_id is None:
+            break
+        if data is None and "data" not in fields:
+            return Page(pruned_through, head, after, items, (log_id, size))
+        items += _items(channel, log_id, fields, data)
+    return Page(pruned_through, head, upto, items)
+
+
+def _items(channel: str, log_id: int, fields: Mapping[str, Any], data: str | None) -> list[Item]:
+    try:
+        return [(channel, event.encode(wire.from_row(fields, data), log_id), log_id)]
+    except InvalidEvent as error:  # notify() lets none in; the tables' owner may
+        logger.warning("Passed over event %d of the log, which cannot be sent: %s", log_id, error)
+        return []
+
+
+class EventLog:
+    """The log, for streams that read it and for `sse_cursor()`."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
+        return read_page(self._pool.execute, channels, after, max_bytes, max_event)
+
+    def tails(self, uptos: Mapping[str, int]) -> Sequence[tuple[str, int, Sequence[Item]]]:
+        found: dict[str, tuple[int, list[Item]]] = {}
+        for channel, after, log_id, fields, data in self._pool.execute(_TAILS, (list(uptos), list(uptos.values()))):
+            _, items = found.setdefault(channel, (after, []))
+            if log_id is not None:
+                items += _items(channel, log_id, fields, data)
+        return [(channel, after, items) for channel, (after, items) in found.items()]
+
+    def head(self) -> int:
+        """Return the id up to which everything is committed."""
+        return int(self._pool.execute(_HEAD)[0][0])

@@ -1,0 +1,116 @@
+"""A few connections of the package's own, in autocommit mode, for statements that stand by themselves."""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg2
+
+from ..errors import DatabaseUnavailable
+from .connect import connect, execute
+from .dsn import Dsn
+
+# Seconds for a free connection, and for the statement.
+TIMEOUT = 10.0
+
+
+class Pool:
+    """At most `size` connections, opened as they are needed.
+
+    For `down_for` seconds after a failed attempt to connect the next callers are told the same: where many wait for the
+    database, they need not all find out.
+    """
+
+    def __init__(self, dsn: Dsn, name: str, size: int, *, down_for: float = 0.0) -> None:
+        self._dsn = dsn
+        self._name = name
+        self._size = size
+        self._idle: list[Any] = []
+        self._free = threading.BoundedSemaphore(size)
+        self._closed = False
+        self._down_for = down_for
+        self._down_until = 0.0
+        self._down = ""
+
+    def execute(self, query: str, args: Sequence[Any] = ()) -> list[Any]:
+        """Run one statement, and return its rows.
+
+        Raises `DatabaseUnavailable`; its `__cause__` is what psycopg2 raised. A connection that the server has closed
+        since its last use is replaced.
+        """
+        if not self._free.acquire(timeout=TIMEOUT):
+            raise DatabaseUnavailable(
+                f"{self._name} found all {self._size} connections busy for {TIMEOUT:.0f} s: PostgreSQL answers too "
+                "slowly."
+            )
+        try:
+            return self._execute(query, tuple(args))
+        finally:
+            self._free.release()
+
+    def _execute(self, query: str, args: tuple[Any, ...]) -> list[Any]:
+        while True:
+            connection = self._checkout()
+            used_before = connection is not None
+            if connection is None:
+                connection = self._connect()
+            try:
+                rows = execute(connection, query, args, timeout=TIMEOUT)
+            except BaseException as error:
+                broken = bool(connection.closed)
+                connection.close()
+                # Ended between our look and our call: nothing was executed, or the server was just being stopped.
+                if broken and used_before and isinstance(error, psycopg2.Error):
+                    continue
+                if isinstance(error, psycopg2.Error | TimeoutError):
+                    reason = " ".join(str(error).split())
+                    raise DatabaseUnavailable(f"PostgreSQL did not do what {self._name} asked: {reason}") from error
+                raise
+            if self._closed:
+                connection.close()
+            else:
+                self._idle.append(connection)
+            return rows
+
+    def _connect(self) -> Any:
+        if time.monotonic() < self._down_until:
+            raise DatabaseUnavailable(self._down)
+        try:
+            return connect(self._dsn, f"flask_pg_sse {self._name}")
+        except DatabaseUnavailable as error:
+            self._down, self._down_until = str(error), time.monotonic() + self._down_for
+            raise
+
+    def _checkout(self) -> Any:
+        """Return an idle connection that still stands, or None."""
+        while self._idle:
+            try:
+                connection = self._idle.pop()
+            except IndexError:  # another thread was faster
+                return None
+            if _stands(connection):
+                return connection
+            connection.close()
+        return None
+
+    def close(self) -> None:
+        self._closed = True
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+
+def _stands(connection: Any) -> bool:
+    """Tell whether an idle connection is still good. The server's farewell makes it readable."""
+    try:
+        poller = select.poll()
+        poller.register(connection.fileno(), select.POLLIN)
+        while poller.poll(0):
+            connection.poll()  # the first after the end succeeds, the second raises
+    except (psycopg2.Error, OSError):
+        return False
+    return not connection.closed
