@@ -96,7 +96,8 @@ class Hub:
     def go_live(self, subscription: Subscription) -> None:
         """Let an open stream take what comes from now on."""
         with self._dispatch:
-            self._remember(subscription)
+            if self.position:
+                self._recent.begin(subscription.channels, self.position)
             subscription.go_live(self.position, Block(b""), time.monotonic())
 
     def join(self, subscription: Subscription, *, exists: bool) -> bool:
@@ -107,7 +108,6 @@ class Hub:
         long time. Beyond our own position it may well be, where another worker was faster.
         """
         with self._dispatch:
-            self._remember(subscription)
             if subscription.sent > self.position and not exists:
                 return False
             items = self._recent.missed(subscription.channels, subscription.sent)
@@ -119,13 +119,13 @@ class Hub:
             subscription.go_live(subscription.sent, missed, time.monotonic())
             return True
 
-    def _remember(self, subscription: Subscription) -> None:
-        if self.position:
-            self._recent.begin(subscription.channels, self.position)
-
     def unremembered(self, channels: Iterable[str]) -> dict[str, int]:
-        """Return the channels whose last events the log is to be asked for, each with the id up to which."""
+        """Return the channels whose last events the log is to be asked for, each with the id up to which.
+
+        What comes on those that have streams is remembered from now on.
+        """
         with self._dispatch:
+            self._recent.begin([channel for channel in channels if channel in self._groups_of], self.position)
             return self._recent.gaps(channels)
 
     def remember(self, channel: str, after: int, items: Sequence[Item], upto: int) -> None:

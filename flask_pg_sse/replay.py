@@ -80,22 +80,23 @@ class Replay:
                 if self._hub.join(subscription, exists=exists):
                     return
                 page = self._log.page(channels, subscription.sent, self._page_bytes(), 0)
+                opening, exists = False, True
+                reason = page.why_not_from(subscription.sent)
+                if reason is not None:
+                    subscription.sent = page.head
+                    yield event.control_block("reset", {"reason": reason}, id=page.head)
+                elif page.too_large:
+                    yield from self._one_large(subscription, channels, *page.too_large)
+                else:
+                    subscription.sent = page.upto
+                    block = b"".join([data for _, data, _ in page.items])
+                    del page  # not kept while the client takes its time
+                    if block:
+                        yield block
             except DatabaseUnavailable:
                 if opening:
                     raise
                 yield from self._wait(subscription)
-                continue
-            opening, exists = False, True
-            reason = page.why_not_from(subscription.sent)
-            if reason is not None:
-                subscription.sent = page.head
-                yield event.control_block("reset", {"reason": reason}, id=page.head)
-            elif page.too_large:
-                yield from self._one_large(subscription, channels, *page.too_large)
-            else:
-                subscription.sent = page.upto
-                if page.items:
-                    yield b"".join([data for _, data, _ in page.items])
 
     def _one_large(
         self, subscription: Subscription, channels: Sequence[str], log_id: int, size: int

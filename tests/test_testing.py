@@ -178,11 +178,8 @@ def test_silence_ends_in_a_timeout_that_leaves_nothing(database_url: str, make_a
     with pytest.raises(TimeoutError, match=r"0\.1 s"):
         next(events)
     eventually(lambda: streams(app) == 0)
-    assert {thread.name for thread in set(threading.enumerate()) - before} == {
-        "pg-sse-listener",
-        "pg-sse-ticker",
-        "pg-sse-pruner",
-    }
+    started = {thread.name for thread in set(threading.enumerate()) - before}
+    assert started == {"pg-sse-listener", "pg-sse-ticker", "pg-sse-pruner"}
     assert next(events, None) is None
 
 

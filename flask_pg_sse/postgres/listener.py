@@ -26,7 +26,7 @@ from psycopg2.extensions import quote_ident
 from .. import wire
 from ..backoff import Backoff
 from ..channels import RESERVED_PREFIX as CONTROL
-from ..errors import DatabaseUnavailable, EventLogMissing
+from ..errors import DatabaseUnavailable, PgSSEError
 from ..page import Item, Page
 from ..wakeup import Wakeup, is_patched
 from .connect import connect, execute
@@ -156,7 +156,7 @@ class Listener:
             failure: Exception | None = None
             try:
                 self._serve(connection)
-            except (psycopg2.Error, OSError, EventLogMissing) as error:  # OSError: no answer in time, or deaf
+            except (psycopg2.Error, OSError, PgSSEError) as error:
                 failure = error
             except Exception as error:  # a listener that died would leave every stream deaf
                 logger.exception("The listener failed; it begins anew.")
@@ -166,7 +166,8 @@ class Listener:
                 self._wanted.lost()
                 connection.close()
             if failure is not None:
-                self._pause("Lost the connection that listens", failure)
+                refused = isinstance(failure, PgSSEError)  # no log where one is required, or deaf
+                self._pause("Cannot listen" if refused else "Lost the connection that listens", failure)
 
     def _pause(self, what: str, error: Exception) -> None:
         delay = self._backoff.next()
