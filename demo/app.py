@@ -4,7 +4,8 @@
 
 The idea in one line: the HTML that answers the person who clicked is also sent, through PostgreSQL, to everybody else.
 A view changes an order and calls ``notify()`` in the same transaction. PostgreSQL delivers the event if and when that
-commits, to every worker on every host; each hands it to its open pages, and htmx puts the card where it belongs.
+commits, to every worker on every host; each hands it to its open pages, and htmx puts the card where it belongs. A page
+that was away (a hidden tab, a tunnel, a deploy) gets from the event log what it has missed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from werkzeug.exceptions import HTTPException
 from demo import orders
 from demo.htmx import htmx_bp
 from demo.orders import MENU, STEPS, Order
-from flask_pg_sse import notify, sse_bp
+from flask_pg_sse import DatabaseUnavailable, notify, sse_bp, sse_cursor
 
 app = Flask(__name__)
 app.config["SSE_CHANNELS"] = ["orders"]  # whoever can open the page may listen to this channel, and to no other
@@ -30,12 +31,14 @@ app.register_blueprint(htmx_bp)  # GET /htmx/htmx-4.min.js
 
 @app.get("/")
 def page() -> str:
-    return render_template("page.html", board=orders.read_board(), menu=MENU)
+    orders.create_tables(orders.database_url())
+    cursor = sse_cursor()  # before the board is read: what changes after this line comes by the stream
+    return render_template("page.html", board=orders.read_board(), menu=MENU, cursor=cursor)
 
 
 @app.get("/board")
 def board() -> str:
-    """The columns alone: what a page fetches whenever its stream opens, because it may have missed events."""
+    """The columns alone: what a page fetches when it has been away for so long that the log does not reach back."""
     return render_template("board.html", board=orders.read_board())
 
 
@@ -99,7 +102,8 @@ def refused(error: orders.Refused) -> Response:
 
 
 @app.errorhandler(psycopg2.OperationalError)
-def no_database(error: psycopg2.OperationalError) -> Response:
+@app.errorhandler(DatabaseUnavailable)
+def no_database(error: Exception) -> Response:
     app.logger.error("no database: %s", error)
     return refusal(503, "The kitchen cannot reach its database. Please try again in a moment.")
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import psycopg2
 from psycopg2.extensions import connection as Connection
 
+from flask_pg_sse import schema_sql
+
 MENU = ("Margherita", "Mushroom ramen", "Falafel wrap", "Fish tacos", "Garden salad", "Lemon tart")
 STEPS = ("new", "cooking", "ready", "collected")  # an order goes through them in this order, one at a time
 MAX_OPEN = 40  # orders not collected yet: whatever visitors do, the table stays small
@@ -138,11 +140,15 @@ def transaction() -> Iterator[Connection]:
 
 @cache
 def create_tables(url: str) -> None:
-    """Run schema.sql once a process, at first use: the app starts even while PostgreSQL is down."""
+    """Run schema.sql once a process, at first use: the app starts even while PostgreSQL is down.
+
+    And install the event log, so that a page that was away gets what it has missed: what ``flask sse init`` does.
+    """
     conn = psycopg2.connect(url)
     try:
         with conn, conn.cursor() as cur:
             cur.execute(Path(__file__).with_name("schema.sql").read_text())
+            cur.execute(schema_sql())
     finally:
         conn.close()
 

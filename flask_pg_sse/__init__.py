@@ -18,6 +18,7 @@ from .errors import (
     PgSSEError,
 )
 from .extension import PgSSE, notify, notify_many, postgres_notify, sse_cursor, sse_url
+from .postgres.schema import drop_schema_sql, schema_sql
 
 __version__ = "0.1.0"
 
@@ -31,9 +32,11 @@ __all__ = [
     "PayloadTooLarge",
     "PgSSE",
     "PgSSEError",
+    "drop_schema_sql",
     "notify",
     "notify_many",
     "postgres_notify",
+    "schema_sql",
     "sse_bp",
     "sse_cursor",
     "sse_url",

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg2
@@ -41,7 +42,7 @@ def through_pgbouncer(database_url: str) -> Iterator[str]:
         "pool_mode = transaction\nserver_idle_timeout = 1\n"
     )
     config.chmod(0o644)
-    user = {"user": "nobody"} if os.geteuid() == 0 else {}  # it refuses to run as root
+    user: dict[str, Any] = {"user": "nobody"} if os.geteuid() == 0 else {}  # it refuses to run as root
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [PROGRAM, str(config)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", **user

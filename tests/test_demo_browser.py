@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, expect
 
+from tests.client import request
 from tests.conftest import execute
+from tests.link import Link
 from tests.servers import WebServer, free_port, gunicorn
+
+
+class AnotherHost:
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    def order(self, name: str) -> None:
+        body = urlencode({"dish": "Fish tacos", "name": name}).encode()
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        with request(self._port, "/orders", method="POST", headers=headers, body=body) as response:
+            assert response.status == 303
 
 
 class Demo:
@@ -33,24 +47,40 @@ class Demo:
         self.server = WebServer(command, self.port, log, {"DATABASE_URL": self.database_url}, ready="/")
         self.server.wait_ready()
 
-    def tab(self, width: int = 1280, height: int = 800, **options: Any) -> Page:
+    def tab(self, width: int = 1280, height: int = 800, *, port: int | None = None, **options: Any) -> Page:
         """Open the demo in a window of its own, and wait until it is live."""
+        page = self.window(width, height, **options)
+        page.goto(self.url if port is None else f"http://127.0.0.1:{port}")
+        expect(light(page)).to_have_text("Live")
+        return page
+
+    def window(self, width: int = 1280, height: int = 800, **options: Any) -> Page:
         context = self.browser.new_context(viewport={"width": width, "height": height}, **options)
         self._contexts.append(context)
         page = context.new_page()
         page.on("console", self._console)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("request", self._request)
-        page.goto(self.url)
-        expect(light(page)).to_have_text("Live")
         return page
+
+    @contextmanager
+    def another_host(self) -> Iterator[AnotherHost]:
+        """The same app and database, on another port."""
+        port = free_port()
+        command = gunicorn("demo.app:app", port)
+        server = WebServer(command, port, self._folder / "other.log", {"DATABASE_URL": self.database_url}, ready="/")
+        try:
+            server.wait_ready()
+            yield AnotherHost(port)
+        finally:
+            server.stop()
 
     def _console(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
             self.complaints.append(message.text)
 
     def _request(self, request: Request) -> None:
-        if urlsplit(request.url).netloc != f"127.0.0.1:{self.port}":
+        if urlsplit(request.url).hostname != "127.0.0.1":
             self.complaints.append(f"a request to {request.url}")
 
     def close(self) -> None:
@@ -80,8 +110,14 @@ def ticket(page: Page, step: str, text: str) -> Any:
 
 
 def count_loads(page: Page) -> Callable[[], int]:
+    """Count how often the page or its board is loaded from now on."""
     loads: list[Request] = []
-    page.on("request", lambda request: loads.append(request) if request.is_navigation_request() else None)
+
+    def look(request: Request) -> None:
+        if request.is_navigation_request() or request.url.endswith("/board"):
+            loads.append(request)
+
+    page.on("request", look)
     return lambda: len(loads)
 
 
@@ -105,33 +141,89 @@ def test_an_order_appears_and_moves_in_every_tab(demo: Demo) -> None:
     assert demo.complaints == []
 
 
-def test_the_light_tells_of_a_server_that_is_away_and_the_board_is_right_when_it_returns(demo: Demo) -> None:
+def lines(page: Page) -> list[str]:
+    """Return who ordered what is in the log of the wire, oldest first."""
+    found = page.locator("#log li:not(.say) span").all_inner_texts()
+    return [text.rsplit(" for ", 1)[1] for text in reversed(found)]
+
+
+def test_the_light_tells_of_a_server_that_is_away_and_nothing_is_missing_when_it_returns(demo: Demo) -> None:
     page = demo.tab()
+    loads = count_loads(page)
     demo.server.stop()
     expect(light(page)).to_have_text("Reconnecting…")
     expect(light(page)).to_have_attribute("data-state", "reconnecting")
-    execute(demo.database_url, "UPDATE demo_order SET customer = 'Changed meanwhile' WHERE id = 2")
-    execute(demo.database_url, "DELETE FROM demo_order WHERE id = 1")
+    # Meanwhile the kitchen goes on, served by another host.
+    with demo.another_host() as elsewhere:
+        for name in ("Grace", "Katherine"):
+            elsewhere.order(name)
     demo.start()
     expect(light(page)).to_have_text("Live", timeout=15_000)
-    expect(ticket(page, "cooking", "Changed meanwhile")).to_have_count(1)
-    expect(page.locator("#order-1")).to_have_count(0)
-    place(demo.tab(), "Grace")
-    expect(ticket(page, "new", "Grace")).to_have_count(1)
+    expect(ticket(page, "new", "Katherine")).to_have_count(1)
+    assert lines(page) == ["Grace", "Katherine"]
+    assert loads() == 0, "by the stream, and not by fetching the board"
 
 
-def test_a_tab_that_was_hidden_comes_back_right(demo: Demo) -> None:
+HIDE = """hidden => {
+    Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+    document.dispatchEvent(new Event("visibilitychange"));
+}"""
+
+
+def test_a_hidden_tab_has_missed_nothing_when_it_is_shown_again(demo: Demo) -> None:
+    """htmx 4 closes the stream of a hidden tab, and comes back with the id of the last event."""
     page, other = demo.tab(), demo.tab()
-    hide = """hidden => {
-        Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
-        document.dispatchEvent(new Event("visibilitychange"));
-    }"""
-    page.evaluate(hide, True)
-    place(other, "Grace")
-    expect(ticket(other, "new", "Grace")).to_have_count(1)
-    page.evaluate(hide, False)
-    expect(ticket(page, "new", "Grace")).to_have_count(1, timeout=2000)
+    loads = count_loads(page)
+    place(other, "Before")
+    expect(ticket(page, "new", "Before")).to_have_count(1)
+    for round in range(3):
+        page.evaluate(HIDE, True)
+        for name in (f"Grace {round}", f"Katherine {round}"):
+            place(other, name)
+            expect(ticket(other, "new", name)).to_have_count(1)
+        expect(ticket(page, "new", f"Grace {round}")).to_have_count(0)
+        page.evaluate(HIDE, False)
+        expect(ticket(page, "new", f"Katherine {round}")).to_have_count(1, timeout=2000)
+        assert lines(page)[-2:] == [f"Grace {round}", f"Katherine {round}"]
     expect(light(page)).to_have_text("Live")
+    expect(page.locator("#log li:not(.say)", has_text="Before")).to_have_count(0)  # six lines are kept
+    assert loads() == 0
+    assert demo.complaints == []
+
+
+def test_a_network_that_was_cut_and_restored_has_cost_nothing(demo: Demo) -> None:
+    with Link(demo.port) as link:
+        page, other = demo.tab(port=link.port), demo.tab()
+        loads = count_loads(page)
+        place(other, "Before")
+        expect(ticket(page, "new", "Before")).to_have_count(1)
+        link.cut()
+        expect(light(page)).to_have_text("Reconnecting…")
+        for name in ("Grace", "Katherine", "Mary"):
+            place(other, name)
+            expect(ticket(other, "new", name)).to_have_count(1)
+        link.restore()
+        expect(ticket(page, "new", "Mary")).to_have_count(1, timeout=15_000)
+        expect(light(page)).to_have_text("Live")
+        assert lines(page) == ["Before", "Grace", "Katherine", "Mary"]
+        assert loads() == 0
+
+
+def test_an_order_placed_between_the_page_and_its_stream_arrives(demo: Demo) -> None:
+    """The page is held up after its board was read, and before its stream opens."""
+    other = demo.tab()
+
+    def late(route: Route) -> None:
+        answer = route.fetch()
+        place(other, "Grace")
+        expect(ticket(other, "new", "Grace")).to_have_count(1)
+        assert "Grace" not in answer.text()
+        route.fulfill(response=answer)
+
+    page = demo.window()
+    page.route(demo.url + "/", late)
+    page.goto(demo.url)
+    expect(ticket(page, "new", "Grace")).to_have_count(1)
     assert demo.complaints == []
 
 

@@ -1,0 +1,101 @@
+"""A TCP connection that can be cut: a proxy in a thread between a client and a server on 127.0.0.1."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import threading
+from types import TracebackType
+
+
+class Link:
+    """Passes connections on to `target`, until they are cut. `port` is its own; used as a context manager."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._is_cut = False
+        self._peers: dict[socket.socket, socket.socket] = {}
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._woken = socket.socketpair()
+        self._orders: list[str] = []
+        self._done = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="link", daemon=True)
+
+    def __enter__(self) -> Link:
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._order("stop")
+        self._thread.join(5)
+        for sock in (*self._peers, self._listener, self._wake, self._woken):
+            sock.close()
+        self._selector.close()
+
+    def cut(self) -> None:
+        """End all connections, and let no new one in."""
+        self._order("cut")
+
+    def restore(self) -> None:
+        """Let connections in again."""
+        self._order("restore")
+
+    def _order(self, word: str) -> None:
+        with self._done:
+            self._orders.append(word)
+            self._wake.send(b"\0")
+            self._done.wait_for(lambda: word not in self._orders, 5)
+
+    def _run(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._woken:
+                    self._woken.recv(100)
+                elif key.fileobj is self._listener:
+                    self._accept()
+                elif key.fileobj in self._peers:
+                    self._pass_on(key.fileobj)
+            with self._done:
+                orders, self._orders = self._orders, []
+                for order in orders:
+                    self._is_cut = order != "restore"
+                    if self._is_cut:
+                        for sock in list(self._peers):
+                            self._end(sock)
+                self._done.notify_all()
+            if "stop" in orders:
+                return
+
+    def _accept(self) -> None:
+        client, _ = self._listener.accept()
+        if self._is_cut:
+            client.close()
+            return
+        server = socket.create_connection(("127.0.0.1", self._target))
+        self._peers[client], self._peers[server] = server, client
+        self._selector.register(client, selectors.EVENT_READ)
+        self._selector.register(server, selectors.EVENT_READ)
+
+    def _pass_on(self, sock: socket.socket) -> None:
+        data = b""
+        with contextlib.suppress(OSError):
+            data = sock.recv(65536)
+            self._peers[sock].sendall(data)
+        if not data:
+            self._end(sock)
+
+    def _end(self, sock: socket.socket) -> None:
+        peer = self._peers.pop(sock, None)
+        if peer is None:
+            return
+        del self._peers[peer]
+        for one in (sock, peer):
+            self._selector.unregister(one)
+            one.close()
