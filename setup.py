@@ -27,7 +27,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["flask_pg_sse", "flask_pg_sse.*"]),
-    package_data={"": ["*.sql", "py.typed"]},
+    package_data={"": ["sql/*.sql", "py.typed"]},
     zip_safe=False,
     install_requires=[
         "flask>=3.0",

@@ -6,6 +6,7 @@ starts nothing and connects to nothing.
 
 from __future__ import annotations
 
+from . import cli  # noqa: F401  # gives sse_bp its commands
 from .blueprint import sse_bp
 from .errors import (
     ConfigurationError,

@@ -23,7 +23,8 @@ from .subscription import Subscription
 
 logger = logging.getLogger(__name__)
 
-sse_bp = Blueprint("sse", __name__, url_prefix="/sse")
+# Whatever the blueprint's name in an app, its commands (cli.py) are `flask sse …`.
+sse_bp = Blueprint("sse", __name__, url_prefix="/sse", cli_group="sse")
 
 
 class _StreamResponse(Response):

@@ -145,14 +145,14 @@ class Runtime:
             with self._lock():
                 process = self._process
                 if process is None or process.pid != os.getpid():
-                    process = self._process = _Process(self._dsns(), self.settings, self._presence())
+                    process = self._process = _Process(self.dsns(), self.settings, self._presence())
         return process
 
     def _lock(self) -> threading.Lock:
         # One a process: a lock that was made before a fork may be held there for ever, and be of the wrong kind.
         return self._locks.setdefault(os.getpid(), threading.Lock())
 
-    def _dsns(self) -> tuple[Dsn, Dsn]:
+    def dsns(self) -> tuple[Dsn, Dsn]:
         """Return where to notify and where to listen."""
         for source, value, connect_args in database_sources(self.settings, self._config, os.environ):
             if source == "SSE_DATABASE_URL" or is_postgres(value):

@@ -19,7 +19,7 @@ FLOORS = [
     },
     {"runtime"},
     {"extension", "blueprint"},
-    {"testing"},
+    {"cli", "testing"},
 ]  # fmt: skip
 # Neighbours on one floor may use each other where the arrow goes one way.
 ALLOWED_BESIDE = {
@@ -28,7 +28,7 @@ ALLOWED_BESIDE = {
     ("hub", "subscription"), ("hub", "recent"),
     ("stream", "replay"),
     ("postgres.connect", "postgres.dsn"), ("postgres.pool", "postgres.connect"), ("postgres.pool", "postgres.dsn"),
-    ("postgres.presence", "postgres.schema"),
+    ("postgres.schema", "postgres.connect"), ("postgres.presence", "postgres.schema"),
     ("postgres.log", "postgres.pool"), ("postgres.publish", "postgres.pool"),
     ("postgres.prune", "postgres.pool"), ("postgres.prune", "postgres.presence"),
     ("postgres.listener", "postgres.connect"), ("postgres.listener", "postgres.dsn"),
@@ -51,15 +51,15 @@ def modules() -> dict[str, Path]:
 
 def imports_of(name: str, path: Path) -> set[str]:
     """Return the modules of the package that a module imports."""
-    found = set()
+    found: set[str] = set()
     package = name.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1]
-            if node.module:
-                found.add(".".join([*base, node.module]))
+            parts = [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
+            if PACKAGE.joinpath(*parts).is_dir():
+                found.update(".".join([*parts, alias.name]) for alias in node.names)
             else:
-                found.update(".".join([*base, alias.name]) for alias in node.names)
+                found.add(".".join(parts))
     return found
 
 

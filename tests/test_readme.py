@@ -35,7 +35,8 @@ def example(name: str) -> str:
 
 
 def test_every_example_is_run() -> None:
-    here = Path(__file__).read_text() + (ROOT / "tests" / "test_readme_browser.py").read_text()
+    others = ("test_readme_browser.py", "test_cli.py", "test_schema.py")
+    here = Path(__file__).read_text() + "".join((ROOT / "tests" / name).read_text() for name in others)
     for name in re.findall(r"<!-- run: (\S+) -->", README):
         assert f'example("{name}")' in here, name
 

@@ -5,15 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import EventLogMissing
-from .schema import Installation, NotUsable, look_up
+from .schema import SCHEMA, VERSION
 
 logger = logging.getLogger(__name__)
 
 # Seconds until a database that had no log is asked again: somebody may install it while we run.
 _LOOK_AGAIN = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """The event log that a database has: its version, and the key that signs its ids."""
+
+    version: int
+    key: bytes = field(repr=False)
 
 
 class Presence:
@@ -42,8 +51,8 @@ class Presence:
         if anew or (self._found is None and (self._setting is True or time.monotonic() >= self._look_at)):
             self._look_at = time.monotonic() + _LOOK_AGAIN
             try:
-                self._found = look_up(execute)
-            except NotUsable as error:
+                self._found = _look_up(execute)
+            except _NotUsable as error:
                 self._found, missing = None, str(error)
             if self._found is not None:
                 self._say(logging.INFO, "The event log is on.")
@@ -64,3 +73,35 @@ class Presence:
         if text != self._said:
             self._said = text
             logger.log(level, "%s", text)
+
+
+# From the catalog, which everybody may read: naming a function that is not there, or that this role may not call, would
+# be an error, and end a transaction.
+_LOOK_UP = f"""
+SELECT has_schema_privilege(n.oid, 'USAGE') AND has_function_privilege(p.oid, 'EXECUTE')
+FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+WHERE n.nspname = '{SCHEMA}' AND p.proname = 'installed_v1'
+"""
+
+
+class _NotUsable(Exception):
+    """There is an event log, and this role or this version of the package cannot use it; the text says the remedy."""
+
+
+def _look_up(execute: Callable[[str], Sequence[Sequence[Any]]]) -> Installation | None:
+    """Return the event log of the database that `execute` runs queries on, or None. Raises `_NotUsable`."""
+    found = execute(_LOOK_UP)
+    if not found:
+        return None
+    if not found[0][0]:
+        raise _NotUsable(
+            "the database has an event log, which its role may not use. Remedy: flask sse init --grant-to ROLE, run by "
+            "the role that installed it"
+        )
+    [(version, key)] = execute(f"SELECT version, key FROM {SCHEMA}.installed_v1()")
+    if version < VERSION:
+        raise _NotUsable(
+            f"the database's event log is of version {version}, and this package needs {VERSION}. Remedy: "
+            "flask sse init"
+        )
+    return Installation(version, bytes(key))

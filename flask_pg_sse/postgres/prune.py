@@ -24,17 +24,14 @@ _EVERY = 60.0
 _PRUNE = "SELECT flask_pg_sse.prune_v1(make_interval(secs => %s), %s)"
 
 
-def prune(execute: Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]], retention: float) -> int | None:
-    """Delete the events older than `retention` seconds; return how many, or None while another session is at it."""
+def prune(execute: Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]], max_age: float) -> tuple[int, bool]:
+    """Delete the events older than `max_age` seconds; return how many, and whether another session is at the rest."""
     deleted = 0
     while True:
-        batch: int | None
-        [(batch,)] = execute(_PRUNE, (retention, BATCH))
-        if batch is None:
-            return deleted or None
-        deleted += batch
-        if batch < BATCH:
-            return deleted
+        [(batch,)] = execute(_PRUNE, (max_age, BATCH))
+        deleted += batch or 0
+        if batch is None or batch < BATCH:
+            return deleted, batch is None
 
 
 class Pruner:
@@ -72,7 +69,7 @@ class Pruner:
     def _round(self) -> None:
         begun = time.monotonic()
         try:
-            deleted = prune(self._pool.execute, self._retention)
+            deleted, _ = prune(self._pool.execute, self._retention)
         except PgSSEError as error:  # the next round may go better
             logger.warning("The event log could not be pruned: %s", error)
         else:

@@ -1,67 +1,116 @@
-"""The event log's schema: the SQL that installs it, and whether a database has it.
+"""The event log's schema: the SQL that installs it, brings it up to date and takes it away.
 
 Version N is what `sql/schema_1.sql` to `sql/schema_N.sql` make one after the other. `schema_sql()` runs those that a
 database does not have yet, so that a fresh install and an upgrade are one script.
+
+Rules for a step. Functions that old workers call (`…_v1`) stay; `installed_v1()` for ever, whose grants tell who was
+let in, and `notify()`, which may be granted alone, is only replaced. EXECUTE on what is new is taken from PUBLIC. One
+that alters both tables locks them first, in the order in which publishers use them: `pending`, then `event`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+import psycopg2
+
+from .connect import execute
+
 SCHEMA = "flask_pg_sse"
 VERSION = 1
+# The oldest PostgreSQL that is let in, as its server_version_num. The SQL needs 13 (gen_random_uuid(), and the storage
+# parameter autovacuum_vacuum_insert_threshold), which has had no more repairs since November 2025.
+OLDEST = 140000
 
-# Two that run at once: the second waits here, and then finds everything done.
-_BEGIN = f"""\
-SELECT pg_advisory_xact_lock(7380381037705062261);
-CREATE SCHEMA IF NOT EXISTS {SCHEMA};
-"""
-# EXECUTE, because a step that is not needed any more names what does not exist yet, or not any more.
-_STEP = """
+# Seconds for the installation. It waits for another one, and for open transactions that use what it changes.
+_TIMEOUT = 600.0
+
+# One statement, hence one transaction wherever it is run, also by psql and by drivers that take no more than one. No
+# ":name" and no "%", which SQLAlchemy and the drivers would take for parameters.
+_INSTALL = """\
 DO $do$
 DECLARE
-    version integer := 0;
+    own_role text := pg_catalog.current_setting('role');
+    own_path text := pg_catalog.current_setting('search_path');
+    owner text;
+    installed integer := 0;
+    grantees text[] := {grant_to};
+    functions text;
+    grantee text;
 BEGIN
-    IF to_regclass('{schema}.installation') IS NOT NULL THEN
-        SELECT i.version INTO version FROM {schema}.installation i;
+    -- What others have made in schemas of the search path must not run with the rights of who installs.
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    IF current_setting('server_version_num')::integer < {oldest} THEN
+        RAISE EXCEPTION USING ERRCODE = 'feature_not_supported', MESSAGE = concat(
+            'the event log needs PostgreSQL {oldest_major} or newer, and this is ', current_setting('server_version'));
     END IF;
-    IF version < {number} THEN
+    -- Two that run at once: the second waits here, and then finds everything done.
+    PERFORM pg_advisory_xact_lock(7380381037705062261);
+    SELECT r.rolname INTO owner FROM pg_namespace n JOIN pg_roles r ON r.oid = n.nspowner WHERE n.nspname = '{schema}';
+    IF owner IS NULL THEN
+        CREATE SCHEMA {schema};
+    ELSIF owner <> current_user THEN
+        -- All of it belongs to one role, as which its functions run. And if that is not the one we think, what it has
+        -- put here for us to stumble over runs with its own rights.
+        PERFORM set_config('role', owner, true);
+    END IF;
+
+    -- EXECUTE, because a step that is not needed any more names what does not exist yet, or not any more.
+    IF to_regclass('{schema}.installation') IS NOT NULL THEN
+        EXECUTE 'SELECT version FROM {schema}.installation' INTO installed;
+    END IF;
+    PERFORM set_config('{schema}.version_before', installed::text, true);  -- for install()
+{steps}
+    IF installed < {version} THEN
+        EXECUTE 'UPDATE {schema}.installation SET version = {version}';
+        -- A role that was let in by an earlier version may call what the new one has brought.
+        grantees := grantees || ARRAY(
+            SELECT r.rolname::text FROM pg_proc p, aclexplode(p.proacl) a JOIN pg_roles r ON r.oid = a.grantee
+            WHERE p.oid = '{schema}.installed_v1()'::regprocedure AND r.oid <> p.proowner);
+    END IF;
+
+    -- No trigger functions: they run on tables of the role's own as well.
+    SELECT string_agg(p.oid::regprocedure::text, ', ') INTO functions FROM pg_proc p
+    WHERE p.pronamespace = '{schema}'::regnamespace AND p.prorettype <> 'trigger'::regtype;
+    FOREACH grantee IN ARRAY grantees LOOP
+        EXECUTE 'GRANT USAGE ON SCHEMA {schema} TO ' || quote_ident(grantee);
+        EXECUTE concat('GRANT EXECUTE ON FUNCTION ', functions, ' TO ', quote_ident(grantee));
+    END LOOP;
+    PERFORM set_config('role', own_role, true);
+    PERFORM set_config('search_path', own_path, true);
+END $do$;
+"""
+_STEP = """
+    IF installed < {number} THEN
         EXECUTE $step$
 {sql}
         $step$;
-        UPDATE {schema}.installation SET version = {number};
     END IF;
-END $do$;
-"""
-# A role that was let in by an earlier version may call what the new one has brought.
-_KEEP_GRANTS = f"""
-DO $do$
-DECLARE
-    grantee text;
-BEGIN
-    FOR grantee IN
-        SELECT r.rolname FROM pg_proc p, aclexplode(p.proacl) a, pg_roles r
-        WHERE p.oid = '{SCHEMA}.installed_v1()'::regprocedure AND a.grantee = r.oid AND r.oid <> p.proowner
-    LOOP
-        EXECUTE format('GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {SCHEMA} TO %I', grantee);
-    END LOOP;
-END $do$;
 """
 
 
 def schema_sql(grant_to: Sequence[str] = ()) -> str:
     """Return the SQL that installs the event log or brings an older one up to date; harmless where it is there.
 
-    For `op.execute()` in a migration of Alembic, or psql: run it in one transaction. `grant_to` names the roles that
-    apps run as, where the role that installs is another; they get what `notify()` and the streams need.
+    For `op.execute()` in a migration of Alembic, or psql: one statement, all or nothing. `grant_to` names the roles
+    that apps run as, where the role that installs is another; they get what `notify()` and the streams need.
     """
-    steps = [_STEP.format(schema=SCHEMA, number=n, sql=_read(f"schema_{n}.sql")) for n in range(1, VERSION + 1)]
     if isinstance(grant_to, str):
         raise TypeError("grant_to is a list of roles, not a string.")
-    return "".join([_BEGIN, *steps, _KEEP_GRANTS, *map(_grant, grant_to)])
+    for role in grant_to:
+        if role in ("", "public", "none"):  # PostgreSQL reads them so even between quotes
+            raise ValueError(f"grant_to names roles, and {role!r} is none.")
+    return _INSTALL.format(
+        schema=SCHEMA,
+        version=VERSION,
+        oldest=OLDEST,
+        oldest_major=OLDEST // 10000,
+        steps="".join(_STEP.format(number=n, sql=_read(f"schema_{n}.sql")) for n in range(1, VERSION + 1)),
+        grant_to=f"ARRAY[{', '.join(map(_literal, grant_to))}]::text[]",
+    )
 
 
 def drop_schema_sql() -> str:
@@ -69,53 +118,35 @@ def drop_schema_sql() -> str:
     return f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE;\n"
 
 
-def _grant(role: str) -> str:
-    quoted = '"' + role.replace('"', '""') + '"'
-    return f"""
-GRANT USAGE ON SCHEMA {SCHEMA} TO {quoted};
-GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {SCHEMA} TO {quoted};
-"""
+def install(connection: Any, grant_to: Sequence[str] = ()) -> int:
+    """Run `schema_sql()` on a connection of `connect()`, and return the version that was there before, 0 for none.
+
+    A role that may not install, but was let in where the version is there already, has nothing to do and gets no error.
+    """
+    # Sent together, these are one transaction. In a stricter one, a database's or a role's default, who had to wait for
+    # another installation would not see it.
+    query = f"""
+        SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
+        {schema_sql(grant_to)}
+        SELECT pg_catalog.current_setting('{SCHEMA}.version_before')::pg_catalog.int4
+    """
+    try:
+        ((before,),) = execute(connection, query, timeout=_TIMEOUT)
+    except psycopg2.errors.InsufficientPrivilege:
+        try:
+            ((before,),) = execute(connection, f"SELECT version FROM {SCHEMA}.installed_v1()", timeout=_TIMEOUT)
+        except psycopg2.Error:
+            before = 0
+        if before < VERSION or grant_to:
+            raise
+    return int(before)
+
+
+def _literal(text: str) -> str:
+    """Return a text as an SQL literal in which neither drivers nor the script's own quotes find anything of theirs."""
+    escaped = re.sub(r"[^\w .@-]", lambda found: f"\\U{ord(found[0]):08x}", text)
+    return f"'{text}'" if escaped == text else f"E'{escaped}'"
 
 
 def _read(name: str) -> str:
     return (files(__package__) / "sql" / name).read_text(encoding="utf-8")
-
-
-@dataclass(frozen=True, slots=True)
-class Installation:
-    """The event log that a database has: its version, and the key that signs its ids."""
-
-    version: int
-    key: bytes = field(repr=False)
-
-
-# From the catalog, which everybody may read: naming a function that is not there, or that this role may not call, would
-# be an error, and end a transaction.
-_LOOK_UP = f"""
-SELECT has_schema_privilege(n.oid, 'USAGE') AND has_function_privilege(p.oid, 'EXECUTE')
-FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
-WHERE n.nspname = '{SCHEMA}' AND p.proname = 'installed_v1'
-"""
-
-
-class NotUsable(Exception):
-    """There is an event log, and this role or this version of the package cannot use it; the text says the remedy."""
-
-
-def look_up(execute: Callable[[str], Sequence[Sequence[Any]]]) -> Installation | None:
-    """Return the event log of the database that `execute` runs queries on, or None. Raises `NotUsable`."""
-    found = execute(_LOOK_UP)
-    if not found:
-        return None
-    if not found[0][0]:
-        raise NotUsable(
-            "the database has an event log, which its role may not use. Remedy: flask sse init --grant-to ROLE, run by "
-            "the role that installed it"
-        )
-    [(version, key)] = execute(f"SELECT version, key FROM {SCHEMA}.installed_v1()")
-    if version < VERSION:
-        raise NotUsable(
-            f"the database's event log is of version {version}, and this package needs {VERSION}. Remedy: "
-            "flask sse init"
-        )
-    return Installation(version, bytes(key))

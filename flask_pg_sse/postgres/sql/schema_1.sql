@@ -96,6 +96,10 @@ END $function$;
 CREATE FUNCTION flask_pg_sse.publish_pending_v1() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
+    -- On a table of a caller's own, the columns' types could bring casts that would run with our rights.
+    IF TG_RELID <> 'flask_pg_sse.pending'::regclass THEN
+        RAISE EXCEPTION 'This trigger function is that of flask_pg_sse.pending alone.';
+    END IF;
     IF TG_OP = 'INSERT' THEN
         UPDATE flask_pg_sse.pending SET requeued = true WHERE ctid = NEW.ctid;
     ELSE
@@ -271,6 +275,9 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock(7380381037705062260) THEN
         RETURN NULL;
     END IF;
+    -- Rows that were written where triggers do not fire (session_replication_role = replica) would stay for ever. First,
+    -- because publishers lock pending and then event: an upgrade that locks both would deadlock with the other order.
+    DELETE FROM flask_pg_sse.pending p WHERE p.created_at < now() - interval '1 hour';
     SELECT r.pruned_through INTO pruned FROM flask_pg_sse.retention r;
     SELECT coalesce(min(e.id) FILTER (WHERE NOT e.expired) - 1, max(e.id)) INTO cut
     FROM (
@@ -282,8 +289,6 @@ BEGIN
     IF deleted > 0 THEN
         UPDATE flask_pg_sse.retention r SET pruned_through = cut;
     END IF;
-    -- Rows that were written where triggers do not fire (session_replication_role = replica) would stay for ever.
-    DELETE FROM flask_pg_sse.pending p WHERE p.created_at < now() - interval '1 hour';
     RETURN deleted;
 END $function$;
 
