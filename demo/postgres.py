@@ -182,14 +182,23 @@ class Server:
     """One PostgreSQL server on one data directory, which is made when it is not there.
 
     `port` stays the same over a restart. `options` are settings of postgresql.conf, given on the command line; by
-    default the data are as safe as PostgreSQL makes them, tests pass ``{"fsync": "off"}``. The server ends with the
-    process that started it, whatever ends that. Used as a context manager it is started and stopped.
+    default the data are as safe as PostgreSQL makes them, tests pass ``{"fsync": "off"}``. `bin_dir` has the programs
+    of another PostgreSQL than the wheel's, which everybody can run. The server ends with the process that started it,
+    whatever ends that. Used as a context manager it is started and stopped.
     """
 
-    def __init__(self, data_dir: Path, *, port: int | None = None, options: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        port: int | None = None,
+        options: Mapping[str, str] | None = None,
+        bin_dir: Path | None = None,
+    ) -> None:
         self.data_dir = Path(os.path.abspath(data_dir))
         self.log_path = self.data_dir.with_name(self.data_dir.name + ".log")
         self.options = dict(options or {})
+        self._bin_dir = bin_dir
         self._port = port
         self._port_is_ours = port is None
         self._process: subprocess.Popen[bytes] | None = None
@@ -241,7 +250,7 @@ class Server:
         self._dismiss_guard()
         self._take_lock()
         try:
-            bin_dir = binaries()
+            bin_dir = self._bin_dir or binaries()
             self._end_left_over()
             self._make_data(bin_dir)
             self._launch(bin_dir, time.monotonic() + timeout)

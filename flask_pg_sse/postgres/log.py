@@ -16,9 +16,12 @@ from .pool import Pool
 
 logger = logging.getLogger(__name__)
 
-_PAGE = "SELECT * FROM flask_pg_sse.page_v1(%s::text[], %s, %s, %s)"
-_TAILS = "SELECT * FROM flask_pg_sse.tail_v1(%s::text[], %s::bigint[])"
-_HEAD = "SELECT flask_pg_sse.head_v1()"
+# In a database whose default is SERIALIZABLE, what we read would make publishers fail. Sent together, both statements
+# are one transaction.
+_READ_COMMITTED = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; "
+_PAGE = _READ_COMMITTED + "SELECT * FROM flask_pg_sse.page_v1(%s::text[], %s, %s, %s)"
+_TAILS = _READ_COMMITTED + "SELECT * FROM flask_pg_sse.tail_v1(%s::text[], %s::bigint[])"
+_HEAD = _READ_COMMITTED + "SELECT flask_pg_sse.head_v1()"
 
 Execute = Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]]
 
@@ -34,7 +37,7 @@ def read_page(execute: Execute, channels: Sequence[str], after: int, max_bytes: 
     for _, _, _, log_id, channel, fields, data, size in rows:
         if log_id is None:
             break
-        if data is None and "data" not in fields:
+        if size > max(max_bytes, max_event):
             return Page(pruned_through, head, after, items, (log_id, size))
         items += _items(channel, log_id, fields, data)
     return Page(pruned_through, head, upto, items)

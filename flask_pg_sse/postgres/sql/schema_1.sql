@@ -23,12 +23,14 @@ CREATE TABLE flask_pg_sse.event (
 CREATE INDEX event_channel_id ON flask_pg_sse.event (channel, id);
 
 -- Events between their notify() and the commit of its transaction. A row lives for one transaction, so nothing is lost
--- if a crash empties the table. Each leaves two dead versions behind and there is no index: vacuum early, it is cheap.
+-- if a crash empties the table. Each leaves four dead versions behind and there is no index: vacuum early, it is cheap.
 CREATE UNLOGGED TABLE flask_pg_sse.pending (
     channel text NOT NULL,
     fields json NOT NULL,
     data text,
-    requeued boolean NOT NULL DEFAULT false,
+    -- How often its trigger has put it off during one statement of the client, and which statement that was.
+    requeued integer NOT NULL DEFAULT 0,
+    requeued_at timestamptz,
     created_at timestamptz NOT NULL DEFAULT now()
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000,
         autovacuum_vacuum_insert_threshold = -1);
@@ -36,21 +38,31 @@ CREATE UNLOGGED TABLE flask_pg_sse.pending (
 -- Everything up to pruned_through has left the log. Not in `installation`, whose row publishers read and nobody changes.
 CREATE TABLE flask_pg_sse.retention (pruned_through bigint NOT NULL);
 
--- Ids begin at the clock's milliseconds: those of a log that was dropped, or that other senders made up, lie below.
+-- Ids begin at the clock's microseconds: those of a log that was dropped, or that other senders made up, lie below. And as
+-- nobody publishes a million events a second, all ids that were ever given out are below what the clock shows.
 CREATE SEQUENCE flask_pg_sse.event_id;
 INSERT INTO flask_pg_sse.retention
-SELECT setval('flask_pg_sse.event_id', (extract(epoch FROM clock_timestamp()) * 1000)::bigint);
--- When the server that numbered the last event had been started, in microseconds. A sequence, because setval() is at once
--- there for all and no cause of a serialization failure.
-CREATE SEQUENCE flask_pg_sse.server_start;
-SELECT setval('flask_pg_sse.server_start', (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint);
+SELECT setval('flask_pg_sse.event_id', (extract(epoch FROM clock_timestamp()) * 1000000)::bigint);
+-- Which server, and database, numbered the last event. A sequence, because setval() is at once there for all and no cause
+-- of a serialization failure.
+CREATE SEQUENCE flask_pg_sse.numbered_by;
+
+-- The start of the server in microseconds, and the numbers of the database and the table: a sum that changes with a restart
+-- or a failover, and where a copy of the database or of the schema takes the place of the former.
+CREATE FUNCTION flask_pg_sse.server_v1() RETURNS bigint
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint + d.oid::bigint
+        + 'flask_pg_sse.event'::regclass::oid::bigint
+    FROM pg_database d WHERE d.datname = current_database()
+$function$;
+SELECT setval('flask_pg_sse.numbered_by', flask_pg_sse.server_v1());
 
 -- Number an event, write it to the log and notify. Called last in a transaction: what waits for the lock waits for its end.
 CREATE FUNCTION flask_pg_sse.number_v1(channel text, fields json, data text) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_variable
 DECLARE
-    started bigint := extract(epoch FROM pg_postmaster_start_time()) * 1000000;
+    server bigint := flask_pg_sse.server_v1();
     number bigint;
     head text;
     payload text;
@@ -63,12 +75,14 @@ BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;
-    -- A server that was failed over to, or restored, may have lost events whose ids were seen: leave those behind.
-    IF (SELECT s.last_value FROM flask_pg_sse.server_start s) <> started THEN
+    -- A server that was failed over to, or a database that was restored, may have lost events whose ids were seen: leave
+    -- those behind. By the clock, because nothing here says how many they were, or how often there was a jump since the
+    -- backup; and by a tenth of a second at least, less than a restart takes, in case the clock is wrong.
+    IF (SELECT s.last_value FROM flask_pg_sse.numbered_by s) <> server THEN
         PERFORM setval('flask_pg_sse.event_id', greatest(
-            (extract(epoch FROM clock_timestamp()) * 1000)::bigint,
-            nextval('flask_pg_sse.event_id') + 1000000));
-        PERFORM setval('flask_pg_sse.server_start', started);
+            (extract(epoch FROM clock_timestamp()) * 1000000)::bigint,
+            nextval('flask_pg_sse.event_id') + 100000));
+        PERFORM setval('flask_pg_sse.numbered_by', server);
     END IF;
     number := nextval('flask_pg_sse.event_id');
     INSERT INTO flask_pg_sse.event VALUES (number, channel, fields, data, clock_timestamp());
@@ -79,7 +93,7 @@ BEGIN
     IF octet_length(payload) > 7999 THEN
         payload := head || ',"f": true}';  -- to be fetched from the log
     END IF;
-    IF octet_length(channel) > 31 THEN  -- it may be longer than 63 bytes in UTF-8
+    IF octet_length(channel) > 21 THEN  -- it may be longer than 63 bytes in UTF-8
         utf8 := convert_to(channel, 'UTF8');
         IF octet_length(utf8) > 63 THEN
             channel := 'flask_pg_sse' || chr(58) || left(encode(sha256(utf8), 'hex'), 40);
@@ -89,10 +103,11 @@ BEGIN
     RETURN number;
 END $function$;
 
--- The trigger of pending fires twice at commit, the first time only to be called again. Deferred triggers fire in the
--- order in which they were queued: the second time comes after all that the transaction's own constraints and triggers
--- have to do, and the lock is held for the shortest time. By its ctid and not by a key: scans for one would make
--- SERIALIZABLE transactions fail.
+-- The trigger of pending fires four times at commit, and but for the last only to be called again. Deferred triggers fire
+-- in rounds: those that were queued before, in that order, and then those that the round has queued. So this comes after
+-- all that the transaction's own constraints and triggers have to do, what they cause in turn included, down to the third
+-- level; the lock is held for the shortest time, and nobody who has it waits for a row that another publisher holds.
+-- By its ctid and not by a key: scans for one would make SERIALIZABLE transactions fail.
 CREATE FUNCTION flask_pg_sse.publish_pending_v1() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
@@ -100,8 +115,12 @@ BEGIN
     IF TG_RELID <> 'flask_pg_sse.pending'::regclass THEN
         RAISE EXCEPTION 'This trigger function is that of flask_pg_sse.pending alone.';
     END IF;
-    IF TG_OP = 'INSERT' THEN
-        UPDATE flask_pg_sse.pending SET requeued = true WHERE ctid = NEW.ctid;
+    IF NEW.requeued_at IS DISTINCT FROM statement_timestamp() THEN
+        -- The commit, or the user's SET CONSTRAINTS ALL IMMEDIATE. It is no reason to take the lock before the commit.
+        SET CONSTRAINTS flask_pg_sse.publish DEFERRED;
+        UPDATE flask_pg_sse.pending SET requeued = 1, requeued_at = statement_timestamp() WHERE ctid = NEW.ctid;
+    ELSIF NEW.requeued < 3 THEN
+        UPDATE flask_pg_sse.pending SET requeued = NEW.requeued + 1 WHERE ctid = NEW.ctid;
     ELSE
         DELETE FROM flask_pg_sse.pending WHERE ctid = NEW.ctid;
         PERFORM flask_pg_sse.number_v1(NEW.channel, NEW.fields, NEW.data);
@@ -142,7 +161,9 @@ DECLARE
     wrong text := CASE
         WHEN channel IS NULL OR octet_length(convert_to(channel, 'UTF8')) NOT BETWEEN 1 AND 255
             THEN 'A channel name has 1 to 255 bytes in UTF-8.'
-        WHEN channel ~ '[\u0001-\u001f\u007f-\u009f]' THEN 'A channel name holds no control characters.'
+        -- By the bytes of its UTF-8: the numbers of characters are other ones in other encodings.
+        WHEN encode(convert_to(channel, 'UTF8'), 'hex') ~ '^(..)*([01].|7f|c2[89].)'
+            THEN 'A channel name holds no control characters.'
         WHEN starts_with(channel, 'flask_pg_sse')
             THEN 'Channel names that begin with "flask_pg_sse" are reserved; choose another.'
         WHEN starts_with(event, 'sse-') THEN 'Event names that begin with "sse-" are reserved; choose another.'
@@ -180,10 +201,10 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f
     SELECT i.version, i.key FROM flask_pg_sse.installation i
 $function$;
 
--- Read the log of some channels after an id: a page of max_bytes of data, or one event alone that is larger (its data only
--- with max_event). Every row says how far back the log reaches, where it ends, and up to which id the page is complete;
--- without an event there is one row that says only that. One snapshot for all of it: a page never misses what was pruned
--- while it was read.
+-- Read the log of some channels after an id: a page of max_bytes, or one event alone that is larger (what is larger than
+-- max_event too comes empty, with its size). Every row says how far back the log reaches, where it ends, and up to which
+-- id the page is complete; without an event there is one row that says only that. One snapshot for all of it: a page
+-- never misses what was pruned while it was read.
 CREATE FUNCTION flask_pg_sse.page_v1(channels text[], after bigint, max_bytes bigint, max_event bigint)
 RETURNS TABLE (pruned_through bigint, head bigint, upto bigint, id bigint, channel text, fields json, data text,
     size bigint)
@@ -191,6 +212,7 @@ LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp A
 #variable_conflict use_column
 DECLARE
     most constant integer := CASE WHEN cardinality(channels) > 16 THEN 5000 ELSE 500 END;
+    most_event constant bigint := greatest(max_bytes, max_event);
     pruned bigint;
     top bigint;
     complete bigint;
@@ -227,8 +249,9 @@ BEGIN
         complete := ids[kept];
     END IF;
     RETURN QUERY
-    SELECT pruned, top, greatest(after, complete), e.id, e.channel, e.fields,
-        CASE WHEN e.size <= greatest(max_bytes, max_event) THEN e.data END, e.size
+    SELECT pruned, top, greatest(after, complete), e.id, e.channel,
+        CASE WHEN e.id IS NULL OR e.size <= most_event THEN e.fields ELSE '{}' END,
+        CASE WHEN e.size <= most_event THEN e.data END, e.size
     FROM (VALUES (1)) AS one LEFT JOIN (
         SELECT e.*, (octet_length(e.fields::text) + coalesce(octet_length(e.data), 0))::bigint AS size
         FROM flask_pg_sse.event e WHERE e.id = ANY (ids)
