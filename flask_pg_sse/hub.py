@@ -119,6 +119,11 @@ class Hub:
             subscription.go_live(subscription.sent, missed, time.monotonic())
             return True
 
+    @property
+    def memory(self) -> int:
+        """Bytes of events that are remembered of each channel at the most."""
+        return self._recent.limit
+
     def unremembered(self, channels: Iterable[str]) -> dict[str, int]:
         """Return the channels whose last events the log is to be asked for, each with the id up to which.
 

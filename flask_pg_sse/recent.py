@@ -56,7 +56,7 @@ class Recent:
 
     def add(self, items: Iterable[Item]) -> None:
         """Keep what has just come."""
-        limit = self._limit()
+        limit = self.limit
         for item in items:
             channel, data, log_id = item
             ring = self._rings.get(channel)
@@ -95,13 +95,15 @@ class Recent:
             ring.items.extendleft(reversed(items))
             ring.size += sum(len(item[1]) for item in items)
             ring.after = after
-            ring.trim(self._limit())
+            ring.trim(self.limit)
 
     def trim(self) -> None:
         """Keep to the limit for all together; quiet channels do not notice by themselves that others have come."""
-        limit = self._limit()
+        limit = self.limit
         for ring in self._rings.values():
             ring.trim(limit)
 
-    def _limit(self) -> int:
+    @property
+    def limit(self) -> int:
+        """Bytes of one channel."""
         return min(RING_BYTES, TOTAL_BYTES // max(1, len(self._rings)))

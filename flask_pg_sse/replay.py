@@ -41,8 +41,8 @@ class Log(Protocol):
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
         """Return the events after an id: `max_bytes` of them, or a larger one alone, up to `max_event` bytes."""
 
-    def tails(self, uptos: Mapping[str, int]) -> Sequence[tuple[str, int, Sequence[Item]]]:
-        """Return the last events of each channel up to an id of each, and after which id they are complete."""
+    def tails(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[tuple[str, int, Sequence[Item]]]:
+        """Return the last `max_bytes` of each channel up to an id of each, and after which id they are complete."""
 
 
 class Replay:
@@ -132,7 +132,7 @@ class Replay:
                 return
             batch = list(dict.fromkeys([*missing, *list(self._unfilled)]))[: max(_FILL, len(missing))]
             uptos = self._hub.unremembered(batch)
-            for channel, after, items in self._log.tails(uptos):
+            for channel, after, items in self._log.tails(uptos, self._hub.memory):
                 self._hub.remember(channel, after, items, uptos[channel])
             for channel in batch:
                 self._unfilled.pop(channel, None)

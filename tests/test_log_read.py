@@ -172,15 +172,15 @@ def test_a_page_says_when_pruning_was_faster(log_url: str, seed: int, channels: 
     assert pruned_meanwhile > 0
 
 
-TAIL = "SELECT channel, complete_after, id, fields::text, data FROM flask_pg_sse.tail_v1(%s, %s)"
+TAIL = "SELECT channel, complete_after, id, fields::text, data FROM flask_pg_sse.tail_v1(%s, %s, %s)"
 
 
-def tail(events: list[Row], pruned: int, channel: str, upto: int) -> tuple[int, list[Row]]:
-    """The model: at most a hundred of the last events, of 65,536 bytes together."""
+def tail(events: list[Row], pruned: int, channel: str, upto: int, max_bytes: int) -> tuple[int, list[Row]]:
+    """The model: at most a thousand of the last events, of max_bytes together."""
     before = [event for event in events if event.channel == channel and event.id <= upto]
     taken: list[Row] = []
     for event in reversed(before):
-        if len(taken) == 100 or sum(row.size for row in taken) + event.size > 65536:
+        if len(taken) == 1000 or sum(row.size for row in taken) + event.size > max_bytes:
             return (taken[-1].id - 1 if taken else upto), taken[::-1]
         taken.append(event)
     return pruned, taken[::-1]
@@ -196,14 +196,15 @@ def test_tails(log_url: str, seed: int) -> None:
         for _ in range(150 * LONG):
             channels = rng.sample(CHANNELS, rng.randint(1, 6))
             uptos = [rng.choice([0, pruned, rng.randint(pruned, head), head, head + 9]) for _ in channels]
-            rows = run(connection, TAIL, (channels, uptos))
+            max_bytes = rng.choice([0, 100, 1_000, 10_000, 65_536, 262_144, 10**9])
+            rows = run(connection, TAIL, (channels, uptos, max_bytes))
             assert {row[0] for row in rows} == set(channels)
             for channel, upto in zip(channels, uptos, strict=True):
-                complete_after, expected = tail(events, pruned, channel, upto)
+                complete_after, expected = tail(events, pruned, channel, upto, max_bytes)
                 of_channel = [row[1:] for row in rows if row[0] == channel]
                 assert {row[0] for row in of_channel} == {complete_after}
                 rows_expected: list[tuple[Any, ...]] = [(row.id, row.fields, row.data) for row in expected]
                 assert [row[1:] for row in of_channel] == (rows_expected or [(None, None, None)])
                 cut += complete_after != pruned
         assert cut > 20
-        assert run(connection, TAIL, ([], [])) == []
+        assert run(connection, TAIL, ([], [], 0)) == []

@@ -427,7 +427,7 @@ WHAT_AN_APP_DOES = [
     f"SELECT flask_pg_sse.enqueue_v1('orders', {ARRAYS})",
     f"SELECT flask_pg_sse.publish_v1('orders', {ARRAYS})",
     "SELECT * FROM flask_pg_sse.page_v1(ARRAY['orders'], 0, 1000, 1000)",
-    "SELECT * FROM flask_pg_sse.tail_v1(ARRAY['orders'], ARRAY[9])",
+    "SELECT * FROM flask_pg_sse.tail_v1(ARRAY['orders'], ARRAY[9], 65536)",
     "SELECT flask_pg_sse.head_v1()",
     "SELECT flask_pg_sse.beat_v1('x')",
     "SELECT * FROM flask_pg_sse.installed_v1()",

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # are one transaction.
 _READ_COMMITTED = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; "
 _PAGE = _READ_COMMITTED + "SELECT * FROM flask_pg_sse.page_v1(%s::text[], %s, %s, %s)"
-_TAILS = _READ_COMMITTED + "SELECT * FROM flask_pg_sse.tail_v1(%s::text[], %s::bigint[])"
+_TAILS = _READ_COMMITTED + "SELECT * FROM flask_pg_sse.tail_v1(%s::text[], %s::bigint[], %s)"
 _HEAD = _READ_COMMITTED + "SELECT flask_pg_sse.head_v1()"
 
 Execute = Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]]
@@ -60,9 +60,10 @@ class EventLog:
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
         return read_page(self._pool.execute, channels, after, max_bytes, max_event)
 
-    def tails(self, uptos: Mapping[str, int]) -> Sequence[tuple[str, int, Sequence[Item]]]:
+    def tails(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[tuple[str, int, Sequence[Item]]]:
         found: dict[str, tuple[int, list[Item]]] = {}
-        for channel, after, log_id, fields, data in self._pool.execute(_TAILS, (list(uptos), list(uptos.values()))):
+        rows = self._pool.execute(_TAILS, (list(uptos), list(uptos.values()), max_bytes))
+        for channel, after, log_id, fields, data in rows:
             _, items = found.setdefault(channel, (after, []))
             if log_id is not None:
                 items += _items(channel, log_id, fields, data)

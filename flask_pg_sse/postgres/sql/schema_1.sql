@@ -259,17 +259,17 @@ BEGIN
     ORDER BY e.id;
 END $function$;
 
--- Read the last events of each of some channels up to an id of each, at most a hundred and 64 kB: what streams that come
--- back after a moment have missed. Every row says from which id on the channel's events are complete.
-CREATE FUNCTION flask_pg_sse.tail_v1(channels text[], uptos bigint[])
+-- Read the last events of each of some channels up to an id of each, at most a thousand, and max_bytes: what streams that
+-- come back after a moment have missed. Every row says after which id the channel's events are complete.
+CREATE FUNCTION flask_pg_sse.tail_v1(channels text[], uptos bigint[], max_bytes bigint)
 RETURNS TABLE (channel text, complete_after bigint, id bigint, fields json, data text)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
     SELECT wanted.channel, tail.complete_after, e.id, e.fields, e.data
     FROM unnest($1, $2) AS wanted (channel, upto)
     CROSS JOIN LATERAL (
         SELECT CASE
-                WHEN count(*) > 100 OR max(t.total) > 65536
-                    THEN coalesce(min(t.id) FILTER (WHERE t.total <= 65536 AND t.number <= 100) - 1, wanted.upto)
+                WHEN count(*) > 1000 OR max(t.total) > $3
+                    THEN coalesce(min(t.id) FILTER (WHERE t.total <= $3 AND t.number <= 1000) - 1, wanted.upto)
                 ELSE (SELECT r.pruned_through FROM flask_pg_sse.retention r)
             END AS complete_after
         FROM (
@@ -277,7 +277,7 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f
             FROM (
                 SELECT e.id, octet_length(e.fields::text) + coalesce(octet_length(e.data), 0) AS size
                 FROM flask_pg_sse.event e WHERE e.channel = wanted.channel AND e.id <= wanted.upto
-                ORDER BY e.id DESC LIMIT 101
+                ORDER BY e.id DESC LIMIT 1001
             ) AS s WINDOW w AS (ORDER BY s.id DESC)
         ) AS t
     ) AS tail
