@@ -28,6 +28,7 @@ from flask_pg_sse import (
     postgres_notify,
 )
 from flask_pg_sse.event import Event
+from flask_pg_sse.postgres.schema import schema_sql
 from flask_pg_sse.wire import from_payload
 from tests.client import eventually
 from tests.conftest import connect, execute
@@ -67,6 +68,18 @@ class Ear:
         return [event.data for _, event in self.heard()]
 
 
+@pytest.fixture(params=[False, True], ids=["without the log", "through the log"])
+def logged(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture
+def database_url(database_url: str, logged: bool) -> str:
+    if logged:
+        execute(database_url, schema_sql())
+    return database_url
+
+
 @pytest.fixture
 def ear(database_url: str) -> Iterator[Ear]:
     ear = Ear(database_url, "orders", "other")
@@ -81,8 +94,9 @@ def app(database_url: str, make_app: MakeApp) -> Iterator[Flask]:
         yield app
 
 
-def test_notify_sends_all_fields(app: Flask, ear: Ear) -> None:
-    assert notify("orders", {"id": 7}, event="created", id=12, retry=500, comment="note") is None
+def test_notify_sends_all_fields(app: Flask, ear: Ear, logged: bool) -> None:
+    log_id = notify("orders", {"id": 7}, event="created", id=12, retry=500, comment="note")
+    assert isinstance(log_id, int) if logged else log_id is None
     assert ear.heard() == [("orders", Event('{"id": 7}', "created", "12", 500, "note"))]
 
 
@@ -109,7 +123,7 @@ def test_notify_many_is_one_transaction_in_order(app: Flask, ear: Ear) -> None:
     notify_many("orders", range(1000), event="count")
     assert [int(data) for data in ear.data()] == list(range(1000))
     with pytest.raises(PayloadTooLarge):
-        notify_many("orders", ["fits", "x" * 8000])
+        notify_many("orders", ["fits", "x" * 8000], durable=False)
     notify_many("orders", [])
     with pytest.raises(TypeError):
         notify_many("orders", "text")
@@ -130,7 +144,7 @@ def test_refused_calls_send_nothing(app: Flask, ear: Ear) -> None:
         (InvalidEvent, {"data": b"\xff"}),
         (InvalidEvent, {"data": "\ud800"}),
         (TypeError, {"data": object()}),
-        (PayloadTooLarge, {"data": "x" * 8000}),
+        (PayloadTooLarge, {"data": "x" * 8000, "durable": False}),
     ]
     for error, call in bad:
         with pytest.raises(error):
@@ -321,10 +335,37 @@ def test_text_is_safe_in_every_driver(app: Flask, ear: Ear, caller: Kind) -> Non
 def test_too_large_an_event_leaves_the_transaction_alone(app: Flask, ear: Ear, caller: Kind) -> None:
     connection, commit, _, _, _ = caller
     with pytest.raises(PayloadTooLarge):
-        notify("orders", "x" * 8000, connection=connection)
+        notify("orders", "x" * 8000, connection=connection, durable=False)
     notify("orders", "fine", connection=connection)
     commit()
     assert ear.data() == ["fine"]
+
+
+def test_any_size_in_a_callers_transaction(app: Flask, ear: Ear, caller: Kind, logged: bool, database_url: str) -> None:
+    """Text of several bytes a character, to 5 MB; without the log, an error before anything is sent."""
+    connection, commit, _, _, _ = caller
+    large = "é€" * 1_000_000
+    if not logged:
+        with pytest.raises(PayloadTooLarge, match="flask sse init"):
+            notify("orders", large, connection=connection)
+        commit()
+        assert ear.data() == []
+        return
+    assert notify("orders", large, connection=connection) is None
+    commit()
+    rows = execute(database_url, "SELECT channel, data FROM flask_pg_sse.event")
+    assert rows == [("orders", large)]
+
+
+def test_an_event_that_is_not_durable_stands_in_no_log(app: Flask, ear: Ear, caller: Kind, database_url: str) -> None:
+    connection, commit, _, _, _ = caller
+    notify("orders", "typing", durable=False, connection=connection)
+    notify_many("orders", ["a", "b"], durable=False, connection=connection)
+    commit()
+    assert notify("orders", "typing", durable=False) is None
+    assert ear.data() == ["typing", "a", "b", "typing"]
+    if execute(database_url, "SELECT to_regclass('flask_pg_sse.event') IS NOT NULL")[0][0]:
+        assert execute(database_url, "SELECT count(*) FROM flask_pg_sse.event") == [(0,)]
 
 
 def test_an_autocommit_connection_sends_at_once(app: Flask, ear: Ear, database_url: str) -> None:
