@@ -63,7 +63,10 @@ def test_one_log_line_says_whether_the_log_is_used(
         with app.app_context():
             notify("orders", "x")
     said = [record.getMessage() for record in caplog.records if "event log is" in record.getMessage()]
-    assert said == ["The event log is off: it is not installed (flask sse init).", "The event log is on."]
+    assert said == [
+        "The event log is off: the database has no event log. Remedy: flask sse init.",
+        "The event log is on.",
+    ]
 
 
 def test_false_leaves_the_log_alone(logged_url: str, make_app: MakeApp) -> None:

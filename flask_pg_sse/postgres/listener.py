@@ -257,8 +257,8 @@ class Listener:
             half = len(names) // 2
             return self._listen(connection, names[:half]) | self._listen(connection, names[half:])
 
-    def _execute(self, connection: Any, query: str, args: Sequence[Any] = (), timeout: float = _ANSWER_WITHIN) -> Any:
-        return execute(connection, query, tuple(args) or None, timeout=timeout)
+    def _execute(self, connection: Any, query: str, args: Sequence[Any] = ()) -> Any:
+        return execute(connection, query, tuple(args), timeout=_ANSWER_WITHIN)
 
     def _beat_query(self) -> str:
         return _BEAT_OF_LOG if self._log_is_on else _BEAT
@@ -366,7 +366,7 @@ class Listener:
 
     def _read(self, connection: Any, channels: Sequence[str], after: int) -> Page:
         def run(query: str, args: Sequence[Any]) -> Any:
-            return self._execute(connection, query, args, _READ_WITHIN)
+            return execute(connection, query, tuple(args), timeout=_READ_WITHIN)
 
         return read_page(run, channels, after, _TURN_BYTES, _ANY_SIZE)
 

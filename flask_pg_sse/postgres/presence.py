@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 # Seconds until a database that had no log is asked again: somebody may install it while we run.
 _LOOK_AGAIN = 5.0
+_MISSING = "the database has no event log. Remedy: flask sse init"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +48,17 @@ class Presence:
         """
         if self._setting is False:
             return None
-        missing = "the database has no event log. Remedy: flask sse init"
+        wrong = None
         if anew or (self._found is None and (self._setting is True or time.monotonic() >= self._look_at)):
-            self._look_at = time.monotonic() + _LOOK_AGAIN
             try:
                 self._found = _look_up(execute)
             except _NotUsable as error:
-                self._found, missing = None, str(error)
-            if self._found is not None:
-                self._say(logging.INFO, "The event log is on.")
-            elif self._setting is True or "may not" in missing:
-                self._say(logging.ERROR, f"The event log is off: {missing}.")
-            else:
-                self._say(logging.INFO, "The event log is off: it is not installed (flask sse init).")
+                self._found, wrong = None, str(error)
+            # Only once there is an answer: who comes before it asks too, and nobody takes no answer for "no log".
+            self._look_at = time.monotonic() + _LOOK_AGAIN
+            self._say(wrong)
         if self._found is None and self._setting is True:
-            raise EventLogMissing(f'SSE_EVENT_LOG is true, and {missing}; or set SSE_EVENT_LOG to "auto".')
+            raise EventLogMissing(f'SSE_EVENT_LOG is true, and {wrong or _MISSING}; or set SSE_EVENT_LOG to "auto".')
         return self._found
 
     def forget(self) -> None:
@@ -69,10 +66,13 @@ class Presence:
         self._found = None
         self._look_at = 0.0
 
-    def _say(self, level: int, text: str) -> None:
+    def _say(self, wrong: str | None) -> None:
+        """Write one line, when there is something new to say."""
+        text = "The event log is on." if self._found else f"The event log is off: {wrong or _MISSING}."
         if text != self._said:
             self._said = text
-            logger.log(level, "%s", text)
+            expected = self._found is not None or (self._setting == "auto" and wrong is None)
+            logger.log(logging.INFO if expected else logging.ERROR, "%s", text)
 
 
 # From the catalog, which everybody may read: naming a function that is not there, or that this role may not call, would
