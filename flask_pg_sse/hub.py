@@ -124,13 +124,18 @@ class Hub:
         """Bytes of events that are remembered of each channel at the most."""
         return self._recent.limit
 
-    def unremembered(self, channels: Iterable[str]) -> dict[str, int]:
-        """Return the channels whose last events the log is to be asked for, each with the id up to which.
+    def follow(self, channels: Iterable[str]) -> None:
+        """Remember from now on what comes on the channels of an open stream.
 
-        What comes on those that have streams is remembered from now on.
+        Of no others: a stream that still waits for its LISTEN stands in the tables too, and its channels' events may
+        not be heard yet.
         """
         with self._dispatch:
             self._recent.begin([channel for channel in channels if channel in self._groups_of], self.position)
+
+    def unremembered(self, channels: Iterable[str]) -> dict[str, int]:
+        """Return the channels whose last events the log is to be asked for, each with the id up to which."""
+        with self._dispatch:
             return self._recent.gaps(channels)
 
     def remember(self, channel: str, after: int, items: Sequence[Item], upto: int) -> None:
@@ -242,8 +247,8 @@ class Hub:
             self._recent.trim()
             cursor = Block(event.control_block("cursor", {}, id=self.position), last=self.position)
             for subscription in _with_pauses(self._everybody()):
-                if subscription.live and subscription.last_active <= quiet_since:
-                    subscription.heartbeat(now, cursor)
+                if subscription.live:
+                    subscription.heartbeat(now, quiet_since, cursor)
 
     def drain(self, reason: str) -> None:
         """End all streams, those that still wait for PostgreSQL too, and refuse new ones."""

@@ -108,8 +108,9 @@ class Replay:
                 logger.info("A stream was ended: too many large events wait for clients that read slowly.")
                 subscription.end(self._hub.end_block("behind"))
             elif page.why_not_from(after) is None and not page.too_large:
-                subscription.sent = page.upto
-                yield from (data for _, data, _ in page.items)
+                # The page may be another stream's, and what it says beyond this event is of that one's channels.
+                subscription.sent = log_id
+                yield from (data for _, data, item_id in page.items if item_id == log_id)
 
     def _wait(self, subscription: Subscription) -> Iterator[bytes]:
         """Pass the time until the next attempt, with a sign of life when one is due."""
@@ -123,6 +124,7 @@ class Replay:
 
         One stream asks for all that wait meanwhile, so that many that come at once make few queries.
         """
+        self._hub.follow(channels)
         missing = self._hub.unremembered(channels)
         if not missing:
             return

@@ -65,9 +65,9 @@ def _go_live(hub: Hub, subscription: Subscription, request: StreamRequest) -> by
         return event.control_block("open", {}, id=after, retry=request.retry)
     hub.go_live(subscription)
     position = subscription.accepted or None
-    block = event.control_block("open", {}, id=position, retry=request.retry)
-    if request.last_event_id:
-        # There is nothing to replay from, and the client must not believe otherwise.
-        reason = "unknown-id" if position else "no-log"
-        block += event.control_block("reset", {"reason": reason}, id=position)
-    return block
+    if not request.last_event_id:
+        return event.control_block("open", {}, id=position, retry=request.retry)
+    # There is nothing to replay from, and the client must not believe otherwise. The id comes with the reset and not
+    # before: a client that is cut between the two blocks would come back with it, and never learn what it has missed.
+    reset = event.control_block("reset", {"reason": "unknown-id" if position else "no-log"}, id=position)
+    return event.control_block("open", {}, retry=request.retry) + reset

@@ -23,13 +23,15 @@ _NEVER = 2**63  # above every id
 class Block:
     """Bytes for a stream, or for many, and the ids in the log between which they lie."""
 
-    __slots__ = ("_items", "data", "first", "last")
+    __slots__ = ("_items", "_named", "data", "first", "foreign", "last")
 
     def __init__(self, data: bytes, first: int = _NEVER, last: int = 0) -> None:
         self.data = data
         self.first = first
         self.last = last
+        self.foreign = False  # whether the last id that a client finds in it is not the log's
         self._items: Sequence[Item] = ()
+        self._named: Block | None = None
 
     @classmethod
     def of(cls, items: Sequence[Item]) -> Block:
@@ -37,11 +39,27 @@ class Block:
         ids = [log_id for _, _, log_id in items if log_id]
         block = cls(b"".join([data for _, data, _ in items]), min(ids, default=_NEVER), max(ids, default=0))
         block._items = items
+        block.foreign = len(ids) < len(items) and _ends_with_a_foreign_id(items)
         return block
 
     def above(self, log_id: int) -> Block:
         """Return what of it the log has above an id, and all that is not in the log."""
         return Block.of([item for item in self._items if not item[2] or item[2] > log_id])
+
+    def named(self, log_id: int) -> Block:
+        """Return it with the log's own id behind it."""
+        if self._named is None or self._named.last != log_id:  # nearly all streams want the same
+            self._named = Block(self.data + event.control_block("cursor", {}, id=log_id), last=log_id)
+        return self._named
+
+
+def _ends_with_a_foreign_id(items: Sequence[Item]) -> bool:
+    for _, data, log_id in reversed(items):
+        if log_id:
+            return False
+        if b"\nid: " in b"\n" + data:  # every line begins with its field's name, whatever the data are
+            return True
+    return False
 
 
 _HEARTBEAT = Block(event.HEARTBEAT)
@@ -70,6 +88,7 @@ class Subscription:
         "limit",
         "live",
         "sent",
+        "told_at",
     )
 
     def __init__(self, channels: Iterable[str], limit: int) -> None:
@@ -79,6 +98,7 @@ class Subscription:
         self.accepted = 0  # id in the log up to which all has been taken, and which the client is told
         self.sent = 0  # id up to which all has been handed to the server: where to read on after falling behind
         self.last_active = 0.0  # monotonic time of the last block
+        self.told_at = 0.0  # monotonic time of the last block with an id of the log
         self.cut_off: Callable[[], None] | None = None  # ends the client's connection at once
         self._blocks: list[Block] = []
         self._rest = b""
@@ -103,7 +123,7 @@ class Subscription:
         """Take what is offered from now on. The client has everything up to the id `after`, and then `missed`."""
         self._offered = self._taken = self._in_flight = 0
         self.accepted = self.sent = after
-        self.last_active = now
+        self.last_active = self.told_at = now
         self.live = True
         if missed.data:
             self.offer(missed, now)
@@ -116,22 +136,33 @@ class Subscription:
             block = block.above(self.accepted)
             if not block.data:
                 return True
+        accepted = block.last or self.accepted
+        if block.foreign and accepted:
+            block = block.named(accepted)
         waiting = self._offered - self._taken
         if waiting and waiting + len(block.data) > self.limit:
             return False
         self._blocks.append(block)
         self._offered += len(block.data)
-        if block.last:
-            self.accepted = block.last
+        self.accepted = accepted
         self.last_active = now
+        if block.last:
+            self.told_at = now
         if self._parked:
             self._wake()
         return True
 
-    def heartbeat(self, now: float, cursor: Block) -> None:
-        """Offer a sign of life, if nothing waits that would do as one: the log's position if it has moved on."""
-        if self._offered == self._taken:
-            self.offer(cursor if cursor.last > self.accepted else _HEARTBEAT, now)
+    def heartbeat(self, now: float, quiet_since: float, cursor: Block) -> None:
+        """Offer a sign of life if none has been since `quiet_since`: the log's position if it has moved on.
+
+        Events that are not in the log are a sign of life, but they do not keep the client's id from growing too old.
+        """
+        if self._offered != self._taken:
+            return  # what waits will do as one
+        if cursor.last > self.accepted and self.told_at <= quiet_since:
+            self.offer(cursor, now)
+        elif self.last_active <= quiet_since:
+            self.offer(_HEARTBEAT, now)
 
     def fall_behind(self) -> None:
         """Drop what waits. The stream is to read on from the log, from `sent`."""

@@ -1,4 +1,4 @@
-"""A TCP connection that can be cut: a proxy in a thread between a client and a server on 127.0.0.1."""
+"""A TCP connection that can be cut or fall silent: a proxy in a thread between a client and a server on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ class Link:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self._is_cut = False
+        self._is_silent = False
+        self._silent: set[socket.socket] = set()  # those whose packets get lost, both ways
         self._peers: dict[socket.socket, socket.socket] = {}
         self._selector = selectors.DefaultSelector()
         self._wake, self._woken = socket.socketpair()
@@ -43,8 +45,12 @@ class Link:
         """End all connections, and let no new one in."""
         self._order("cut")
 
+    def silence(self) -> None:
+        """Lose all that comes from now on, on new connections too, and tell nobody: a dead router, a vanished host."""
+        self._order("silence")
+
     def restore(self) -> None:
-        """Let connections in again."""
+        """Let connections in again, and pass on what they say. Those that fell silent stay so until they are cut."""
         self._order("restore")
 
     def _order(self, word: str) -> None:
@@ -65,7 +71,10 @@ class Link:
             with self._done:
                 orders, self._orders = self._orders, []
                 for order in orders:
-                    self._is_cut = order != "restore"
+                    self._is_cut = order in ("cut", "stop")
+                    self._is_silent = order == "silence"
+                    if self._is_silent:
+                        self._silent.update(self._peers)
                     if self._is_cut:
                         for sock in list(self._peers):
                             self._end(sock)
@@ -78,8 +87,14 @@ class Link:
         if self._is_cut:
             client.close()
             return
-        server = socket.create_connection(("127.0.0.1", self._target))
+        try:
+            server = socket.create_connection(("127.0.0.1", self._target))
+        except OSError:  # nobody is there
+            client.close()
+            return
         self._peers[client], self._peers[server] = server, client
+        if self._is_silent:
+            self._silent.update((client, server))
         self._selector.register(client, selectors.EVENT_READ)
         self._selector.register(server, selectors.EVENT_READ)
 
@@ -87,8 +102,11 @@ class Link:
         data = b""
         with contextlib.suppress(OSError):
             data = sock.recv(65536)
-            self._peers[sock].sendall(data)
-        if not data:
+            if sock not in self._silent:
+                self._peers[sock].sendall(data)
+        if not data and sock in self._silent:
+            self._selector.unregister(sock)  # its peer does not hear of its end either
+        elif not data:
             self._end(sock)
 
     def _end(self, sock: socket.socket) -> None:
@@ -97,5 +115,7 @@ class Link:
             return
         del self._peers[peer]
         for one in (sock, peer):
-            self._selector.unregister(one)
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(one)
+            self._silent.discard(one)
             one.close()
