@@ -79,6 +79,7 @@ class Subscription:
         "_offered",
         "_parked",
         "_rest",
+        "_rest_from",
         "_spot",
         "_taken",
         "accepted",
@@ -101,7 +102,8 @@ class Subscription:
         self.told_at = 0.0  # monotonic time of the last block with an id of the log
         self.cut_off: Callable[[], None] | None = None  # ends the client's connection at once
         self._blocks: list[Block] = []
-        self._rest = b""
+        self._rest = b""  # taken from the blocks, and from where on not sent; often shared by many streams, so not cut
+        self._rest_from = 0
         self._offered = 0
         self._taken = 0
         self._in_flight = 0
@@ -216,7 +218,12 @@ class Subscription:
             for block in waiting:
                 self.sent = block.last or self.sent
             del blocks[:count]
-        piece, self._rest = self._rest[:PIECE_BYTES], self._rest[PIECE_BYTES:]
+        start, end = self._rest_from, self._rest_from + PIECE_BYTES
+        piece = self._rest[start:end]
+        if end < len(self._rest):
+            self._rest_from = end
+        else:
+            self._rest, self._rest_from = b"", 0
         return piece
 
     def _park(self) -> None:
