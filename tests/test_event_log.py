@@ -234,6 +234,31 @@ def test_old_events_leave_the_log_by_themselves(logged_url: str, retained: Flask
         assert sse_cursor() == last, "the head stays where it is"
 
 
+def test_a_quiet_channel_outlives_the_retention(logged_url: str, make_app: MakeApp) -> None:
+    """Its streams are told how far the log has come, so that they never grow too old to resume."""
+    app = make_app(logged_url, SSE_HEARTBEAT=0.2)
+    client = app.test_client()
+    events = stream(client, "/sse?channel=quiet")
+    first = last = int(next(events).id)
+    with app.app_context():
+        notify_many("busy", range(10))
+        execute(logged_url, "SELECT flask_pg_sse.prune_v1('0', 1000)")
+        [(pruned,)] = execute(logged_url, "SELECT pruned_through FROM flask_pg_sse.retention")
+        assert first < pruned
+        while last < pruned:
+            told = next(events)
+            assert (told.event, told.data) == ("sse-cursor", "{}")
+            last = int(told.id)
+        events.close()  # type: ignore[attr-defined]
+        again = stream(client, f"/sse?channel=quiet&last_event_id={last}")
+        assert next(again).event == "sse-open"
+        log_id = notify("quiet", "heard")
+        assert next(again).id == str(log_id)
+    too_old = stream(client, f"/sse?channel=quiet&last_event_id={first}")
+    assert next(too_old).event == "sse-open"
+    assert next(too_old).json == {"reason": "too-old"}
+
+
 def test_capture_takes_any_size_where_the_log_is_required(make_app: MakeApp) -> None:
     app = make_app(None, SSE_EVENT_LOG=True)
     with app.app_context(), capture(app) as captured:
