@@ -250,6 +250,11 @@ class Hub:
                 if subscription.live:
                     subscription.heartbeat(now, quiet_since, cursor)
 
+    def pruned(self, through: int) -> None:
+        """Forget what the log has lost: whether a stream may resume should not depend on the worker that it meets."""
+        with self._dispatch:
+            self._recent.forget(min(through, self.position))
+
     def drain(self, reason: str) -> None:
         """End all streams, those that still wait for PostgreSQL too, and refuse new ones."""
         self._draining = reason

@@ -50,6 +50,13 @@ class Recent:
         """Forget a channel: what comes on it may not be heard any more."""
         self._rings.pop(channel, None)
 
+    def forget(self, through: int) -> None:
+        """Forget all events up to an id."""
+        for ring in self._rings.values():
+            ring.after = max(ring.after, through)
+            while ring.items and ring.items[0][2] <= through:
+                ring.size -= len(ring.items.popleft()[1])
+
     def restart(self, position: int) -> None:
         """Forget all events; those after `position` will come."""
         self._rings = {channel: _Ring(position) for channel in self._rings}

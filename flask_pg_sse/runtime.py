@@ -217,7 +217,12 @@ class _Process:
             retry=self._settings.retry,
         )
         listener = Listener(
-            self._listen_dsn, hub.deliver, hub.gap, self._presence, beat_every=min(BEAT_EVERY, heartbeat)
+            self._listen_dsn,
+            hub.deliver,
+            hub.gap,
+            self._presence,
+            pruned=hub.pruned,
+            beat_every=min(BEAT_EVERY, heartbeat),
         )
         threads = (listener, Ticker(hub, heartbeat), Pruner(self._pools[2], self._presence, self._settings.retention))
         try:

@@ -188,6 +188,7 @@ class Browser(threading.Thread):
                     if not raw:
                         break
                     left -= len(raw)
+                    self.trace = (time.monotonic(), sock.getpeername()[1], raw[-200:])  # DBG
                     body = chunks.feed(raw)
                     if chunks.head:
                         assert chunks.head.startswith(b"HTTP/1.1 200"), chunks.head

@@ -17,8 +17,8 @@ from flask_pg_sse.postgres.schema import schema_sql
 from tests.conftest import connect, execute
 from tests.eventsource import FOREIGN_IDS, LOGGED
 
-# What a browser received is compared with this, and not with the log itself, which may have been pruned meanwhile. It is
-# written in the transaction that writes the log.
+# What a browser received is compared with this, and not with the log itself, which may have been pruned meanwhile. It
+# is written in the transaction that writes the log.
 _WITNESS = """
 CREATE TABLE witness (id bigint, channel text, data text);
 CREATE FUNCTION witness() RETURNS trigger LANGUAGE plpgsql AS $$

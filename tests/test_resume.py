@@ -87,10 +87,9 @@ def test_no_event_is_lost_or_repeated_by_clients_that_are_cut_at_any_byte(
     with listening(browsers):
         with publishing(make_app(database_url), database_url, CHANNELS, pace=0.03):
             done = threading.Event()
-            while (
-                sum(browser.deliveries for browser in browsers) < wanted
-                or sum(browser.connections for browser in browsers) < 25 * len(browsers)
-            ):
+            while sum(browser.deliveries for browser in browsers) < wanted or sum(
+                browser.connections for browser in browsers
+            ) < 25 * len(browsers):
                 done.wait(0.1)
                 assert time.monotonic() < begun + 60 + wanted / 100, "events come"
                 assert not [browser.failure for browser in browsers if browser.failure]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -36,10 +36,12 @@ def send(channel: str, data: str, **options: Any) -> int:
     return log_id
 
 
-def listen(app: Flask, *channels: str, after: object = None) -> Iterator[Received]:
+def listen(app: Flask, *channels: str, after: object = None) -> Generator[Received, None, None]:
     with app.test_request_context():
         url = sse_url(channels)
-    return stream(app.test_client(), url if after is None else f"{url}&last_event_id={after}")
+    events = stream(app.test_client(), url if after is None else f"{url}&last_event_id={after}")
+    assert isinstance(events, Generator)
+    return events
 
 
 def take(events: Iterator[Received], count: int) -> list[tuple[str, str]]:
@@ -176,6 +178,7 @@ def test_nothing_is_remembered_of_a_channel_before_its_listen_stands(
         thread.start()
         try:
             assert reached.wait(10)
+            eventually(lambda: "late" in hub_of(app)._groups_of)
             # As a stream leaves it that PostgreSQL's absence caught while it asked the log.
             app.extensions["pg_sse"].runtime.streams[1]._unfilled["late"] = None
             with closing(listen(app, "early", after=cursor)) as again:
@@ -258,7 +261,7 @@ def test_streams_that_share_a_large_event_go_on_from_it_each_on_its_own_channels
         assert take(only_a, 1) == [(str(ids[0]), large)]
 
 
-def iter_raw(app: Flask, channel: str, after: object) -> Iterator[bytes]:
+def iter_raw(app: Flask, channel: str, after: object) -> Generator[bytes, None, None]:
     """Yield a stream's pieces as the server gets them."""
     response = app.test_client().get(f"/sse?channel={channel}&last_event_id={after}")
     try:

@@ -12,6 +12,7 @@ large for NOTIFY, or because LISTEN is deaf) is read from the log, from the posi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import select
@@ -75,8 +76,8 @@ class Listener:
     """Listens to the channels that are wanted, from `start()` to `stop()`.
 
     `deliver(turn, position)` gets each turn in the order of arrival, and the log's position after it (0 without a log);
-    `gap(reason, position)` is called when events may have been missed and cannot be had again. Both run in the
-    listener's thread. `linger` and `beat_every` are in seconds.
+    `gap(reason, position)` is called when events may have been missed and cannot be had again, and `pruned(through)`
+    when the log has lost its beginning. All run in the listener's thread. `linger` and `beat_every` are in seconds.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Listener:
         gap: Callable[[str, int], None],
         presence: Presence,
         *,
+        pruned: Callable[[int], None] = lambda through: None,
         linger: float = LINGER,
         beat_every: float = BEAT_EVERY,
     ) -> None:
@@ -93,6 +95,7 @@ class Listener:
         self._deliver = deliver
         self._gap = gap
         self._presence = presence
+        self._pruned = pruned
         self._beat_every = beat_every
         self._wanted = Wanted(linger)
         self._decoder = Decoder()
@@ -246,8 +249,6 @@ class Listener:
 
     def _listen(self, connection: Any, names: Sequence[str]) -> set[str]:
         """LISTEN to `names`; return those that stand: not those that the database's encoding cannot write."""
-        if not names:
-            return set()
         try:
             self._execute(connection, ";".join(f"LISTEN {quote_ident(name, connection)}" for name in names))
             return set(names)
@@ -280,13 +281,17 @@ class Listener:
                 raise _Deaf(_DEAF)
 
     def _take_control(self, connection: Any, notification: Any) -> None:
-        """Read what came on the control channel. Any role may send there; only our own beats count."""
-        if notification.pid != connection.info.backend_pid:
-            return
-        message = json.loads(notification.payload)
-        if message.get("beat") == str(self._beats):
+        """Read what came on the control channel. Any role may send there, so of beats only our own count."""
+        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+            self._obey(json.loads(notification.payload), notification.pid == connection.info.backend_pid)
+
+    def _obey(self, message: dict[str, Any], ours: bool) -> None:
+        if ours and message.get("beat") == str(self._beats):
             self._beat_returned = self._beats
             self._position = max(self._position, message.get("head", 0))
+        # Forged, this costs a look into the log where memory would have done.
+        if type(through := message.get("pruned")) is int:
+            self._pruned(through)
 
     def _hand_over(self, connection: Any) -> bool:
         """Deliver one turn of what has arrived; tell whether it was a full one, so that there may be more.

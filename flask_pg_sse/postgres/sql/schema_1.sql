@@ -311,6 +311,7 @@ BEGIN
     GET DIAGNOSTICS deleted = ROW_COUNT;
     IF deleted > 0 THEN
         UPDATE flask_pg_sse.retention r SET pruned_through = cut;
+        PERFORM pg_notify('flask_pg_sse', json_build_object('pruned', cut)::text);  -- processes remember recent events
     END IF;
     RETURN deleted;
 END $function$;
