@@ -116,6 +116,7 @@ class Hub:
             missed = Block.of(items)
             if len(missed.data) > subscription.limit:
                 return False
+            missed.settle()
             subscription.go_live(subscription.sent, missed, time.monotonic())
             return True
 
@@ -191,14 +192,17 @@ class Hub:
             self.position = position
             self._recent.add(turn)
             now = time.monotonic()
-            pairs = ((stream, block) for streams, block in self._blocks_of(turn) for stream in streams)
+            blocks = self._blocks_of(turn)
+            pairs = ((stream, block) for streams, block in blocks for stream in streams)
             for subscription, block in _with_pauses(pairs):
                 if not subscription.offer(block, now):
                     self._fall_behind(subscription)
+            for _, block in blocks:
+                block.settle()
 
     def _fall_behind(self, subscription: Subscription) -> None:
         """Stop buffering for a client that reads slower than events come."""
-        if self.position:
+        if subscription.sent:  # not while it has no place in the log, as before the log was installed
             subscription.fall_behind()
         else:
             logger.info("A stream was ended: its client reads slower than events come.")

@@ -14,6 +14,12 @@ from .page import Item
 # Bytes kept of one channel at the most, and of all together. Streams beyond them read the log.
 RING_BYTES = 262144
 TOTAL_BYTES = 16 * 1024 * 1024
+# What Python needs for an event beside its bytes, counted as well: most events are smaller than that.
+_ITEM_BYTES = 140
+
+
+def _size_of(item: Item) -> int:
+    return len(item[1]) + _ITEM_BYTES
 
 
 class _Ring:
@@ -30,7 +36,7 @@ class _Ring:
     def trim(self, limit: int) -> None:
         while self.size > limit:
             item = self.items.popleft()
-            self.size -= len(item[1])
+            self.size -= _size_of(item)
             self.after = item[2]
 
 
@@ -55,7 +61,7 @@ class Recent:
         for ring in self._rings.values():
             ring.after = max(ring.after, through)
             while ring.items and ring.items[0][2] <= through:
-                ring.size -= len(ring.items.popleft()[1])
+                ring.size -= _size_of(ring.items.popleft())
 
     def restart(self, position: int) -> None:
         """Forget all events; those after `position` will come."""
@@ -65,12 +71,12 @@ class Recent:
         """Keep what has just come."""
         limit = self.limit
         for item in items:
-            channel, data, log_id = item
+            channel, _, log_id = item
             ring = self._rings.get(channel)
             if ring is None or log_id <= (ring.items[-1][2] if ring.items else ring.after):
                 continue
             ring.items.append(item)
-            ring.size += len(data)
+            ring.size += _size_of(item)
             ring.trim(limit)
 
     def missed(self, channels: Iterable[str], after: int) -> list[Item] | None:
@@ -100,7 +106,7 @@ class Recent:
         ring.filled = True
         if ring.after == upto:  # or the beginning has been dropped meanwhile: the two would not fit together
             ring.items.extendleft(reversed(items))
-            ring.size += sum(len(item[1]) for item in items)
+            ring.size += sum(map(_size_of, items))
             ring.after = after
             ring.trim(self.limit)
 

@@ -29,8 +29,10 @@ PAGES_BYTES = 16 * 1024 * 1024
 LARGE_BYTES = 64 * 1024 * 1024
 # Seconds until a stream that finds no room there is told to come back.
 _PATIENCE = 10.0
-# Channels whose last events are asked for in one query.
+# Channels whose last events are asked for in one query, and bytes: an answer takes several times as much while it is
+# read.
 _FILL = 200
+FILL_BYTES = 4 * 1024 * 1024
 # Seconds between two attempts to read while PostgreSQL is away.
 _RETRY = 1.0
 
@@ -132,10 +134,15 @@ class Replay:
         with self._filling:
             if not self._hub.unremembered(channels):
                 return
-            batch = list(dict.fromkeys([*missing, *list(self._unfilled)]))[: max(_FILL, len(missing))]
+            each = self._hub.memory
+            most = max(1, min(_FILL, FILL_BYTES // each))
+            batch = list(dict.fromkeys([*missing, *list(self._unfilled)]))[: max(most, len(missing))]
             uptos = self._hub.unremembered(batch)
-            for channel, after, items in self._log.tails(uptos, self._hub.memory):
-                self._hub.remember(channel, after, items, uptos[channel])
+            names = list(uptos)
+            for start in range(0, len(names), most):
+                part = {name: uptos[name] for name in names[start : start + most]}
+                for channel, after, items in self._log.tails(part, each):
+                    self._hub.remember(channel, after, items, part[channel])
             for channel in batch:
                 self._unfilled.pop(channel, None)
 

@@ -52,6 +52,11 @@ class Block:
             self._named = Block(self.data + event.control_block("cursor", {}, id=log_id), last=log_id)
         return self._named
 
+    def settle(self) -> None:
+        """Keep the bytes alone: it has been offered to all, and may wait for a slow client for long."""
+        self._items = ()
+        self._named = None
+
 
 def _ends_with_a_foreign_id(items: Sequence[Item]) -> bool:
     for _, data, log_id in reversed(items):

@@ -1,0 +1,146 @@
+"""A model of the event log in memory, for the hub and the streams above it: what they make of it must equal it."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from flask_pg_sse.errors import DatabaseUnavailable
+from flask_pg_sse.event import control_block
+from flask_pg_sse.hub import Hub
+from flask_pg_sse.page import Item, Page
+from flask_pg_sse.replay import Replay
+from flask_pg_sse.stream import StreamRequest, stream
+from flask_pg_sse.subscription import Subscription
+
+FIRST = 100  # the log's head before its first event; ids have gaps
+
+
+class Granted:
+    """A ticket for a LISTEN that stands."""
+
+    def wait(self, timeout: float) -> bool:
+        return True
+
+    def cancel(self) -> None:
+        pass
+
+
+def item(channel: str, log_id: int, size: int) -> Item:
+    """An event as bytes that say its id."""
+    return (channel, (b"id: %d\ndata: [%d]" % (log_id, log_id)).ljust(size, b".") + b"\n\n", log_id)
+
+
+def raw(channel: str, number: int) -> Item:
+    return (channel, b"data: {%d}\n\n" % number, 0)
+
+
+def logged_in(output: bytes) -> list[int]:
+    return [int(number) for number in re.findall(rb"\[(\d+)\]", output)]
+
+
+def raw_in(output: bytes) -> list[int]:
+    return [int(number) for number in re.findall(rb"\{(\d+)\}", output)]
+
+
+class ModelLog:
+    """What the database has: `items`, all of them. Pages and tails have few bytes, and some attempts fail."""
+
+    def __init__(self, seed: int, fails: float = 0.0) -> None:
+        self.items: list[Item] = []
+        self.pages = self.tail_reads = 0
+        self._chooser = random.Random(seed)
+        self._fails = fails
+
+    @property
+    def head(self) -> int:
+        return self.items[-1][2] if self.items else FIRST
+
+    def append(self, channel: str, size: int, gap: int = 1) -> Item:
+        new = item(channel, self.head + gap, size)
+        self.items.append(new)
+        return new
+
+    def on(self, channels: Iterable[str], after: int, upto: int | None = None) -> list[Item]:
+        wanted = set(channels)
+        return [i for i in list(self.items) if i[0] in wanted and i[2] > after and (upto is None or i[2] <= upto)]
+
+    def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
+        self.pages += 1
+        assert self.pages < 100_000, "a stream reads for ever"
+        self._fail()
+        head = self.head
+        there = self.on(channels, after, head)
+        if not there:
+            return Page(FIRST, head, max(after, head), [])
+        most = self._chooser.randrange(20, 200) if not max_event else 0
+        if len(there[0][1]) > max(most, max_event):
+            return Page(FIRST, head, after, [], (there[0][2], len(there[0][1])))
+        kept, size = 1, len(there[0][1])
+        while kept < len(there) and size + len(there[kept][1]) <= most:
+            size += len(there[kept][1])
+            kept += 1
+        upto = there[kept - 1][2] if kept < len(there) else head
+        return Page(FIRST, head, upto, there[:kept])
+
+    def tails(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[tuple[str, int, Sequence[Item]]]:
+        self.tail_reads += 1
+        self._fail()
+        found = []
+        for channel, upto in uptos.items():
+            there = self.on([channel], 0, upto)
+            most = self._chooser.randrange(0, 6)
+            kept = there[len(there) - most :] if most < len(there) else there
+            after = FIRST if kept == there else (kept[0][2] - 1 if kept else upto)
+            found.append((channel, after, kept))
+        return found
+
+    def _fail(self) -> None:
+        if self._chooser.random() < self._fails:
+            raise DatabaseUnavailable("The model says no.")
+
+
+class _Connection:
+    def cut(self) -> None:
+        pass
+
+    def stop_reading(self) -> None:
+        pass
+
+
+class World:
+    """A hub over a model log; `deliver()` hands over what the log has and the hub has not."""
+
+    def __init__(self, log: ModelLog, heartbeat: float = 0.0) -> None:
+        self.log = log
+        self.hub = Hub(lambda channels: Granted(), lambda channels: None, heartbeat=heartbeat, retry=1000)
+        self.replay = Replay(self.hub, log, heartbeat=heartbeat)
+        self.hub.deliver((), FIRST)
+        self._handed_over = 0
+
+    def deliver(self, most: int, extra: Sequence[Item] = ()) -> None:
+        """Hand over a turn of at most so many events of the log, and others around them."""
+        turn = self.log.items[self._handed_over : self._handed_over + most]
+        self._handed_over += len(turn)
+        position = turn[-1][2] if turn else self.hub.position
+        half = len(extra) // 2
+        self.hub.deliver([*extra[:half], *turn, *extra[half:]], position)
+
+    @property
+    def undelivered(self) -> int:
+        return len(self.log.items) - self._handed_over
+
+    def stream(self, subscription: Subscription, last_event_id: int | None) -> Iterable[bytes]:
+        known = "" if last_event_id is None else str(last_event_id)
+        request = StreamRequest(known, retry=1000)
+        return stream(self.hub, self.replay, subscription, request, _Connection())  # type: ignore[arg-type]
+
+
+def opening_id(output: bytes) -> int:
+    found = re.search(rb"event: sse-open\nid: (\d+)\n", output)
+    assert found, output[:200]
+    return int(found[1])
+
+
+RESET = control_block("reset", {})[:18]  # how every sse-reset begins
