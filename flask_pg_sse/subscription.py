@@ -73,14 +73,16 @@ _HEARTBEAT = Block(event.HEARTBEAT)
 class Subscription:
     """The blocks that wait for one stream.
 
-    `limit` bounds them in bytes, those in flight to the client included. One block larger than the limit is taken if
-    nothing else waits, or it could never be sent.
+    `limit` bounds them in bytes, those in flight to the client included. Beside them there may be one block that is
+    larger than the limit, or it could never be sent.
     """
 
     __slots__ = (
         "_blocks",
         "_closing",
         "_in_flight",
+        "_large",
+        "_large_until",
         "_offered",
         "_parked",
         "_rest",
@@ -112,6 +114,8 @@ class Subscription:
         self._offered = 0
         self._taken = 0
         self._in_flight = 0
+        self._large = 0  # size of a block above the limit that waits or is in flight, and when it has been sent:
+        self._large_until = 0  # once so many bytes have been taken
         self._closing: bytes | None = None
         self._parked = False
         self._spot: wakeup.Spot | None = None
@@ -128,7 +132,7 @@ class Subscription:
 
     def go_live(self, after: int, missed: Block, now: float) -> None:
         """Take what is offered from now on. The client has everything up to the id `after`, and then `missed`."""
-        self._offered = self._taken = self._in_flight = 0
+        self._offered = self._taken = self._in_flight = self._large = 0
         self.accepted = self.sent = after
         self.last_active = self.told_at = now
         self.live = True
@@ -146,11 +150,15 @@ class Subscription:
         accepted = block.last or self.accepted
         if block.foreign and accepted:
             block = block.named(accepted)
-        waiting = self._offered - self._taken
-        if waiting and waiting + len(block.data) > self.limit:
+        size = len(block.data)
+        if self._large and self._taken >= self._large_until:
+            self._large = 0
+        if size > self.limit and not self._large:
+            self._large, self._large_until = size, self._offered + size
+        if self._offered - self._taken + size > self.limit + self._large:
             return False
         self._blocks.append(block)
-        self._offered += len(block.data)
+        self._offered += size
         self.accepted = accepted
         self.last_active = now
         if block.last:
