@@ -98,7 +98,7 @@ class Hub:
         with self._dispatch:
             if self.position:
                 self._recent.begin(subscription.channels, self.position)
-            subscription.go_live(self.position, Block(b""), time.monotonic())
+            subscription.go_live(self.position, Block(b""), time.monotonic(), told=self.position)
 
     def join(self, subscription: Subscription, *, exists: bool) -> bool:
         """Let a stream that has everything up to `sent` go live without a gap; tell whether it could.

@@ -96,6 +96,7 @@ class Subscription:
         "limit",
         "live",
         "sent",
+        "told",
         "told_at",
     )
 
@@ -103,10 +104,11 @@ class Subscription:
         self.channels = frozenset(channels)
         self.limit = limit
         self.live = False
-        self.accepted = 0  # id in the log up to which all has been taken, and which the client is told
+        self.accepted = 0  # id in the log up to which all has been taken
         self.sent = 0  # id up to which all has been handed to the server: where to read on after falling behind
         self.last_active = 0.0  # monotonic time of the last block
-        self.told_at = 0.0  # monotonic time of the last block with an id of the log
+        self.told = 0  # the last id of the log that the client got; 0: it may know an older one than `accepted`
+        self.told_at = 0.0  # monotonic time of that
         self.cut_off: Callable[[], None] | None = None  # ends the client's connection at once
         self._blocks: list[Block] = []
         self._rest = b""  # taken from the blocks, and from where on not sent; often shared by many streams, so not cut
@@ -130,10 +132,14 @@ class Subscription:
         """Whether the stream's end has been decided; its last block may still have to leave."""
         return self._closing is not None
 
-    def go_live(self, after: int, missed: Block, now: float) -> None:
-        """Take what is offered from now on. The client has everything up to the id `after`, and then `missed`."""
+    def go_live(self, after: int, missed: Block, now: float, *, told: int = 0) -> None:
+        """Take what is offered from now on. The client has everything up to the id `after`, and then `missed`.
+
+        `told` is `after` if the client knows that id: the log may have been read far beyond its last event.
+        """
         self._offered = self._taken = self._in_flight = self._large = 0
         self.accepted = self.sent = after
+        self.told = told
         self.last_active = self.told_at = now
         self.live = True
         if missed.data:
@@ -162,7 +168,7 @@ class Subscription:
         self.accepted = accepted
         self.last_active = now
         if block.last:
-            self.told_at = now
+            self.told, self.told_at = accepted, now
         if self._parked:
             self._wake()
         return True
@@ -174,7 +180,7 @@ class Subscription:
         """
         if self._offered != self._taken:
             return  # what waits will do as one
-        if cursor.last > self.accepted and self.told_at <= quiet_since:
+        if cursor.last >= self.accepted and cursor.last > self.told and self.told_at <= quiet_since:
             self.offer(cursor, now)
         elif self.last_active <= quiet_since:
             self.offer(_HEARTBEAT, now)

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
+FOR_EVER = 2**40  # bytes
+
 # Data of events that the log keeps begin with this, in these tests; no others do.
 LOGGED = "log "
 # What senders here give as an id of their own. None of them is one that the log gives.
@@ -169,7 +171,7 @@ class Browser(threading.Thread):
             self.failure = error
 
     def _one_connection(self) -> None:
-        left = self._stays(self._chooser) if self._target is None else 2**40
+        left = self._stays(self._chooser) if self._target is None else FOR_EVER
         asked = self._last_event_id
         parser, chunks = Parser(asked), Chunks()
         fresh = True
@@ -182,13 +184,12 @@ class Browser(threading.Thread):
                     try:
                         raw = sock.recv(min(left, 65536))
                     except TimeoutError:
-                        if self._target is None and self._chooser.random() < 0.3:
-                            break
+                        if left < FOR_EVER and self._chooser.random() < 0.3:
+                            break  # not more comes than this
                         continue
                     if not raw:
                         break
-                    left -= len(raw)
-                    self.trace = (time.monotonic(), sock.getpeername()[1], raw[-200:])  # DBG
+                    left -= len(raw) if left < FOR_EVER else 0
                     body = chunks.feed(raw)
                     if chunks.head:
                         assert chunks.head.startswith(b"HTTP/1.1 200"), chunks.head
@@ -261,6 +262,11 @@ def is_of_the_log(last_event_id: str) -> bool:
 def any_number_of_bytes(chooser: random.Random) -> int:
     """Cut anywhere: in the head, in the first block, among a few events, among many."""
     return chooser.randrange(chooser.choice([300, 600, 2000, 20000, 200000, 1000000]))
+
+
+def for_ever(chooser: random.Random) -> int:
+    """Never leave."""
+    return FOR_EVER
 
 
 def check(browser: Browser, log: Sequence[tuple[int, str, str]]) -> None:

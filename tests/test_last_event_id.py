@@ -138,14 +138,14 @@ def test_the_header_beats_the_query(url: str, start_server: Start) -> None:
 
 
 @contextmanager
-def busy(url: str, query: str, every: float) -> Iterator[None]:
+def busy(url: str, query: str) -> Iterator[None]:
     """Run a statement time and again."""
     stop = threading.Event()
 
     def run() -> None:
         connection = connect(url)
         with connection.cursor() as cursor:
-            while not stop.wait(every):
+            while not stop.wait(0.02):
                 cursor.execute(query)
         connection.close()
 
@@ -163,7 +163,7 @@ def test_a_quiet_channel_never_grows_too_old(url: str, start_server: Start, on_i
     """All its own events were pruned long ago, and other channels are busy: its streams are told how far the log is."""
     server = start_server(url, FLASK_SSE_HEARTBEAT="0.3", FLASK_SSE_RETENTION="2")
     typing = "SELECT pg_notify('quiet', 'typing')" if on_it != "nothing" else "SELECT 1"
-    with busy(url, "SELECT flask_pg_sse.notify('busy', 'x')", 0.02), busy(url, typing, 0.2):
+    with busy(url, "SELECT flask_pg_sse.notify('busy', 'x')"), busy(url, typing):
         with open_stream(server.port, "quiet") as stream:
             first = publish(url, "quiet", "long ago")
             last_id = first
@@ -221,3 +221,18 @@ def test_the_logs_id_leaves_in_the_same_write_as_the_senders_own(url: str, start
         while not stream.body:
             stream._read_more()  # one chunk: what the server wrote in one piece
         assert stream.body == f"id: 1\ndata: x\n\nevent: sse-cursor\nid: {head(url)}\ndata: {{}}\n\n".encode()
+
+
+def test_whoever_comes_back_to_a_quiet_channel_is_told_how_far_the_log_is(url: str, start_server: Start) -> None:
+    """The log was read to its end for it; its own last event may be pruned before anything more is published."""
+    server = start_server(url, FLASK_SSE_HEARTBEAT="0.2")
+    own = publish(url, "a", "its last")
+    newest = publish(url, "b", "of another channel")
+    with come_back(server.port, own) as stream:
+        cursor = stream.event()
+        assert (cursor.event, cursor.id) == ("sse-cursor", newest)
+        for _ in range(3):
+            assert stream.next().comments == ["heartbeat"], "it is told once"
+    execute(url, "SELECT flask_pg_sse.prune_v1(interval '0', 100)")
+    with come_back(server.port, newest) as stream:
+        assert stream.event().event == "sse-cursor", "no reset"

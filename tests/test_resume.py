@@ -19,7 +19,7 @@ from tests.servers import WebServer
 Start = Callable[..., WebServer]
 MakeApp = Callable[..., Flask]
 
-LONG = bool(os.environ.get("LONG"))
+LONG = os.environ.get("LONG") == "1"
 CHANNELS = [f"room-{number}" for number in range(5)] + ["Zimmer " + "ü" * 60]  # the last travels under a hash
 CHANNEL_SETS = [CHANNELS[:1], CHANNELS[:2], CHANNELS[1:4], CHANNELS[4:], CHANNELS, CHANNELS[5:]]
 GEVENT = [("-w", "3"), ("-w", "1")]
