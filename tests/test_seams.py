@@ -185,6 +185,21 @@ def test_what_is_remembered_stays_within_its_bounds() -> None:
     assert TOTAL_BYTES // 2 < memory < TOTAL_BYTES + 2000 * 1500, "the rings themselves come on top"
 
 
+def test_an_answer_of_the_log_that_no_longer_fits_is_not_used() -> None:
+    """What came while the log was asked has pushed out events that the answer does not have."""
+    recent = Recent()
+    recent.begin("a", FIRST)
+    [(channel, upto)] = recent.gaps("a").items()
+    events = [item("a", FIRST + number, 10_000) for number in range(1, 40)]
+    recent.add(events)
+    kept = recent.missed("a", FIRST + 35)
+    assert kept == events[35:] and recent.missed("a", upto) is None, "more than is kept of one channel"
+    recent.fill(channel, 0, [item("a", 50, 10)], upto)
+    for number in range(40):
+        found = recent.missed("a", FIRST + number)
+        assert found is None or found == events[number:]
+
+
 def test_a_channel_whose_listen_is_under_way_is_not_remembered_yet() -> None:
     """Not even if another stream asks the log for it, on behalf of one that has gone meanwhile."""
     log = ModelLog(1)
