@@ -18,48 +18,34 @@ from flask import Flask
 from playwright.sync_api import Page, expect
 
 from demo import postgres
-from flask_pg_sse import notify
+from flask_pg_sse import EventLogMissing, notify
 from flask_pg_sse.postgres.prune import prune
-from flask_pg_sse.postgres.schema import drop_schema_sql, schema_sql
+from flask_pg_sse.postgres.schema import schema_sql
 from flask_pg_sse.testing import Received, stream
 from tests.client import open_stream, request
 from tests.conftest import connect, execute, running_postgres
+from tests.documents import Document
 from tests.log import NOTIFY, PUBLISH, listening, logged, run
 from tests.servers import WebServer, gunicorn
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = (ROOT / "docs" / "never-lose-an-event.md").read_text()
+PAGE = Document("docs/never-lose-an-event.md")
 
 Start = Callable[..., WebServer]
 MakeApp = Callable[..., Flask]
 
 
 def example(name: str) -> str:
-    found = re.search(rf"<!-- run: {re.escape(name)} -->\n```\w+\n(.*?)```", PAGE, re.DOTALL)
-    assert found, f"the page has no example {name!r}"
-    return found[1]
+    return PAGE.example(name)
 
 
-def test_every_example_is_run() -> None:
-    here = Path(__file__).read_text()
-    for name in re.findall(r"<!-- run: (\S+) -->", PAGE):
-        assert f'example("{name}")' in here, name
-    code = re.findall(r"^(.*)\n```\w+$", PAGE, re.MULTILINE)
-    assert code and all(line.startswith("<!-- run: ") for line in code), code
-
-
-def test_links_and_names_lead_somewhere() -> None:
-    anchors = {
-        re.sub(r"[^\w -]", "", title).replace(" ", "-").lower() for title in re.findall(r"^#+ (.*)$", PAGE, re.M)
-    }
-    assert set(re.findall(r"\]\(#([^)]+)\)", PAGE)) <= anchors
-    for name in re.findall(r"`(tests/[^`]+)`", PAGE):
-        assert (ROOT / name).exists(), name
-    assert "(docs/never-lose-an-event.md)" in (ROOT / "README.md").read_text()
+def test_examples_and_links() -> None:
+    PAGE.assert_every_example_is_run("test_docs.py")
+    PAGE.assert_links_lead_somewhere()
 
 
 def test_the_reasons_are_those_of_the_code() -> None:
-    table = PAGE.split("| reason |")[1].split("\n\n")[0]
+    table = PAGE.text.split("| reason |")[1].split("\n\n")[0]
     code = "".join(
         (ROOT / "flask_pg_sse" / name).read_text() for name in ("page.py", "stream.py", "postgres/listener.py")
     )
@@ -201,20 +187,30 @@ def test_what_to_monitor(log_url: str) -> None:
 
 
 def test_a_publication_of_all_tables(log_url: str) -> None:
+    """Publishing, pruning and an upgrade's update of the version go on under it; the example's leaves the log out."""
     execute(log_url, NOTIFY, ("orders", "x"))
     connection = connect(log_url)  # a publication would otherwise warn that wal_level is too low
     run(connection, "CREATE PUBLICATION everything FOR ALL TABLES")
-    with pytest.raises(psycopg2.errors.ObjectNotInPrerequisiteState, match="replica identity"):
-        run(connection, "SELECT flask_pg_sse.prune_v1('0 s', 10)")
-    run(connection, example("replica-identity"))
-    assert run(connection, "SELECT flask_pg_sse.prune_v1('0 s', 10)") == [(1,)]
+    published = "SELECT DISTINCT pubname, schemaname FROM pg_publication_tables ORDER BY 1, 2"
+    assert run(connection, published) == [("everything", "flask_pg_sse")]
     run(connection, NOTIFY, ("orders", "y"))
+    assert run(connection, "SELECT flask_pg_sse.prune_v1('0 s', 10)") == [(2,)]
+    run(connection, "UPDATE flask_pg_sse.installation SET version = version")
     run(connection, schema_sql())
+    identities = """
+        SELECT c.relname FROM pg_class c WHERE c.relnamespace = 'flask_pg_sse'::regnamespace
+        AND c.relkind = 'r' AND c.relpersistence = 'p' AND c.relreplident <> 'f'
+        AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary)
+    """
+    assert run(connection, identities) == []
+    run(connection, "DROP PUBLICATION everything; CREATE TABLE orders (id serial PRIMARY KEY)")
+    run(connection, example("publication"))
+    assert run(connection, published) == [("shop", "public")]
     connection.close()
 
 
 def test_a_transaction_that_has_notified_cannot_be_prepared(log_binaries: Path | None) -> None:
-    said = " ".join(PAGE.split())
+    said = " ".join(PAGE.text.split())
     with running_postgres(bin_dir=log_binaries, max_prepared_transactions="2") as server:
         execute(server.url(), schema_sql())
         connection = connect(server.url())
@@ -259,11 +255,14 @@ def test_after_a_restore_everybody_is_told(own_postgres: postgres.Server, make_a
     assert logged(url) == []
 
 
-def test_half_a_log_is_dropped_and_made_anew(log_url: str) -> None:
-    """As a dump without rows leaves it."""
-    execute(log_url, "DELETE FROM flask_pg_sse.installation; DELETE FROM flask_pg_sse.retention")
-    assert "DROP SCHEMA flask_pg_sse CASCADE" in PAGE and "DROP SCHEMA" in drop_schema_sql()
-    execute(log_url, "DROP SCHEMA flask_pg_sse CASCADE")
-    execute(log_url, schema_sql())
-    execute(log_url, NOTIFY, ("orders", "x"))
-    assert [row[3] for row in logged(log_url)] == ["x"]
+def test_half_a_log_is_made_whole(database_url: str, make_app: MakeApp) -> None:
+    """As a dump without rows leaves it; test_schema.py makes and restores such dumps."""
+    execute(database_url, schema_sql())
+    execute(database_url, "TRUNCATE flask_pg_sse.installation, flask_pg_sse.retention, flask_pg_sse.event")
+    app = make_app(database_url, SSE_EVENT_LOG=True)
+    with app.app_context():
+        with pytest.raises(EventLogMissing, match="flask sse init"):
+            notify("orders", "x")
+        assert app.test_cli_runner().invoke(args=["sse", "init"]).exit_code == 0
+        notify("orders", "x")
+    assert [row[3] for row in logged(database_url)] == ["x"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 
+from tests.client import eventually
 from tests.conftest import execute
 from tests.log import NOTIFY, PUBLISH, InThread, connected, fill, listening, logged, pending, run
 
@@ -125,6 +126,30 @@ def test_the_head_stays_while_all_is_pruned(log_url: str) -> None:
                 assert head >= before
     finally:
         stop.set()
+        worker.join()
+    assert logged(log_url) == []
+
+
+def test_a_batch_that_is_full_does_not_look_through_what_is_pending(log_url: str) -> None:
+    """After a burst that table is large, and all of it would have to be read each time: the last batch does it."""
+    filled(log_url, 20)
+    old = "SET session_replication_role = replica; INSERT INTO flask_pg_sse.pending SELECT 'orders', '{}', 'never', 0, "
+    execute(log_url, old + "NULL, now() - interval '2 hours'")
+    for deleted, left in ((10, 1), (10, 1), (0, 0)):
+        assert execute(log_url, PRUNE, ("1 hour", 10)) == [(deleted,)]
+        assert pending(log_url) == left
+
+
+def test_the_tables_are_locked_in_the_order_of_publishers(log_url: str) -> None:
+    """Or an upgrade that locks both, `pending` first, would deadlock with pruning."""
+    filled(log_url, 5)
+    with connected(log_url) as upgrade:
+        run(upgrade, "LOCK TABLE flask_pg_sse.pending")
+        worker = InThread(execute, log_url, PRUNE, ("1 hour", 100))
+        waiting = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted AND relation = 'flask_pg_sse.pending'::regclass"
+        eventually(lambda: run(upgrade, waiting)[0][0], 10)
+        run(upgrade, "SET LOCAL lock_timeout = '2s'; LOCK TABLE flask_pg_sse.event")
+        upgrade.commit()
         worker.join()
     assert logged(log_url) == []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator
@@ -22,23 +21,20 @@ from flask_pg_sse.postgres.schema import schema_sql
 from flask_pg_sse.testing import stream
 from tests.client import open_stream, request
 from tests.conftest import execute
+from tests.documents import Document
 from tests.servers import WebServer, free_port, gunicorn
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+README = Document("README.md")
 
 
 def example(name: str) -> str:
-    found = re.search(rf"<!-- run: {re.escape(name)} -->\n```\w+\n(.*?)```", README, re.DOTALL)
-    assert found, f"the README has no example {name!r}"
-    return found[1]
+    return README.example(name)
 
 
-def test_every_example_is_run() -> None:
-    others = ("test_readme_browser.py", "test_cli.py", "test_schema.py")
-    here = Path(__file__).read_text() + "".join((ROOT / "tests" / name).read_text() for name in others)
-    for name in re.findall(r"<!-- run: (\S+) -->", README):
-        assert f'example("{name}")' in here, name
+def test_examples_and_links() -> None:
+    README.assert_every_example_is_run("test_readme.py", "test_readme_browser.py", "test_cli.py", "test_schema.py")
+    README.assert_links_lead_somewhere()
 
 
 def expected_table() -> str:
@@ -50,7 +46,7 @@ def expected_table() -> str:
 
 
 def test_the_table_of_settings_is_that_of_the_code() -> None:
-    shown = README.split("<!-- table: settings -->\n")[1].split("\n\n")[0]
+    shown = README.text.split("<!-- table: settings -->\n")[1].split("\n\n")[0]
     assert shown == expected_table(), f"put this there:\n{expected_table()}"
 
 
@@ -158,7 +154,7 @@ def test_the_example_for_tests(app: Flask) -> None:
 
 def test_every_export_and_setting_is_in_the_readme() -> None:
     for name in flask_pg_sse.__all__:
-        assert name in README, name
+        assert name in README.text, name
 
 
 def test_the_version_is_in_the_changelog() -> None:

@@ -21,16 +21,20 @@ import pytest
 import sqlalchemy
 from alembic import command
 from alembic.config import Config
+from flask import Flask
 
 from demo import postgres
-from flask_pg_sse import drop_schema_sql, schema_sql
+from flask_pg_sse import EventLogMissing, drop_schema_sql, notify, schema_sql
 from flask_pg_sse.postgres import schema
 from flask_pg_sse.postgres.connect import connect as connect_async
 from flask_pg_sse.postgres.dsn import to_dsn
+from flask_pg_sse.testing import stream
 from tests.conftest import connect, execute, fresh_database
 from tests.test_readme import example
 
 ROOT = Path(__file__).resolve().parent.parent
+
+MakeApp = Callable[..., Flask]
 
 
 @pytest.fixture
@@ -187,6 +191,108 @@ def test_grant_to_takes_roles_only() -> None:
     for everybody in ("public", ""):
         with pytest.raises(ValueError, match="names roles"):
             schema_sql([everybody])
+
+
+# --- dumps without rows
+
+
+@pytest.fixture
+def restored(
+    log_server: postgres.Server, log_binaries: Path | None, url: str, roles: Callable[..., str]
+) -> Iterator[Callable[..., str]]:
+    """Dump the database of `url`, with the options given, and restore it into a fresh one; return that one's URL.
+
+    It is dropped before the roles that were let into it.
+    """
+    programs = log_binaries or postgres.binaries()
+    with fresh_database(log_server) as target:
+
+        def copy(*options: str) -> str:
+            dumped = subprocess.run([programs / "pg_dump", *options, url], capture_output=True, check=True).stdout
+            psql = [str(programs / "psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", target]
+            subprocess.run(psql, input=dumped, capture_output=True, check=True)
+            return target
+
+        yield copy
+
+
+# All rows; those of this schema; those of one table, so that the log's events are there.
+WITHOUT_ROWS = [
+    "--schema-only",
+    "--exclude-table-data=flask_pg_sse.*",
+    "--exclude-table-data=flask_pg_sse.installation",
+]
+
+
+@pytest.mark.parametrize("option", WITHOUT_ROWS)
+def test_a_log_that_was_restored_without_its_rows_is_made_whole_again(
+    url: str, restored: Callable[..., str], roles: Callable[..., str], make_app: MakeApp, option: str
+) -> None:
+    roles("log_app")
+    execute(url, schema_sql(["log_app"]))
+    seen = publish(url, "1", "2", "3")
+    execute(url, "SELECT flask_pg_sse.prune_v1(interval '0', 1)")
+    (((_, key),), *_) = data(url)
+    copy = restored(option)
+    app, theirs = make_app(copy), copy.replace("postgres@", "log_app@")
+    events = stream(app.test_client(), f"/sse?channel=orders&last_event_id={seen}")
+    assert [next(events).event, next(events).json["reason"]] == ["sse-open", "no-log"]
+    with app.app_context():
+        assert notify("orders", "without the log") is None
+        assert next(events).data == "without the log"
+        app.extensions["pg_sse"].close()
+    with make_app(copy, SSE_EVENT_LOG=True).app_context() as context:
+        with pytest.raises(EventLogMissing, match=r"lost its rows.*flask sse init"):
+            notify("orders", "x")
+        with closing(connect(copy)) as connection, pytest.raises(EventLogMissing):
+            notify("orders", "x", connection=connection)
+        assert context.app.test_client().get("/sse?channel=orders").status_code == 500
+    execute(copy, "SELECT flask_pg_sse.notify('orders', 'meanwhile')")
+    with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+        install(theirs)
+    before = [row[0] for row in data(copy)[2]]
+    assert install(copy) == 0
+    (((version, new_key),), ((pruned_through,),), *_) = data(copy)
+    assert version == schema.VERSION and len(new_key) == 32 and new_key != key
+    assert [row[0] for row in data(copy)[2]] == before and pruned_through < before[0]
+    assert publish(theirs, "4") > max(seen, *before), "no id is given out again"
+    assert execute(copy, "SELECT flask_pg_sse.prune_v1(interval '0', 10)") == [(len(before) + 1,)]
+    # From here on a log like any other, with the grants of the dump, and the next init finds nothing to do.
+    again = dump(copy), data(copy)
+    assert install(copy) == schema.VERSION
+    assert (dump(copy), data(copy)) == again
+    assert dump(copy) == dump(url)
+    with make_app(copy, SSE_EVENT_LOG=True).app_context():
+        assert notify("orders", "kept") is not None
+
+
+def test_ids_jump_in_a_log_without_rows_though_the_clock_is_wrong(url: str, restored: Callable[..., str]) -> None:
+    """Where the sequence's value came along, and lies above what the clock shows."""
+    install(url)
+    execute(url, "SELECT setval('flask_pg_sse.event_id', 9000000000000000)")
+    seen = publish(url, "1", "2")
+    copy = restored("--exclude-table-data=flask_pg_sse.installation", "--exclude-table-data=flask_pg_sse.event")
+    execute(copy, "DELETE FROM flask_pg_sse.retention")
+    install(copy)
+    assert data(copy)[1][0][0] > seen
+    assert publish(copy, "3") > seen + 100_000 - 1
+
+
+def test_a_log_without_rows_keeps_the_version_of_its_tables(
+    url: str, restored: Callable[..., str], second_version: Callable[[], None]
+) -> None:
+    """Whether it was of the version that is installed now, or of an older one."""
+    install(url)
+    old = restored("--schema-only")
+    second_version()
+    install(old)
+    install(url)
+    assert data(old)[0][0][0] == 2 and dump(old) == dump(url)
+    execute(old, drop_schema_sql())
+    new = restored("--schema-only")
+    install(new)
+    assert data(new)[0][0][0] == 2 and dump(new) == dump(url)
+    assert publish(new, "x") > 0
 
 
 def test_an_older_postgresql_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ _BACKOFF_MOST = 5.0
 
 # A server's limits on idle sessions or long statements are meant for others; which exist depends on its version.
 _SETUP = """
-SELECT set_config(name, '0', false) FROM pg_catalog.pg_settings
+SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
 WHERE name IN ('idle_session_timeout', 'statement_timeout', 'lock_timeout', 'transaction_timeout')
 """
 _BEAT = "SELECT pg_catalog.pg_notify('flask_pg_sse', pg_catalog.json_build_object('beat', %s::text)::text)"

@@ -78,7 +78,7 @@ class Presence:
 # From the catalog, which everybody may read: naming a function that is not there, or that this role may not call, would
 # be an error, and end a transaction.
 _LOOK_UP = f"""
-SELECT has_schema_privilege(n.oid, 'USAGE') AND has_function_privilege(p.oid, 'EXECUTE')
+SELECT pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_function_privilege(p.oid, 'EXECUTE')
 FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
 WHERE n.nspname = '{SCHEMA}' AND p.proname = 'installed_v1'
 """
@@ -98,7 +98,12 @@ def _look_up(execute: Callable[[str], Sequence[Sequence[Any]]]) -> Installation 
             "the database has an event log, which its role may not use. Remedy: flask sse init --grant-to ROLE, run by "
             "the role that installed it"
         )
-    [(version, key)] = execute(f"SELECT version, key FROM {SCHEMA}.installed_v1()")
+    rows = execute(f"SELECT version, key FROM {SCHEMA}.installed_v1()")
+    if not rows:
+        raise _NotUsable(
+            "the database's event log has lost its rows, as in a dump of the schema alone. Remedy: flask sse init"
+        )
+    [(version, key)] = rows
     if version < VERSION:
         raise _NotUsable(
             f"the database's event log is of version {version}, and this package needs {VERSION}. Remedy: "

@@ -21,7 +21,8 @@ BATCH = 5000
 # Seconds between two rounds of one process; every process of every host has them.
 _EVERY = 60.0
 
-_PRUNE = "SELECT flask_pg_sse.prune_v1(make_interval(secs => %s), %s)"
+# With its schema: a make_interval(numeric) of somebody else's in `public` would fit better, and run with our rights.
+_PRUNE = "SELECT flask_pg_sse.prune_v1(pg_catalog.make_interval(secs => %s), %s)"
 
 
 def prune(execute: Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]], max_age: float) -> tuple[int, bool]:

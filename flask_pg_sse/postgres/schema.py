@@ -1,11 +1,12 @@
 """The event log's schema: the SQL that installs it, brings it up to date and takes it away.
 
 Version N is what `sql/schema_1.sql` to `sql/schema_N.sql` make one after the other. `schema_sql()` runs those that a
-database does not have yet, so that a fresh install and an upgrade are one script.
+database does not have yet, so that a fresh install and an upgrade are one script. `sql/rows.sql` fills the tables, also
+those that a dump without rows has left empty.
 
 Rules for a step. Functions that old workers call (`…_v1`) stay; `installed_v1()` for ever, whose grants tell who was
-let in, and `notify()`, which may be granted alone, is only replaced. EXECUTE on what is new is taken from PUBLIC. One
-that alters both tables locks them first, in the order in which publishers use them: `pending`, then `event`.
+let in, and `notify()`, which may be granted alone, is only replaced. One that alters both tables locks them first, in
+the order in which publishers use them: `pending`, then `event`.
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ _TIMEOUT = 600.0
 _INSTALL = """\
 DO $do$
 DECLARE
-    own_role text := pg_catalog.current_setting('role');
-    own_path text := pg_catalog.current_setting('search_path');
-    owner text;
+    own_role pg_catalog.text := pg_catalog.current_setting('role');
+    own_path pg_catalog.text := pg_catalog.current_setting('search_path');
+    owner pg_catalog.text;
     installed integer := 0;
-    grantees text[] := {grant_to};
-    functions text;
-    grantee text;
+    found integer;
+    old pg_catalog.oid[];  -- what is there already
+    grantees pg_catalog.text[] := {grant_to};
+    functions pg_catalog.text;
+    grantee pg_catalog.text;
+    revoke pg_catalog.text;
 BEGIN
     -- What others have made in schemas of the search path must not run with the rights of who installs.
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
@@ -49,6 +53,10 @@ BEGIN
     END IF;
     -- Two that run at once: the second waits here, and then finds everything done.
     PERFORM pg_advisory_xact_lock(7380381037705062261);
+    old := ARRAY(
+        SELECT c.oid FROM pg_class c WHERE c.relnamespace = to_regnamespace('{schema}')
+        UNION ALL SELECT p.oid FROM pg_proc p WHERE p.pronamespace = to_regnamespace('{schema}')
+        UNION ALL SELECT n.oid FROM pg_namespace n WHERE n.nspname = '{schema}');
     SELECT r.rolname INTO owner FROM pg_namespace n JOIN pg_roles r ON r.oid = n.nspowner WHERE n.nspname = '{schema}';
     IF owner IS NULL THEN
         CREATE SCHEMA {schema};
@@ -60,12 +68,37 @@ BEGIN
 
     -- EXECUTE, because a step that is not needed any more names what does not exist yet, or not any more.
     IF to_regclass('{schema}.installation') IS NOT NULL THEN
-        EXECUTE 'SELECT version FROM {schema}.installation' INTO installed;
+        EXECUTE 'SELECT version FROM {schema}.installation' INTO installed;  -- NULL after a dump without rows
     END IF;
-    PERFORM set_config('{schema}.version_before', installed::text, true);  -- for install()
+    PERFORM set_config('{schema}.version_before', coalesce(installed, 0)::text, true);  -- for install()
 {steps}
+    -- Nobody gets what is new unasked: functions are everybody's at first, and the owner's default privileges (ALTER
+    -- DEFAULT PRIVILEGES) may be meant for other tables than this log's.
+    FOR revoke IN
+        SELECT concat('REVOKE ALL ON ', o.name, ' FROM ', coalesce(quote_ident(r.rolname), 'PUBLIC'))
+        FROM (
+            SELECT c.oid, c.relowner, c.relacl,
+                concat(CASE c.relkind WHEN 'S' THEN 'SEQUENCE ' ELSE 'TABLE ' END, c.oid::regclass)
+            FROM pg_class c WHERE c.relnamespace = '{schema}'::regnamespace AND c.relacl IS NOT NULL
+            UNION ALL SELECT p.oid, p.proowner, coalesce(p.proacl, acldefault('f', p.proowner)),
+                concat('FUNCTION ', p.oid::regprocedure)
+            FROM pg_proc p WHERE p.pronamespace = '{schema}'::regnamespace
+            UNION ALL SELECT n.oid, n.nspowner, n.nspacl, 'SCHEMA {schema}'
+            FROM pg_namespace n WHERE n.nspname = '{schema}' AND n.nspacl IS NOT NULL
+        ) AS o (oid, owner, acl, name)
+        CROSS JOIN LATERAL (SELECT DISTINCT a.grantee FROM aclexplode(o.acl) a WHERE a.grantee <> o.owner) AS g
+        LEFT JOIN pg_roles r ON r.oid = g.grantee
+        WHERE o.oid <> ALL (old)
+    LOOP
+        EXECUTE revoke;
+    END LOOP;
+
     IF installed < {version} THEN
         EXECUTE 'UPDATE {schema}.installation SET version = {version}';
+        EXECUTE $version$
+            CREATE OR REPLACE FUNCTION {schema}.version_v1() RETURNS integer
+            LANGUAGE sql IMMUTABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 'SELECT {version}'
+        $version$;
         -- A role that was let in by an earlier version may call what the new one has brought.
         grantees := grantees || ARRAY(
             SELECT r.rolname::text FROM pg_proc p, aclexplode(p.proacl) a JOIN pg_roles r ON r.oid = a.grantee
@@ -76,6 +109,10 @@ BEGIN
     SELECT string_agg(p.oid::regprocedure::text, ', ') INTO functions FROM pg_proc p
     WHERE p.pronamespace = '{schema}'::regnamespace AND p.prorettype <> 'trigger'::regtype;
     FOREACH grantee IN ARRAY grantees LOOP
+        -- A name that is too long for PostgreSQL would be cut, and may then be another role's.
+        IF NOT EXISTS (SELECT FROM pg_roles r WHERE r.rolname::text = grantee) THEN
+            RAISE EXCEPTION USING ERRCODE = 'undefined_object', MESSAGE = concat('role "', grantee, '" does not exist');
+        END IF;
         EXECUTE 'GRANT USAGE ON SCHEMA {schema} TO ' || quote_ident(grantee);
         EXECUTE concat('GRANT EXECUTE ON FUNCTION ', functions, ' TO ', quote_ident(grantee));
     END LOOP;
@@ -90,6 +127,17 @@ _STEP = """
         $step$;
     END IF;
 """
+# After the first step.
+_ROWS = """
+    EXECUTE 'SELECT version FROM {schema}.installation' INTO found;
+    IF found IS NULL THEN
+        EXECUTE $rows$
+{sql}
+        $rows$;
+        EXECUTE 'SELECT version FROM {schema}.installation' INTO found;
+    END IF;
+    installed := coalesce(installed, found);
+"""
 
 
 def schema_sql(grant_to: Sequence[str] = ()) -> str:
@@ -103,13 +151,14 @@ def schema_sql(grant_to: Sequence[str] = ()) -> str:
     for role in grant_to:
         if role in ("", "public", "none"):  # PostgreSQL reads them so even between quotes
             raise ValueError(f"grant_to names roles, and {role!r} is none.")
+    first, *later = [_STEP.format(number=n, sql=_read(f"schema_{n}.sql")) for n in range(1, VERSION + 1)]
     return _INSTALL.format(
         schema=SCHEMA,
         version=VERSION,
         oldest=OLDEST,
         oldest_major=OLDEST // 10000,
-        steps="".join(_STEP.format(number=n, sql=_read(f"schema_{n}.sql")) for n in range(1, VERSION + 1)),
-        grant_to=f"ARRAY[{', '.join(map(_literal, grant_to))}]::text[]",
+        steps="".join([first, _ROWS.format(schema=SCHEMA, sql=_read("rows.sql")), *later]),
+        grant_to=f"ARRAY[{', '.join(map(_literal, grant_to))}]::pg_catalog.text[]",
     )
 
 
@@ -134,7 +183,8 @@ def install(connection: Any, grant_to: Sequence[str] = ()) -> int:
         ((before,),) = execute(connection, query, timeout=_TIMEOUT)
     except psycopg2.errors.InsufficientPrivilege:
         try:
-            ((before,),) = execute(connection, f"SELECT version FROM {SCHEMA}.installed_v1()", timeout=_TIMEOUT)
+            rows = execute(connection, f"SELECT version FROM {SCHEMA}.installed_v1()", timeout=_TIMEOUT)
+            before = rows[0][0] if rows else 0
         except psycopg2.Error:
             before = 0
         if before < VERSION or grant_to:

@@ -1,16 +1,15 @@
 -- Version 1 of the event log: one step of what schema.py puts together. Later versions are later files; this one does
 -- not change once it is released. The numbers in the functions' names let old and new code run side by side in a deploy.
 --
--- All functions are SECURITY DEFINER: who may call them needs no right on the tables. EXECUTE is taken from PUBLIC below,
+-- All functions are SECURITY DEFINER: who may call them needs no right on the tables. schema.py takes EXECUTE from PUBLIC
 -- in the transaction that creates them.
 
+-- One row, as in `retention`: see rows.sql.
 CREATE TABLE flask_pg_sse.installation (
     version integer NOT NULL,
     -- Signs the ids that travel by NOTIFY, which every role of the database can send: see number_v1().
     key bytea NOT NULL
 );
-INSERT INTO flask_pg_sse.installation (version, key)
-SELECT 0, sha256(convert_to(concat(gen_random_uuid(), gen_random_uuid()), 'UTF8'));
 
 -- The log. Only committed, numbered events stand in it, in the order of their commits.
 CREATE TABLE flask_pg_sse.event (
@@ -38,11 +37,11 @@ CREATE UNLOGGED TABLE flask_pg_sse.pending (
 -- Everything up to pruned_through has left the log. Not in `installation`, whose row publishers read and nobody changes.
 CREATE TABLE flask_pg_sse.retention (pruned_through bigint NOT NULL);
 
--- Ids begin at the clock's microseconds: those of a log that was dropped, or that other senders made up, lie below. And as
--- nobody publishes a million events a second, all ids that were ever given out are below what the clock shows.
+-- Neither has a key, and where there is a publication FOR ALL TABLES, no row without an identity can be changed.
+ALTER TABLE flask_pg_sse.installation REPLICA IDENTITY FULL;
+ALTER TABLE flask_pg_sse.retention REPLICA IDENTITY FULL;
+
 CREATE SEQUENCE flask_pg_sse.event_id;
-INSERT INTO flask_pg_sse.retention
-SELECT setval('flask_pg_sse.event_id', (extract(epoch FROM clock_timestamp()) * 1000000)::bigint);
 -- Which server, and database, numbered the last event. A sequence, because setval() is at once there for all and no cause
 -- of a serialization failure.
 CREATE SEQUENCE flask_pg_sse.numbered_by;
@@ -55,7 +54,6 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f
         + 'flask_pg_sse.event'::regclass::oid::bigint
     FROM pg_database d WHERE d.datname = current_database()
 $function$;
-SELECT setval('flask_pg_sse.numbered_by', flask_pg_sse.server_v1());
 
 -- Number an event, write it to the log and notify. Called last in a transaction: what waits for the lock waits for its end.
 CREATE FUNCTION flask_pg_sse.number_v1(channel text, fields json, data text) RETURNS bigint
@@ -195,6 +193,13 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function
     SELECT pg_notify('flask_pg_sse', json_build_object('beat', $1, 'head', flask_pg_sse.head_v1())::text)
 $function$;
 
+-- The version once more, where a dump without rows has it too. What installs a later version replaces it: a default of the
+-- column would do as well, but to change that takes a lock for which publishers and an upgrade could wait in a circle.
+CREATE FUNCTION flask_pg_sse.version_v1() RETURNS integer
+LANGUAGE sql IMMUTABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT 1
+$function$;
+
 -- The version and the key of the installation.
 CREATE FUNCTION flask_pg_sse.installed_v1() RETURNS TABLE (version integer, key bytea)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
@@ -298,9 +303,9 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock(7380381037705062260) THEN
         RETURN NULL;
     END IF;
-    -- Rows that were written where triggers do not fire (session_replication_role = replica) would stay for ever. First,
-    -- because publishers lock pending and then event: an upgrade that locks both would deadlock with the other order.
-    DELETE FROM flask_pg_sse.pending p WHERE p.created_at < now() - interval '1 hour';
+    -- First, because publishers lock pending and then event: an upgrade that locks both would deadlock with the other
+    -- order.
+    LOCK TABLE flask_pg_sse.pending IN ROW EXCLUSIVE MODE;
     SELECT r.pruned_through INTO pruned FROM flask_pg_sse.retention r;
     SELECT coalesce(min(e.id) FILTER (WHERE NOT e.expired) - 1, max(e.id)) INTO cut
     FROM (
@@ -313,7 +318,10 @@ BEGIN
         UPDATE flask_pg_sse.retention r SET pruned_through = cut;
         PERFORM pg_notify('flask_pg_sse', json_build_object('pruned', cut)::text);  -- processes remember recent events
     END IF;
+    -- Rows that were written where triggers do not fire (session_replication_role = replica) would stay for ever. Once a
+    -- round, with its last batch: after a burst the table is large, and all of it has to be looked through.
+    IF deleted < batch THEN
+        DELETE FROM flask_pg_sse.pending p WHERE p.created_at < now() - interval '1 hour';
+    END IF;
     RETURN deleted;
 END $function$;
-
-REVOKE ALL ON ALL FUNCTIONS IN SCHEMA flask_pg_sse FROM PUBLIC;
