@@ -18,7 +18,7 @@ from .errors import (
     PayloadTooLarge,
     PgSSEError,
 )
-from .extension import PgSSE, notify, notify_many, postgres_notify, sse_cursor, sse_url
+from .extension import PgSSE, disconnect, notify, notify_many, postgres_notify, sse_cursor, sse_url
 from .postgres.schema import drop_schema_sql, schema_sql
 
 __version__ = "0.1.0"
@@ -33,6 +33,7 @@ __all__ = [
     "PayloadTooLarge",
     "PgSSE",
     "PgSSEError",
+    "disconnect",
     "drop_schema_sql",
     "notify",
     "notify_many",

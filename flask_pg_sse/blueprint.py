@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import logging
+import math
+import random
 import re
+import time
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import parse_qsl
 
-from flask import Blueprint, Response, current_app, request
+from flask import Response, current_app, request
 from flask.blueprints import BlueprintSetupState
 from flask.typing import ResponseReturnValue
 from flask_cors import cross_origin
 
-from . import access, shutdown
+from . import access, event, guard, shutdown
 from .channels import check_channel
 from .errors import ConfigurationError, EventLogMissing, InvalidChannel
 from .extension import EXTENSION, ServerUrl, State, current_state, sse_cursor, sse_url
+from .guard import SSEBlueprint
+from .hub import OPEN_TIMEOUT
 from .server import Connection, why_no_stream
-from .settings import Settings
+from .settings import Settings, secret_keys
 from .stream import StreamRequest, stream
 from .subscription import Subscription
+from .tokens import Token, read_token
 
 logger = logging.getLogger(__name__)
 
 # Whatever the blueprint's name in an app, its commands (cli.py) are `flask sse …`.
-sse_bp = Blueprint("sse", __name__, url_prefix="/sse", cli_group="sse")
+sse_bp = SSEBlueprint("sse", __name__, url_prefix="/sse", cli_group="sse")
 
 
 class _StreamResponse(Response):
@@ -49,7 +56,8 @@ class _StreamResponse(Response):
 def _set_up(registration: BlueprintSetupState) -> None:
     app: Any = registration.app
     registration.url_prefix = registration.url_prefix or "/"  # Flask itself takes no ""
-    Settings.from_config(app.config)  # a wrong value is said at once, and read again at first use
+    # A wrong value is said at once, and read again at first use.
+    secret_keys(Settings.from_config(app.config), app.config)
     unknown = registration.options.keys() - _BLUEPRINT_OPTIONS
     if unknown:
         raise TypeError(f"register_blueprint(sse_bp) has unknown options: {', '.join(sorted(unknown))}.")
@@ -57,24 +65,29 @@ def _set_up(registration: BlueprintSetupState) -> None:
         name = f"{registration.name_prefix}.{registration.name}".lstrip(".")
         app.extensions[EXTENSION] = State(app, name)
         app.context_processor(lambda: {"sse_url": sse_url, "sse_cursor": sse_cursor, "sse_server_url": ServerUrl()})
+    app.extensions[EXTENSION].set_hooks(registration.options.get("authorize"), registration.options.get("subject"))
     shutdown.watch()  # here already, because under gthread only this runs in the main thread
 
 
-# What Flask itself takes. Anything else is refused: a misspelt option about who may listen must not go unnoticed.
-_BLUEPRINT_OPTIONS = frozenset({"url_prefix", "subdomain", "url_defaults", "name", "name_prefix", "cli_group"})
+# What Flask itself takes, and our own. Anything else is refused: a misspelt option about who may listen must not go
+# unnoticed.
+_BLUEPRINT_OPTIONS = frozenset(
+    {"url_prefix", "subdomain", "url_defaults", "name", "name_prefix", "cli_group", "authorize", "subject"}
+)
 
 
 @sse_bp.get("", endpoint="stream", strict_slashes=False)
 def _stream() -> ResponseReturnValue:
-    return _answer(request.args.getlist("channel"))
+    return _answer([])
 
 
 @sse_bp.get("/<path:channel>", endpoint="channel")
 def _channel(channel: str) -> ResponseReturnValue:
-    return _answer([channel, *request.args.getlist("channel")])
+    return _answer([channel])
 
 
 def _answer(names: list[str]) -> ResponseReturnValue:
+    _mask_token(request.environ)
     state = current_state()
     runtime, settings = state.runtime, state.runtime.settings
     shutdown.watch()
@@ -83,39 +96,130 @@ def _answer(names: list[str]) -> ResponseReturnValue:
         logger.error("%s", reason)
         return _refusal(500, reason)
     try:
-        channels = tuple(dict.fromkeys(check_channel(name) for name in names))
+        query = _query(settings.max_channels)
+        channels = tuple(dict.fromkeys(check_channel(name) for name in names + query.get("channel", [])))
     except InvalidChannel as error:
         return _refusal(400, str(error))
+    except ValueError as error:
+        return _refusal(414, str(error))
     if not channels:
         return _refusal(400, "The URL names no channel: add ?channel=NAME, once for each.")
     if len(channels) > settings.max_channels:
         most = settings.max_channels
         return _refusal(400, f"The URL names {len(channels)} channels, and one stream has {most} at the most.")
-    for channel in channels:
-        if not access.is_public(channel, settings.channels):
-            return _refusal(403, _closed(channel, state))
 
+    # Last-Event-ID of an EventSource that reconnects; the query is for clients that cannot set a header.
+    last_event_id = request.headers.get("Last-Event-ID") or query.get("last_event_id", [""])[0]
+    try:
+        terms = _terms(state, channels, query.get("token", [""])[0])
+    except _Refused as refused:
+        return _refusal(403, str(refused))
+    except _Ended as ended:
+        return _ended(ended.reason, last_event_id)
     try:
         runtime.require_log()
     except EventLogMissing as error:
         return _refusal(500, str(error))
     connection = Connection(request.environ)
-    # Last-Event-ID of an EventSource that reconnects; the query is for clients that cannot set a header.
-    last_event_id = request.headers.get("Last-Event-ID") or request.args.get("last_event_id")
     if request.method == "HEAD":
         return _StreamResponse(iter(()), connection)  # a tuple would get a Content-Length, which no stream has
-    subscription = Subscription(channels, settings.buffer_bytes)
-    asked = StreamRequest(last_event_id or "", retry=settings.retry)
+    subscription = Subscription(channels, settings.buffer_bytes, terms)
+    asked = StreamRequest(last_event_id, retry=settings.retry)
     response = _StreamResponse(stream(*runtime.streams, subscription, asked, connection), connection)
     if "flask_pg_sse.testing" in request.environ:
         request.environ["flask_pg_sse.testing"].append(subscription)
     return response
 
 
-def _closed(channel: str, state: State) -> str:
+class _Refused(Exception):
+    """This client may not have this stream; the text says why."""
+
+
+class _Ended(Exception):
+    """This client is told to come back, as at the end of a stream."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def _terms(state: State, channels: Iterable[str], signed: str) -> access.Terms:
+    """Ask for each channel whether the client may listen. Raises `_Refused`, `_Ended`, and HTTP errors of the app's."""
+    asked_at = time.monotonic()
+    runtime, settings = state.runtime, state.runtime.settings
+    token = read_token(runtime.keys(), signed) if signed else None
+    if token is not None and token.expires_at is not None and token.expires_at <= time.time():
+        raise _Ended("expired")
+    authorize = state.authorize or sse_bp.default_authorize
+    try:
+        subjects = guard.subjects_of(state.subject or sse_bp.default_subject, token)
+        if subjects is None:
+            raise _Refused("This site cannot tell whose stream this would be. Ask who runs it to look at its log.")
+        clients = access.counted_under(subjects, request.remote_addr)
+        if runtime.full(clients):  # before the app has been given work; it is decided when the stream opens
+            raise _Ended("capacity")
+        opened = token.channels if token is not None else frozenset[str]()
+        to_ask = [name for name in channels if name not in opened and not access.is_public(name, settings.channels)]
+        if to_ask and authorize is not None and request.method != "HEAD" and not runtime.hears_orders(OPEN_TIMEOUT):
+            raise _Ended("unavailable")
+        for channel in to_ask:
+            if not guard.may_listen(authorize, channel):
+                bad_token = bool(signed) and token is None
+                raise _Refused(_closed(channel, state, asked=authorize is not None, bad_token=bad_token))
+    except guard.HookFailed:
+        raise _Ended("unavailable") from None
+    return access.Terms(subjects, clients, asked_at, *_end_of(token, settings.max_age))
+
+
+# Bytes of a query beside its channels, and for each channel: its name with every byte as %XX, and again in the token.
+_QUERY_BYTES = 16384
+_QUERY_BYTES_EACH = 1200
+# Parameters that are none of ours: a site may add some to every URL.
+_OTHER_PARAMETERS = 100
+
+
+def _query(max_channels: int) -> dict[str, list[str]]:
+    """Return the query's parameters. ValueError where it is larger than any that could be answered.
+
+    Looked at before it is taken apart, which for a million parameters takes a second. Bytes that are not UTF-8 become
+    lone surrogates, which no channel's name may hold.
+    """
+    raw = request.query_string
+    most = _QUERY_BYTES + max_channels * _QUERY_BYTES_EACH
+    if len(raw) > most:
+        raise ValueError(f"The URL's query has {len(raw)} bytes, and {most} at the most are read.")
+    if raw.count(b"&") >= max_channels + _OTHER_PARAMETERS:
+        raise ValueError(
+            f"The URL's query has {raw.count(b'&') + 1} parameters; one stream has {max_channels} channels."
+        )
+    found: dict[str, list[str]] = {}
+    for name, value in parse_qsl(raw.decode("latin-1"), keep_blank_values=True, encoding="latin-1"):
+        text = value.encode("latin-1").decode("utf-8", "surrogateescape")
+        found.setdefault(name, []).append(text)
+    return found
+
+
+def _mask_token(environ: dict[str, Any]) -> None:
+    """Keep tokens out of access logs: gunicorn writes the request's line from these when the stream ends."""
+    for name in ("RAW_URI", "REQUEST_URI", "QUERY_STRING"):  # Flask's request has its own copy
+        if "token=" in environ.get(name, ""):
+            environ[name] = re.sub(r"((?:^|[?&])token=)[^&#]*", r"\1***", environ[name])
+
+
+def _end_of(token: Token | None, max_age: float | None) -> tuple[float, str]:
+    """Return the monotonic time at which a stream has to end, and why."""
+    ends = [(math.inf, "")]
+    if max_age is not None:  # not all at once that were opened at once, as after a deploy
+        ends.append((time.monotonic() + max_age * random.uniform(0.9, 1.0), "max_age"))
+    if token is not None and token.expires_at is not None:
+        ends.append((time.monotonic() + token.expires_at - time.time(), "expired"))
+    return min(ends)
+
+
+def _closed(channel: str, state: State, *, asked: bool, bad_token: bool) -> str:
     """Return why a channel is refused; say it loudly where nothing at all has been opened."""
-    text = f"Channel {channel!r} is not open to you: it is not among the site's public channels (SSE_CHANNELS)."
-    if not state.runtime.settings.channels and not state.warned_closed:
+    patterns = state.runtime.settings.channels
+    if not patterns and not asked and not state.warned_closed:
         state.warned_closed = True
         logger.warning(
             "A stream on channel %r was refused: no channel is open until SSE_CHANNELS names it. To open this one to "
@@ -123,13 +227,22 @@ def _closed(channel: str, state: State) -> str:
             channel,
             access.how_to_open(channel),
         )
-    if current_app.debug:
-        return f"{text} To open it to everybody: {access.how_to_open(channel)}"
-    return f"{text} Listen to one of those, or ask who runs the site to open it."
+    debug = current_app.debug
+    return guard.closed_text(channel, debug=debug, bad_token=bad_token, patterns=patterns, asked=asked)
 
 
 def _refusal(status: int, text: str) -> Response:
     return Response(text + "\n", status, mimetype="text/plain")
+
+
+def _ended(reason: str, last_event_id: str) -> Response:
+    """Refuse for the moment: a browser's EventSource comes back after this, and never after an error status.
+
+    The client's position goes back to it as the event's id: a page that fetches a new URL can go on from there.
+    """
+    block = event.end_block(reason, current_state().runtime.settings.retry, id=event.to_log_id(last_event_id))
+    body = () if request.method == "HEAD" else (block,)
+    return _StreamResponse(iter(body), Connection(request.environ))
 
 
 @sse_bp.after_request

@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 import psycopg2
+from flask import current_app
 
 from .blueprint import sse_bp
 from .errors import DatabaseUnavailable, PgSSEError
-from .extension import current_state
+from .extension import current_state, sse_url
 from .postgres import schema
 from .postgres.connect import connect, execute
 from .postgres.dsn import Dsn
@@ -21,7 +22,7 @@ from .postgres.prune import prune
 # Seconds for one batch.
 _PRUNE_TIMEOUT = 60.0
 
-sse_bp.cli.help = "Server-Sent Events out of PostgreSQL: the event log."
+sse_bp.cli.help = "Server-Sent Events out of PostgreSQL: the event log, signed URLs."
 sse_bp.cli.short_help = sse_bp.cli.help
 
 
@@ -77,6 +78,19 @@ def _prune(max_age: float | None) -> None:
     click.echo(f"Deleted {deleted} event{'' if deleted == 1 else 's'} older than {max_age:g} s ({dsn}).")
     if another:
         click.echo("Another session is pruning at this moment, and was left to it.")
+
+
+@sse_bp.cli.command("sign")
+@click.argument("channels", metavar="CHANNEL...", nargs=-1, required=True)
+@click.option("--expires", type=float, metavar="SECONDS", help="For how long the URL is good; else as long as the key.")
+@click.option("--subject", help="For whom the URL is, for disconnect() and the number of streams.")
+def _sign(channels: tuple[str, ...], expires: float | None, subject: str | None) -> None:
+    """Print a URL that opens the channels, and no others, to whoever has it."""
+    try:
+        with current_app.test_request_context():  # a path can be built without knowing the site's name
+            click.echo(sse_url(channels, sign=True, expires=expires, subject=subject))
+    except (PgSSEError, ValueError) as error:
+        raise click.ClickException(f"The URL was not signed: {error}") from None
 
 
 _RIGHTS = (

@@ -7,6 +7,7 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-inte
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -157,6 +158,11 @@ def control_block(name: str, data: Mapping[str, object], *, id: int | None = Non
     lines += [f"event: {RESERVED_PREFIX}{name}"]
     lines += [f"id: {id}"] if id is not None else []
     return "\n".join([*lines, f"data: {json.dumps(data)}\n\n"]).encode()
+
+
+def end_block(reason: str, retry: int, id: int | None = None) -> bytes:
+    """Return the block that ends a stream. `retry` (milliseconds) is spread by half: not all are to return at once."""
+    return control_block("end", {"reason": reason}, id=id, retry=max(1, int(retry * random.uniform(0.5, 1.5))))
 
 
 _LOG_ID = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 import weakref
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from flask import Flask, current_app, has_app_context, json, url_for
 from markupsafe import escape
 
+from .access import to_subject
 from .channels import check_channel
 from .event import FIELDS
+from .guard import Authorizer, SubjectOf, check_hook
 from .runtime import Runtime
+from .tokens import Token, sign_token
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +33,19 @@ class State:
         self.runtime = Runtime(app.config, lambda data: app.json.dumps(data))
         self.blueprint_name = blueprint_name
         self.warned_closed = False  # the warning that no channel is open is given once
+        self.authorize: Authorizer | None = None
+        self.subject: SubjectOf | None = None
+
+    def set_hooks(self, authorize: Any, subject: Any) -> None:
+        """Set the functions that decide who may listen in this app, where they are given."""
+        for name, function in (("authorize", authorize), ("subject", subject)):
+            if function is None:
+                continue
+            check_hook(function, name)
+            before = getattr(self, name)
+            if before is not None and before is not function:
+                raise RuntimeError(f"This app has an {name} already; register_blueprint(sse_bp, {name}=…) takes one.")
+            setattr(self, name, function)
 
     def close(self) -> None:
         """End all streams, threads and connections of this app in this process."""
@@ -121,11 +140,44 @@ class _CurrentApp:
         """
         return self._runtime().cursor()
 
-    def sse_url(self, channels: str | Iterable[str], *, cursor: int | str | None = None, external: bool = False) -> str:
+    def disconnect(self, *, subject: str | int | uuid.UUID | None = None, channel: str | None = None) -> None:
+        """End the streams of a subject, those on a channel, or with both those of that subject on that channel.
+
+        In every worker on every host that has the same database and secret key, within a second; the browsers come
+        back, and are asked anew who they are. So take the right away first. A worker that has lost the database at that
+        moment obeys when it is back, if there is an event log, and otherwise not at all.
+
+        Raises TypeError and ValueError for what is no subject, `InvalidChannel`, `ConfigurationError` without a secret
+        key (any role of the database could otherwise do the same), `DatabaseUnavailable`, `DatabaseNotConfigured`.
+        """
+        if subject is None and channel is None:
+            raise TypeError("disconnect() needs a subject, a channel, or both.")
+        self._runtime().disconnect(
+            None if subject is None else to_subject(subject), None if channel is None else check_channel(channel)
+        )
+
+    def sse_url(
+        self,
+        channels: str | Iterable[str],
+        *,
+        sign: bool = False,
+        expires: float | timedelta | None = None,
+        subject: str | int | uuid.UUID | None = None,
+        cursor: int | str | None = None,
+        external: bool = False,
+    ) -> str:
         """Return the URL of a stream on one channel or several.
 
-        `cursor` is what `sse_cursor()` gave: the stream begins with what came after it. A path, or with `external` an
-        absolute URL; always absolute, under `SSE_SERVER_URL`, where that is set.
+        sign:     open these channels, and no others, to whoever has the URL. `expires` and `subject` imply it.
+        expires:  for how long, in seconds or as a timedelta; a stream ends then too. Without it the URL is good for as
+                  long as the secret key.
+        subject:  for whom: `disconnect(subject=…)` ends what was opened with the URL, and the number of streams is
+                  counted by it. It can be read in the URL.
+        cursor:   what `sse_cursor()` gave: the stream begins with what came after it.
+        external: an absolute URL, not a path. Always absolute, under `SSE_SERVER_URL`, where that is set.
+
+        Raises `InvalidChannel`, TypeError and ValueError for what no stream can have, and `ConfigurationError` if it is
+        to sign and there is no secret key.
         """
         names = [channels] if isinstance(channels, str) else list(channels)
         if not names:
@@ -133,6 +185,13 @@ class _CurrentApp:
         pairs = [("channel", check_channel(name)) for name in names]
         if cursor is not None:
             pairs.append(("last_event_id", str(cursor)))
+        if sign or expires is not None or subject is not None:
+            token = Token(
+                frozenset(name for _, name in pairs[: len(names)]),
+                None if expires is None else time.time() + _positive_seconds(expires),
+                None if subject is None else to_subject(subject),
+            )
+            pairs.append(("token", sign_token(self._runtime().signing_keys("sse_url() that signs"), token)))
         query = urlencode(pairs)
         base = self._runtime().settings.server_url
         if base is not None:
@@ -145,6 +204,7 @@ class PgSSE(_CurrentApp):
 
     database_url: beats what the app's config says; without an app and without it, the environment's `DATABASE_URL`.
     url_prefix, name: of the blueprint, which `init_app` registers.
+    authorize, subject: the functions that decide who may listen, as `sse_bp.authorize` and `sse_bp.subject` say.
 
     Within an app context the methods work on the current app, as the module's functions do; elsewhere on the one app
     that this object was given, or without any app on a runtime of its own.
@@ -157,7 +217,13 @@ class PgSSE(_CurrentApp):
         database_url: str | None = None,
         url_prefix: str = "/sse",
         name: str = "sse",
+        authorize: Authorizer | None = None,
+        subject: SubjectOf | None = None,
     ) -> None:
+        self._hooks = {"authorize": authorize, "subject": subject}
+        for hook, function in self._hooks.items():
+            if function is not None:
+                check_hook(function, hook)
         self._database_url = database_url
         self._url_prefix = url_prefix
         self._name = name
@@ -174,7 +240,7 @@ class PgSSE(_CurrentApp):
             raise TypeError(f"PgSSE() takes a Flask app, not {type(app).__name__}; for a URL say database_url=….")
         if self._database_url is not None:
             app.config["SSE_DATABASE_URL"] = self._database_url
-        app.register_blueprint(sse_bp, url_prefix=self._url_prefix, name=self._name)
+        app.register_blueprint(sse_bp, url_prefix=self._url_prefix, name=self._name, **self._hooks)
         self._states.add(state_of(app))
 
     def _runtime(self) -> Runtime:
@@ -194,6 +260,15 @@ class PgSSE(_CurrentApp):
         self._runtime().close()
 
 
+def _positive_seconds(value: object) -> float:
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise TypeError(f"expires is a number of seconds or a timedelta, not {type(value).__name__}.")
+    if not 0 < seconds < 1e10:  # some three hundred years; the inequalities are false for NaN too
+        raise ValueError(f"expires is a number of seconds from now, greater than 0, not {seconds!r}.")
+    return float(seconds)
+
+
 def _split_sse_payload(payload: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
     if not isinstance(payload, dict):
         raise TypeError(f"sse_payload is a dict of {', '.join(sorted(FIELDS))}, not {type(payload).__name__}.")
@@ -208,6 +283,7 @@ notify = _current_app.notify
 notify_many = _current_app.notify_many
 sse_url = _current_app.sse_url
 sse_cursor = _current_app.sse_cursor
+disconnect = _current_app.disconnect
 # The name of the call in sse_server_postgres_listen_notify.
 postgres_notify = notify
 

@@ -12,7 +12,8 @@ there, because turns and that moment exclude each other.
 from __future__ import annotations
 
 import logging
-import random
+import math
+import sys
 import threading
 import time
 from collections import deque
@@ -21,6 +22,8 @@ from typing import Protocol, TypeVar
 
 from . import event
 from .page import Item
+from .places import Places
+from .progress import ENOUGH_BYTES
 from .recent import Recent
 from .subscription import Block, Subscription
 
@@ -30,6 +33,11 @@ _T = TypeVar("_T")
 
 # Seconds until a stream that waits for PostgreSQL is told to come back later.
 OPEN_TIMEOUT = 10.0
+# Seconds; a client that has not read its farewell by then is cut off. gunicorn would wait 30 s for it at its own end,
+# and who has lost the right to listen is to hear no more.
+FAREWELL = 1.0
+# Orders to end streams that are remembered, for requests that were being decided on meanwhile.
+_DISCONNECTS = 10_000
 # After so many offers other greenlets get their turn: about one millisecond of work.
 OFFERS_BETWEEN_YIELDS = 250
 
@@ -46,7 +54,7 @@ class Hub:
     """The subscriptions of one process.
 
     `listen(channels)` is called for each new stream and gives a ticket, `unlisten(channels)` when it has gone; the
-    engine counts. `retry` is in milliseconds, `heartbeat` in seconds.
+    engine counts. `retry` is in milliseconds, `heartbeat` and `send_timeout` in seconds.
     """
 
     def __init__(
@@ -56,9 +64,13 @@ class Hub:
         *,
         heartbeat: float,
         retry: int,
+        send_timeout: float = math.inf,
+        places: Places | None = None,
     ) -> None:
         self._listen = listen
         self._unlisten = unlisten
+        self.places = places or Places(sys.maxsize, None)
+        self._send_timeout = send_timeout
         self._heartbeat = heartbeat
         self._retry = retry
         self._tables = threading.Lock()  # guards the three tables below
@@ -70,6 +82,7 @@ class Hub:
         self.position = 0  # in the log; 0 without one. Moved under the lock, as what is remembered
         self._recent = Recent()
         self._draining: str | None = None
+        self._disconnects: deque[tuple[float, str | None, str | None]] = deque(maxlen=_DISCONNECTS)
         self._gone: deque[Subscription] = deque()  # closed, and still in the tables
 
     # -- streams come and go
@@ -79,6 +92,8 @@ class Hub:
 
         The stream stands in the tables before LISTEN goes out, so that nothing falls between the two.
         """
+        if not self.places.take(subscription):
+            return "capacity"
         ticket = self._listen(subscription.channels)
         with self._tables:
             self._tickets[subscription] = ticket
@@ -88,10 +103,21 @@ class Hub:
                 for channel in subscription.channels:
                     self._groups_of.setdefault(channel, set()).add(subscription.channels)
             members.add(subscription)
-        # Asked after the stream stands in the tables: drain() sets the reason first and then reads the tables.
-        if self._draining is None and ticket.wait(OPEN_TIMEOUT) and self._draining is None:
-            return None
-        return self._draining or "unavailable"
+        # Asked after the stream stands in the tables: drain() sets the reason first and then reads the tables, and so
+        # does disconnect().
+        heard = not self._why_not(subscription) and ticket.wait(OPEN_TIMEOUT)
+        return self._why_not(subscription) or (None if heard else "unavailable")
+
+    def _why_not(self, subscription: Subscription) -> str | None:
+        if self._draining is not None:
+            return self._draining
+        with self._tables:
+            for at, subject, channel in reversed(self._disconnects):
+                if at < subscription.terms.asked_at:
+                    break
+                if _concerns(subscription, subject, channel):
+                    return "revoked"
+        return None
 
     def go_live(self, subscription: Subscription) -> None:
         """Let an open stream take what comes from now on."""
@@ -151,12 +177,14 @@ class Hub:
         also while that thread holds a lock of ours. The ticker forgets it.
         """
         subscription.end(b"")
+        self.places.give_back(subscription)
         self._gone.append(subscription)
 
     def sweep(self) -> None:
         """Forget the streams that have gone."""
         while self._gone:
             self._forget(self._gone.popleft())
+        self.places.sweep()
 
     def _forget(self, subscription: Subscription) -> None:
         with self._dispatch, self._tables:
@@ -180,9 +208,8 @@ class Hub:
         return len(self._tickets)
 
     def end_block(self, reason: str) -> bytes:
-        """Return the block that ends a stream. Its retry is spread over +-50 %, or all would come back at once."""
-        retry = int(self._retry * random.uniform(0.5, 1.5))
-        return event.control_block("end", {"reason": reason}, retry=max(1, retry))
+        """Return the block that ends a stream."""
+        return event.end_block(reason, self._retry)
 
     # -- what the engine and the ticker call
 
@@ -243,7 +270,11 @@ class Hub:
                         self._fall_behind(subscription)
 
     def beat(self) -> None:
-        """Send a sign of life on every stream that has been quiet for the heartbeat's time."""
+        """Send a sign of life on every stream that has been quiet for the heartbeat's time; end those whose time is up.
+
+        Cut off those whose clients do not take what is sent: they would hold memory, and a place, for as long as they
+        like.
+        """
         self.sweep()
         now = time.monotonic()
         quiet_since = now - self._heartbeat
@@ -251,7 +282,15 @@ class Hub:
             self._recent.trim()
             cursor = Block(event.control_block("cursor", {}, id=self.position), last=self.position)
             for subscription in _with_pauses(self._everybody()):
-                if subscription.live:
+                if subscription.terms.ends_at <= now and not subscription.ended:
+                    subscription.end(self.end_block(subscription.terms.ends_because))
+                if subscription.progress.stalled(now, self._send_timeout):
+                    logger.info("A stream was cut: its client took less than %d bytes in time.", ENOUGH_BYTES)
+                    subscription.end(b"", drop=True, cut_at=now)
+                if subscription.cut_at <= now:
+                    if subscription.connection is not None:
+                        subscription.connection.cut()
+                elif subscription.live:
                     subscription.heartbeat(now, quiet_since, cursor)
 
     def pruned(self, through: int) -> None:
@@ -264,20 +303,34 @@ class Hub:
         self._draining = reason
         with self._tables:
             tickets = list(self._tickets.items())
+        cut_at = time.monotonic() + FAREWELL
         with self._dispatch:
             for subscription, ticket in tickets:
-                subscription.end(self.end_block(reason))
+                subscription.end(self.end_block(reason), cut_at=cut_at)
                 ticket.cancel()
 
-    def cut_off(self) -> None:
-        """End the connections of all streams that are left."""
-        for subscription in self._everybody():
-            if subscription.cut_off is not None:
-                subscription.cut_off()
+    def disconnect(self, subject: str | None, channel: str | None) -> None:
+        """End the streams of a subject, those on a channel or, where both are given, those that are both.
+
+        What waits for them is dropped: they are not to have it.
+        """
+        now = time.monotonic()
+        with self._tables:
+            self._disconnects.append((now, subject, channel))
+        with self._dispatch:
+            for subscription in _with_pauses(self._everybody()):
+                if _concerns(subscription, subject, channel):
+                    subscription.end(self.end_block("revoked"), drop=True, cut_at=now + FAREWELL)
 
     def _everybody(self) -> tuple[Subscription, ...]:
         with self._tables:
             return tuple(self._tickets)
+
+
+def _concerns(subscription: Subscription, subject: str | None, channel: str | None) -> bool:
+    return (subject is None or subject in subscription.terms.subjects) and (
+        channel is None or channel in subscription.channels
+    )
 
 
 def _with_pauses(items: Iterable[_T]) -> Iterator[_T]:

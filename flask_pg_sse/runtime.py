@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from . import shutdown
+from .channels import RESERVED_PREFIX as CONTROL
 from .channels import check_channel, pg_name
-from .errors import DatabaseNotConfigured, DatabaseUnavailable
+from .errors import ConfigurationError, DatabaseNotConfigured, DatabaseUnavailable
 from .event import Event, make_event
 from .hub import Hub
+from .orders import Orders
+from .places import Places
 from .postgres.dsn import Dsn, is_postgres, to_dsn
 from .postgres.listener import BEAT_EVERY, Listener
 from .postgres.log import EventLog
@@ -26,8 +31,10 @@ from .postgres.presence import Presence
 from .postgres.prune import Pruner
 from .postgres.publish import Publisher, check_caller, execute_on, log_in_transaction, send_in_transaction
 from .replay import Replay
-from .settings import Settings, database_sources
+from .server import room_for_streams
+from .settings import Settings, database_sources, secret_keys
 from .ticker import Ticker
+from .tokens import sign_disconnect
 from .wire import to_payload, to_row
 
 logger = logging.getLogger(__name__)
@@ -116,6 +123,38 @@ class Runtime:
             return None
         return process.log.head()
 
+    def keys(self) -> Sequence[str | bytes]:
+        """Return the keys of signatures, oldest first; none if the app has none. Raises `ConfigurationError`."""
+        return secret_keys(self.settings, self._config)
+
+    def signing_keys(self, what: str) -> Sequence[str | bytes]:
+        """Return the keys; `ConfigurationError` if there is none with which to do `what`."""
+        keys = self.keys()
+        if not keys:
+            raise ConfigurationError(f"{what} needs a secret key: set SECRET_KEY, or SSE_SECRET_KEY, to a random text.")
+        return keys
+
+    def disconnect(self, subject: str | None, channel: str | None) -> None:
+        """Have every process end streams. Through the event log, where there is one: it is then also obeyed late."""
+        order = sign_disconnect(self.signing_keys("disconnect()"), subject, channel)
+        if self.collect is not None:
+            return
+        publisher = self._running().publisher
+        if self._presence().look(publisher.execute) is None:
+            publisher.send(CONTROL, [json.dumps({"disconnect": order})])
+        else:
+            publisher.log(CONTROL, [to_row(make_event(order))])
+
+    def hears_orders(self, timeout: float) -> bool:
+        """Wait until this process would hear that a right is taken away: only then may the app be asked for it."""
+        return self._running().hears_orders(timeout)
+
+    def full(self, clients: Collection[str]) -> bool:
+        """Tell whether one more stream of a client would be refused in this process, which costs less to say early."""
+        process = self._process
+        hub = process.hub if process is not None and process.pid == os.getpid() else None
+        return hub is not None and hub.places.full(clients)
+
     def require_log(self) -> None:
         """Raise `EventLogMissing` where the configuration requires a log, and the database answers that it has none."""
         if self.settings.event_log is True and not self._presence().found:
@@ -145,7 +184,8 @@ class Runtime:
             with self._lock():
                 process = self._process
                 if process is None or process.pid != os.getpid():
-                    process = self._process = _Process(self.dsns(), self.settings, self._presence())
+                    process = _Process(self.dsns(), self.settings, self._presence(), self.keys)
+                    self._process = process
         return process
 
     def _lock(self) -> threading.Lock:
@@ -177,8 +217,15 @@ _LOG_CONNECTIONS = 2
 class _Process:
     """What runs in one process. The hub starts with the first stream: a process that only notifies never listens."""
 
-    def __init__(self, dsns: tuple[Dsn, Dsn], settings: Settings, presence: Presence) -> None:
+    def __init__(
+        self,
+        dsns: tuple[Dsn, Dsn],
+        settings: Settings,
+        presence: Presence,
+        keys: Callable[[], Sequence[str | bytes]],
+    ) -> None:
         self.pid = os.getpid()
+        self._keys = keys
         dsn, self._listen_dsn = dsns
         self._settings = settings
         self._presence = presence
@@ -208,13 +255,19 @@ class _Process:
                     self._streams = self._start()
         return self._streams
 
+    def hears_orders(self, timeout: float) -> bool:
+        self.streams()
+        return self._listener is not None and self._listener.began.wait(timeout)
+
     def _start(self) -> tuple[Hub, Replay]:
-        heartbeat = self._settings.heartbeat
+        settings, heartbeat = self._settings, self._settings.heartbeat
         hub = Hub(
             lambda channels: listener.listen(channels),
             lambda channels: listener.unlisten(channels),
             heartbeat=heartbeat,
-            retry=self._settings.retry,
+            retry=settings.retry,
+            send_timeout=settings.send_timeout,
+            places=Places(_most_streams(settings.max_streams), settings.max_streams_per_client),
         )
         listener = Listener(
             self._listen_dsn,
@@ -222,9 +275,11 @@ class _Process:
             hub.gap,
             self._presence,
             pruned=hub.pruned,
+            order=Orders(self._keys, hub.disconnect).obey,
             beat_every=min(BEAT_EVERY, heartbeat),
         )
-        threads = (listener, Ticker(hub, heartbeat), Pruner(self._pools[2], self._presence, self._settings.retention))
+        shortest = min(heartbeat, settings.send_timeout, settings.max_age or heartbeat)
+        threads = (listener, Ticker(hub, shortest), Pruner(self._pools[2], self._presence, settings.retention))
         try:
             for thread in threads:
                 thread.start()
@@ -244,3 +299,17 @@ class _Process:
             thread.stop(timeout)
         for pool in self._pools:
             pool.close()
+
+
+def _most_streams(configured: int | None) -> int:
+    most, holds = room_for_streams(shutdown.gunicorn_worker())
+    if configured is None:
+        return most
+    if holds is not None and configured >= holds:
+        logger.warning(
+            "SSE_MAX_STREAMS is %d, and this worker holds %d connections at once: full of streams it would answer "
+            "nothing else. Raise --worker-connections (--threads under gthread), or lower SSE_MAX_STREAMS.",
+            configured,
+            holds,
+        )
+    return configured

@@ -44,15 +44,36 @@ def why_no_stream(environ: Mapping[str, Any], worker: Any = None) -> str | None:
     )
 
 
+# Streams of a worker about which nothing is known.
+_STREAMS = 1000
+
+
+def room_for_streams(worker: Any) -> tuple[int, int | None]:
+    """Return how many streams a gunicorn worker should have by itself, and how many at all would leave it nothing else.
+
+    A stream holds a connection, under gthread a thread: other requests are to find one too. None: not known.
+    """
+    if worker is None:
+        return _STREAMS, None
+    holds = int(worker.cfg.worker_connections)
+    if worker.cfg.worker_class_str == "gthread":
+        holds = min(holds, int(worker.cfg.threads))
+        return max(1, holds - 1), holds
+    return max(1, holds * 9 // 10), holds
+
+
 class Connection:
     """The client's connection, as far as the server shows it."""
 
     __slots__ = ("_socket",)
 
     def __init__(self, environ: Mapping[str, Any]) -> None:
-        client = environ.get("gunicorn.socket")
+        self._socket: Any = None
+        self._take_socket(environ.get("gunicorn.socket") or environ.get("werkzeug.socket"))
+
+    def _take_socket(self, client: Any) -> None:
         # gevent's sockets wait and wake others in their methods; what lies below does neither.
-        self._socket: Any = getattr(client, "_sock", client)
+        self._socket = getattr(client, "_sock", client)
 
     def response_started(self, write: Any) -> None:
         """Have the server close the connection after this response. `write` is what `start_response` returned.
@@ -65,6 +86,7 @@ class Connection:
             response.force_close()
         elif hasattr(response, "close_connection"):  # gevent's pywsgi
             response.close_connection = True
+            self._take_socket(response.socket)
 
     def stop_reading(self) -> None:
         """Expect nothing more from the client, who may still read on.
@@ -77,6 +99,18 @@ class Connection:
     def cut(self) -> None:
         """End the connection at once; a send that waits for the client fails."""
         self._shutdown(socket.SHUT_RDWR)
+
+    def gone(self) -> bool:
+        """Tell whether the client has closed the connection, as far as can be seen without waiting or reading."""
+        if not isinstance(self._socket, _socket.socket):
+            return False
+        try:
+            # The base class's method: that of an SSL socket refuses to peek.
+            return not _socket.socket.recv(self._socket, 1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            return True
 
     def _shutdown(self, how: int) -> None:
         if isinstance(self._socket, _socket.socket):

@@ -74,6 +74,12 @@ def _seconds(value: object) -> float:
     return number
 
 
+def _key_text(value: object) -> object:
+    if not isinstance(value, str | bytes) or not value:
+        raise ValueError
+    return value
+
+
 def _database(value: object) -> object:
     # A string, or an object such as SQLAlchemy's URL; postgres/dsn.py reads it at first use.
     if isinstance(value, str):
@@ -99,6 +105,7 @@ WEB_URL = Kind("an http:// or https:// URL without query", _web_url)
 DATABASE = Kind("a PostgreSQL URL", _database)
 WHOLE = Kind(f"a whole number from 1 to {_MOST}", _whole)
 SECONDS = Kind("a number of seconds greater than 0", _seconds)
+SECRET = Kind("text or bytes that nobody can guess", _key_text)
 ON_OFF_AUTO = Kind('true, false or "auto"', _on_off_auto)
 
 
@@ -127,6 +134,9 @@ class Settings:
         WEB_URL,
         "where the streams are, if not in this app, the blueprint's path included: `https://live.example.com/sse`",
     )
+    secret_key: str | bytes | None = _key(
+        None, SECRET, "signs URLs and `disconnect()`; else the app's `SECRET_KEY`; `SECRET_KEY_FALLBACKS` are taken too"
+    )
     event_log: bool | str = _key(
         "auto",
         ON_OFF_AUTO,
@@ -139,6 +149,18 @@ class Settings:
     retry: int = _key(3000, WHOLE, "milliseconds a browser waits before it reconnects")
     buffer_bytes: int = _key(
         262144, WHOLE, "bytes that may wait for one slow client; past that it reads the event log, or without it ends"
+    )
+    send_timeout: float = _key(
+        30.0, SECONDS, "seconds in which a client must take 16 kB, or all that waits for it, or its stream is cut"
+    )
+    max_age: float | None = _key(
+        None, SECONDS, "seconds after which a stream ends, so that its client is asked anew who it is; up to 10 % less"
+    )
+    max_streams: int | None = _key(
+        None, WHOLE, "streams of one worker; else 90 % of `worker_connections`, `threads` - 1 under gthread, or 1000"
+    )
+    max_streams_per_client: int | None = _key(
+        None, WHOLE, "streams of one client in one worker: of its subject or, where it has none, of its address"
     )
     max_channels: int = _key(100, WHOLE, "channels on one stream")
 
@@ -164,6 +186,8 @@ class Settings:
 
 def _shown(value: object, kind: Kind) -> str:
     """Return a wrong value for an error message, without the password of a URL that stands in it by mistake."""
+    if kind is SECRET:
+        return "empty" if value in ("", b"") else f"a value of type {type(value).__name__}"
     if kind is DATABASE:
         return repr(value) if isinstance(value, bool | int | float) or not value else "that value"
     return re.sub(r"(://[^:/]*:)[^']*@", r"\1***@", repr(value))
@@ -178,6 +202,24 @@ def table() -> Iterator[tuple[str, str, Any, str]]:
     """Yield key, what is expected, default and meaning of every setting, in the table's order."""
     for entry in dataclasses.fields(Settings):
         yield key_of(entry.name), entry.metadata["kind"].expects, entry.default, entry.metadata["help"]
+
+
+def secret_keys(settings: Settings, config: Mapping[str, Any]) -> Sequence[str | bytes]:
+    """Return the keys of signatures, oldest first; none where no key is configured.
+
+    Raises `ConfigurationError`. A string in the place of a list would make a key of each of its letters.
+    """
+    key = settings.secret_key if settings.secret_key is not None else config.get("SECRET_KEY")
+    fallbacks = config.get("SECRET_KEY_FALLBACKS") or []
+    if not isinstance(fallbacks, Sequence) or isinstance(fallbacks, str | bytes):
+        kind = type(fallbacks).__name__
+        raise ConfigurationError(f"SECRET_KEY_FALLBACKS is a {kind}, and must be a list of keys.")
+    if not key:  # as Flask takes an empty one
+        return []
+    for name, value in [("SECRET_KEY", key), *(("SECRET_KEY_FALLBACKS", value) for value in fallbacks)]:
+        if not isinstance(value, str | bytes) or not value:
+            raise ConfigurationError(f"{name} holds {_shown(value, SECRET)}, and must hold {SECRET.expects}.")
+    return [*fallbacks, key]
 
 
 def database_sources(

@@ -32,29 +32,38 @@ def stream(
     Nothing happens, and nothing needs to be undone, before the first `next()`: a response that is dropped before the
     server iterates over it (HEAD, an error in `after_request`) leaves nothing behind.
     """
-    subscription.cut_off = connection.cut
+    subscription.connection = connection
+    progress = subscription.progress
     try:
-        refusal = hub.open(subscription)
-        if refusal is None:
-            opening = _go_live(hub, subscription, request)
-            missed = replay.read(subscription, opening=True)
-            try:
-                opening += next(missed, b"")  # before anything has left: the log may not answer
-            except DatabaseUnavailable:
-                refusal = "unavailable"
-        if refusal is not None:
-            yield hub.end_block(refusal)
-        else:
-            yield opening
-            yield from missed
-            while (piece := subscription.take()) is not None:
-                if piece:
-                    yield piece
-                else:  # it has fallen behind
-                    yield from replay.read(subscription)
+        for piece in _pieces(hub, replay, subscription, request):
+            progress.in_flight = len(piece)
+            yield piece
+            progress.sent += progress.in_flight
+            progress.in_flight = 0
         connection.stop_reading()
     finally:
         hub.close(subscription)
+
+
+def _pieces(hub: Hub, replay: Replay, subscription: Subscription, request: StreamRequest) -> Iterator[bytes]:
+    refusal = hub.open(subscription)
+    if refusal is None:
+        opening = _go_live(hub, subscription, request)
+        missed = replay.read(subscription, opening=True)
+        try:
+            opening += next(missed, b"")  # before anything has left: the log may not answer
+        except DatabaseUnavailable:
+            refusal = "unavailable"
+    if refusal is not None:
+        yield hub.end_block(refusal)
+        return
+    yield opening
+    yield from missed
+    while (piece := subscription.take()) is not None:
+        if piece:
+            yield piece
+        else:  # it has fallen behind
+            yield from replay.read(subscription)
 
 
 def _go_live(hub: Hub, subscription: Subscription, request: StreamRequest) -> bytes:

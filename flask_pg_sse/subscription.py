@@ -10,13 +10,17 @@ are atomic under the interpreter's lock, so the hot path needs no lock of its ow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from . import event, wakeup
+from .access import Terms
 from .page import Item
+from .progress import ENOUGH_BYTES, Progress
 
 # What one send may hold. A page of several hundred kB in one piece would be copied again at every partial send.
-PIECE_BYTES = 65536
+PIECE_BYTES = ENOUGH_BYTES
 _NEVER = 2**63  # above every id
 
 
@@ -70,6 +74,14 @@ def _ends_with_a_foreign_id(items: Sequence[Item]) -> bool:
 _HEARTBEAT = Block(event.HEARTBEAT)
 
 
+class Connection(Protocol):
+    """The way to a stream's client."""
+
+    def cut(self) -> None: ...
+
+    def gone(self) -> bool: ...
+
+
 class Subscription:
     """The blocks that wait for one stream.
 
@@ -91,25 +103,31 @@ class Subscription:
         "_taken",
         "accepted",
         "channels",
-        "cut_off",
+        "connection",
+        "cut_at",
         "last_active",
         "limit",
         "live",
+        "progress",
         "sent",
+        "terms",
         "told",
         "told_at",
     )
 
-    def __init__(self, channels: Iterable[str], limit: int) -> None:
+    def __init__(self, channels: Iterable[str], limit: int, terms: Terms = Terms()) -> None:  # noqa: B008
         self.channels = frozenset(channels)
         self.limit = limit
+        self.terms = terms
         self.live = False
         self.accepted = 0  # id in the log up to which all has been taken
         self.sent = 0  # id up to which all has been handed to the server: where to read on after falling behind
         self.last_active = 0.0  # monotonic time of the last block
         self.told = 0  # the last id of the log that the client got; 0: it may know an older one than `accepted`
         self.told_at = 0.0  # monotonic time of that
-        self.cut_off: Callable[[], None] | None = None  # ends the client's connection at once
+        self.progress = Progress()
+        self.connection: Connection | None = None  # once the stream has begun
+        self.cut_at = math.inf  # monotonic time at which its connection is ended, if it still stands then
         self._blocks: list[Block] = []
         self._rest = b""  # taken from the blocks, and from where on not sent; often shared by many streams, so not cut
         self._rest_from = 0
@@ -192,8 +210,12 @@ class Subscription:
         if self._parked:
             self._wake()
 
-    def end(self, block: bytes, *, drop: bool = False) -> None:
-        """Close the stream with `block`, after what waits or, with `drop`, in place of it. The first end counts."""
+    def end(self, block: bytes, *, drop: bool = False, cut_at: float = math.inf) -> None:
+        """Close the stream with `block`, after what waits or, with `drop`, in place of it. The first end counts.
+
+        Whoever has not read that far by `cut_at` loses the connection.
+        """
+        self.cut_at = min(self.cut_at, cut_at)
         if self._closing is not None:
             return
         self._closing = block
@@ -205,7 +227,7 @@ class Subscription:
     def take(self) -> bytes | None:
         """Return the next piece for the client, waiting until there is one; None when the stream has ended.
 
-        All that waits goes in one piece, up to 64 kB: a client that fell behind catches up in few sends. An empty piece
+        All that waits goes in one piece, up to 16 kB: a client that fell behind catches up in few sends. An empty piece
         says that the stream is not live.
         """
         self._taken += self._in_flight

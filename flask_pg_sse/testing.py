@@ -79,21 +79,21 @@ class Received:
 def stream(client: FlaskClient, url: str, timeout: float = 5.0) -> Iterator[Received]:
     """Open a stream with Flask's test client and yield its events; needs a database.
 
-    The first is `sse-open`: once it is there, nothing is missed. Waits `timeout` seconds for each event, then raises
-    TimeoutError; only a PostgreSQL that does not answer keeps the first one waiting longer, until `sse-end` says so. A
-    refused stream raises AssertionError with the status and the text. Closing the iterator, or leaving the test,
-    closes the stream.
+    The first is `sse-open`, and once it is there, nothing is missed; or `sse-end`, which says why not now. Waits
+    `timeout` seconds for each event, then raises TimeoutError; only a PostgreSQL that does not answer keeps the first
+    one waiting longer, until `sse-end` says so. A refused stream raises AssertionError with the status and the text.
+    Closing the iterator, or leaving the test, closes the stream.
     """
     opened: list[Subscription] = []  # the view adds its subscription: the test client hands the app a copy of environ
     response = client.get(url, environ_overrides={"flask_pg_sse.testing": opened})
     try:
         if response.status_code != 200:
             raise AssertionError(f"GET {url} answered {response.status}: {response.get_data(as_text=True).strip()}")
-        if not opened:
+        if response.mimetype != "text/event-stream":
             raise AssertionError(f"GET {url} answered {response.mimetype}, not a stream of flask_pg_sse.")
         events = parse(response.iter_encoded())
         while True:
-            with _at_most(timeout, opened[0]):
+            with _at_most(timeout, opened):
                 event = next(events, None)
             if event is None:
                 return
@@ -103,13 +103,17 @@ def stream(client: FlaskClient, url: str, timeout: float = 5.0) -> Iterator[Rece
 
 
 @contextmanager
-def _at_most(timeout: float, subscription: Subscription) -> Iterator[None]:
-    """Wait for the stream inside; TimeoutError once it has taken too long. Heartbeats do not count as an answer."""
+def _at_most(timeout: float, subscriptions: Iterable[Subscription]) -> Iterator[None]:
+    """Wait for the stream inside; TimeoutError once it has taken too long. Heartbeats do not count as an answer.
+
+    A stream that was told to come back later has no subscription, and ends by itself.
+    """
     too_late = threading.Event()
 
     def end() -> None:
         too_late.set()
-        subscription.end(b"", drop=True)
+        for subscription in subscriptions:
+            subscription.end(b"", drop=True)
 
     timer = threading.Timer(timeout, end)
     timer.start()

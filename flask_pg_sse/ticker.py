@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 
 from . import shutdown, wakeup
 from .hub import Hub
@@ -13,16 +12,17 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two looks. Streams are looked at a few times a heartbeat, so that none comes late by much.
 _TICK = 1.0
-# A client that has not read its farewell by then is cut off: gunicorn would wait 30 s for it.
-_FAREWELL = 1.0
 
 
 class Ticker:
-    """Looks after the streams of a hub from `start()` to `stop()`."""
+    """Looks after the streams of a hub from `start()` to `stop()`.
 
-    def __init__(self, hub: Hub, heartbeat: float) -> None:
+    `every` is the shortest time, in seconds, that the hub measures.
+    """
+
+    def __init__(self, hub: Hub, every: float) -> None:
         self._hub = hub
-        self._interval = min(_TICK, heartbeat / 4)
+        self._interval = min(_TICK, every / 4)
         self._wakeup = wakeup.Wakeup()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="pg-sse-ticker", daemon=True)
@@ -46,15 +46,13 @@ class Ticker:
             self._wakeup.close()
 
     def _keep_time(self) -> None:
-        drained_at: float | None = None
+        drained = False
         while not self._stopping:
             self._wakeup.wait(self._interval)
             try:
-                if drained_at is None and shutdown.requested():
+                if not drained and shutdown.requested():
                     self._hub.drain("shutdown")
-                    drained_at = time.monotonic()
-                if drained_at is not None and time.monotonic() >= drained_at + _FAREWELL:
-                    self._hub.cut_off()
+                    drained = True
                 self._hub.beat()
             except Exception:  # the ticker outlives whatever one round met
                 logger.exception("A round of heartbeats failed; the next one comes in %.1f s.", self._interval)

@@ -28,12 +28,16 @@ class Document:
         assert before and all(line.startswith("<!-- run: ") for line in before), before
 
     def assert_links_lead_somewhere(self) -> None:
-        titles = re.findall(r"^#+ (.*)$", self.text, re.MULTILINE)
-        anchors = {re.sub(r"[^\w -]", "", title).replace(" ", "-").lower() for title in titles}
         for link in re.findall(r"\]\(([^)]+)\)", self.text):
-            if link.startswith("#"):
-                assert link[1:] in anchors, link
-            elif "://" not in link:
-                assert ((ROOT / self.path).parent / link.partition("#")[0]).exists(), link
+            name, _, anchor = link.partition("#")
+            if "://" not in link:
+                path = (ROOT / self.path).parent / name if name else ROOT / self.path
+                assert path.exists(), link
+                assert not anchor or anchor in _anchors(path.read_text()), link
         for name in re.findall(r"`(tests/[^`:]+)", self.text):
             assert (ROOT / name).exists(), name
+
+
+def _anchors(text: str) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).replace(" ", "-").lower() for title in titles}

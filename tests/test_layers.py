@@ -10,31 +10,33 @@ import flask_pg_sse
 
 PACKAGE = Path(flask_pg_sse.__file__).parent
 FLOORS = [
-    {"errors", "event", "wire", "page", "channels", "settings", "backoff", "wakeup"},
-    {"hub", "subscription", "recent", "access", "server", "shutdown"},
+    {"errors", "event", "wire", "page", "channels", "settings", "tokens", "backoff", "wakeup", "progress"},
+    {"hub", "places", "subscription", "recent", "access", "server", "shutdown"},
     {
         "postgres.dsn", "postgres.connect", "postgres.pool", "postgres.schema", "postgres.presence", "postgres.log",
-        "postgres.publish", "postgres.wanted", "postgres.decode", "postgres.listener", "postgres.prune",
-        "replay", "stream", "ticker",
+        "postgres.publish", "postgres.wanted", "postgres.decode", "postgres.control", "postgres.listener",
+        "postgres.prune", "replay", "stream", "ticker", "orders",
     },
     {"runtime"},
-    {"extension", "blueprint"},
+    {"extension", "guard", "blueprint"},
     {"cli", "testing"},
 ]  # fmt: skip
 # Neighbours on one floor may use each other where the arrow goes one way.
 ALLOWED_BESIDE = {
     ("event", "errors"), ("channels", "errors"), ("settings", "errors"),
     ("wire", "errors"), ("wire", "event"),
-    ("hub", "subscription"), ("hub", "recent"),
+    ("subscription", "access"), ("places", "subscription"),
+    ("hub", "subscription"), ("hub", "recent"), ("hub", "places"),
     ("stream", "replay"),
     ("postgres.connect", "postgres.dsn"), ("postgres.pool", "postgres.connect"), ("postgres.pool", "postgres.dsn"),
     ("postgres.schema", "postgres.connect"), ("postgres.presence", "postgres.schema"),
     ("postgres.log", "postgres.pool"), ("postgres.publish", "postgres.pool"),
     ("postgres.prune", "postgres.pool"), ("postgres.prune", "postgres.presence"),
     ("postgres.listener", "postgres.connect"), ("postgres.listener", "postgres.dsn"),
-    ("postgres.listener", "postgres.decode"), ("postgres.listener", "postgres.wanted"),
+    ("postgres.listener", "postgres.decode"), ("postgres.listener", "postgres.control"),
+    ("postgres.listener", "postgres.wanted"),
     ("postgres.listener", "postgres.log"), ("postgres.listener", "postgres.presence"),
-    ("blueprint", "extension"),
+    ("blueprint", "extension"), ("blueprint", "guard"), ("extension", "guard"),
     # PgSSE registers the blueprint, within a function.
     ("extension", "blueprint"),
 }  # fmt: skip

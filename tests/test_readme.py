@@ -135,6 +135,63 @@ def test_an_order_placed_while_the_page_is_on_its_way(app: Flask, database_url: 
     events.close()  # type: ignore[attr-defined]
 
 
+USERS = """
+from flask import Flask, abort
+from flask_login import LoginManager, UserMixin, login_user
+
+app = Flask(__name__)
+app.config["SECRET_KEY"] = "x"
+blocked = set()
+
+class Users(UserMixin):
+    def __init__(self, id):
+        self.id = id
+
+    block = blocked.add
+
+@(LoginManager(app)).user_loader
+def load(id):
+    return None if id in blocked else Users(id)
+
+@app.get("/ping")
+def ping():
+    return "pong"
+
+@app.post("/login/<id>")
+def login(id):
+    login_user(Users(id))
+    return ""
+"""
+
+
+def test_the_authorizer(database_url: str, start_server: Callable[..., WebServer], tmp_path: Path) -> None:
+    """Who is logged in hears only what is theirs, and nothing more once they are blocked."""
+    code = USERS + example("authorize") + "\napp.register_blueprint(sse_bp)\n"
+    (tmp_path / "guarded.py").write_text(code)
+    server = start_server(
+        database_url, command=lambda port: gunicorn("guarded:app", port, "--pythonpath", str(tmp_path))
+    )
+    cookies = {}
+    for user in ("7", "8"):
+        with request(server.port, f"/login/{user}", method="POST") as response:
+            cookies[user] = {"Cookie": response.headers["set-cookie"].split(";")[0]}
+    with request(server.port, "/sse/user-7") as response:
+        assert response.status == 403
+    with request(server.port, "/sse/user-7", headers=cookies["8"]) as response:
+        assert response.status == 403
+    with (
+        open_stream(server.port, "user-7", headers=cookies["7"]) as seven,
+        open_stream(server.port, "user-8", headers=cookies["8"]) as eight,
+    ):
+        server.post("/users/7/block")
+        assert seven.event().json == {"reason": "revoked"}
+        seven.wait_closed()
+        execute(database_url, """NOTIFY "user-8", 'hello'""")
+        assert eight.event().data == "hello"
+    with request(server.port, "/sse/user-7", headers=cookies["7"]) as response:
+        assert response.status == 403
+
+
 def test_publishing_from_sql(app: Flask, database_url: str) -> None:
     statements = [statement for statement in example("sql").split(";") if statement.strip()]
 

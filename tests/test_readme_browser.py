@@ -7,6 +7,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
+from tests.client import request
 from tests.conftest import execute
 from tests.servers import WebServer
 from tests.test_readme import example
@@ -31,6 +32,19 @@ def test_eventsource(page: Page, database_url: str, start_server: Start, tmp_pat
     with page.expect_console_message():
         server.post("/notify/orders", b'{"data": {"id": 7}, "event": "created"}')
     assert said == ["hello", "7"]
+
+
+def test_a_signed_url(page: Page, database_url: str, start_server: Start, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(example("signed"))
+    closed = {"FLASK_SSE_CHANNELS": "[]", "FLASK_SECRET_KEY": "x"}
+    server = start_server(database_url, app="tests.apps.pages:app", PAGE=str(tmp_path / "page.html"), **closed)
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    page.evaluate("() => { mine.onmessage = (event) => { window.heard = event.data } }")
+    page.wait_for_function("mine.readyState == EventSource.OPEN")
+    server.post("/notify/user-7", b'{"data": "hello"}')
+    page.wait_for_function("window.heard == 'hello'")
+    with request(server.port, "/sse?channel=user-7") as response:
+        assert response.status == 403
 
 
 def test_htmx_2(page: Page, database_url: str, start_server: Start, tmp_path: Path) -> None:

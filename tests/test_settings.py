@@ -175,6 +175,8 @@ def test_a_url_that_was_given_to_the_wrong_key_does_not_show_its_password(key: s
         assert read(key, url)  # a pattern may be anything
         url = f"{url},,"
     for value in (url, [url, 5], {"url": url}):
+        if key == "SSE_SECRET_KEY" and value is url:
+            continue  # as good a key as any
         assert "hunt" not in error(key, value)
 
 
@@ -213,6 +215,11 @@ def test_every_key_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch
         "HEARTBEAT": "2.5",
         "RETRY": "1000",
         "BUFFER_BYTES": "65536",
+        "SECRET_KEY": "s3cret",
+        "SEND_TIMEOUT": "10",
+        "MAX_AGE": "3600",
+        "MAX_STREAMS": "500",
+        "MAX_STREAMS_PER_CLIENT": "6",
         "MAX_CHANNELS": "5",
     }
     assert {f"SSE_{name}" for name in texts} == {key for key, *_ in table()}, "a new key belongs here"
@@ -231,6 +238,11 @@ def test_every_key_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch
         heartbeat=2.5,
         retry=1000,
         buffer_bytes=65536,
+        secret_key="s3cret",
+        send_timeout=10.0,
+        max_age=3600.0,
+        max_streams=500,
+        max_streams_per_client=6,
         max_channels=5,
     )
 

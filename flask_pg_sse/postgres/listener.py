@@ -12,8 +12,6 @@ large for NOTIFY, or because LISTEN is deaf) is read from the log, from the posi
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import select
 import threading
@@ -26,10 +24,10 @@ from psycopg2.extensions import quote_ident
 
 from .. import wire
 from ..backoff import Backoff
-from ..channels import RESERVED_PREFIX as CONTROL
 from ..errors import DatabaseUnavailable, PgSSEError
 from ..page import Item, Page
 from ..wakeup import Wakeup, is_patched
+from . import control
 from .connect import connect, execute
 from .decode import Decoder
 from .dsn import Dsn
@@ -77,7 +75,8 @@ class Listener:
 
     `deliver(turn, position)` gets each turn in the order of arrival, and the log's position after it (0 without a log);
     `gap(reason, position)` is called when events may have been missed and cannot be had again, and `pruned(through)`
-    when the log has lost its beginning. All run in the listener's thread. `linger` and `beat_every` are in seconds.
+    when the log has lost its beginning, `order(text, logged)` when streams are to be ended. All run in the listener's
+    thread. `linger` and `beat_every` are in seconds.
     """
 
     def __init__(
@@ -88,6 +87,7 @@ class Listener:
         presence: Presence,
         *,
         pruned: Callable[[int], None] = lambda through: None,
+        order: Callable[[str, bool], None] = lambda text, logged: None,
         linger: float = LINGER,
         beat_every: float = BEAT_EVERY,
     ) -> None:
@@ -95,19 +95,18 @@ class Listener:
         self._deliver = deliver
         self._gap = gap
         self._presence = presence
-        self._pruned = pruned
+        self._control = control.Control(pruned, order)
         self._beat_every = beat_every
         self._wanted = Wanted(linger)
         self._decoder = Decoder()
         self._position = 0  # in the log; 0: not known, or no log
-        self._beats = 0
-        self._beat_returned = 0  # the number of the last beat that came back
-        self._beat_at = 0.0  # when it did
+        self._beat_at = 0.0  # when the last beat came back
         self._left: list[Any] = []  # arrived, and not handed over yet; the first one last
         self._lost_one = False  # a connection on which a LISTEN may have stood
         self._stopping = False
         self._wakeup = Wakeup()
         self._backoff = Backoff(_BACKOFF_FIRST, _BACKOFF_MOST)
+        self.began = threading.Event()  # it has heard, or read in the log, all since then
         self._thread = threading.Thread(target=self._run, name="pg-sse-listener", daemon=True)
 
     # -- called by others
@@ -189,7 +188,7 @@ class Listener:
         self._left = []
         self._find_log(connection, anew=True)
         self._wanted.restart()
-        self._execute(connection, f"LISTEN {CONTROL}")
+        self._execute(connection, f"LISTEN {control.CHANNEL}")
         try:
             self._beat(connection, _BEAT)
         except _Deaf:
@@ -266,32 +265,18 @@ class Listener:
 
     def _beat(self, connection: Any, query: str) -> None:
         """Notify ourselves, and hand over what has come until that comes back. Raises `_Deaf` if it does not."""
-        self._beats += 1
-        self._execute(connection, query, (str(self._beats),))
+        self._execute(connection, query, (self._control.next_beat(),))
         deadline = time.monotonic() + _ANSWER_WITHIN
         poller = select.poll()
         poller.register(connection.fileno(), select.POLLIN)
         while True:
             more = self._hand_over(connection)
-            if self._beat_returned == self._beats:
+            if self._control.returned == self._control.beats:
                 self._beat_at = time.monotonic()
                 return
             left = deadline - time.monotonic()
             if not more and (left <= 0 or not poller.poll(left * 1000)):
                 raise _Deaf(_DEAF)
-
-    def _take_control(self, connection: Any, notification: Any) -> None:
-        """Read what came on the control channel. Any role may send there, so of beats only our own count."""
-        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
-            self._obey(json.loads(notification.payload), notification.pid == connection.info.backend_pid)
-
-    def _obey(self, message: dict[str, Any], ours: bool) -> None:
-        if ours and message.get("beat") == str(self._beats):
-            self._beat_returned = self._beats
-            self._position = max(self._position, message.get("head", 0))
-        # Forged, this costs a look into the log where memory would have done.
-        if type(through := message.get("pruned")) is int:
-            self._pruned(through)
 
     def _hand_over(self, connection: Any) -> bool:
         """Deliver one turn of what has arrived; tell whether it was a full one, so that there may be more.
@@ -311,8 +296,9 @@ class Listener:
                     if not self._left:
                         return False
                 notification = self._left.pop()
-                if notification.channel == CONTROL:
-                    self._take_control(connection, notification)
+                if notification.channel == control.CHANNEL:
+                    ours = notification.pid == connection.info.backend_pid
+                    self._position = max(self._position, self._control.notified(notification.payload, ours))
                     continue
                 channel = self._wanted.channel_of(notification.channel)
                 if channel is None:
@@ -341,6 +327,7 @@ class Listener:
             self._catch_up(connection)
             return
         self._position = self._read(connection, [], 0).head if self._log_is_on else 0
+        self.began.set()
         if lost_one:
             logger.warning("Listening again to %s; events since the connection broke may be lost.", self._dsn)
             self._gap("reconnected", self._position)
@@ -356,7 +343,7 @@ class Listener:
             connection.poll()
             arrived, connection.notifies = [*self._left[::-1], *connection.notifies], []
             self._left = [one for one in reversed(arrived) if not wire.is_logged(one.payload)]
-            page = self._read(connection, self._wanted.channels(), self._position)
+            page = self._read(connection, [*self._wanted.channels(), control.CHANNEL], self._position)
             reason = page.why_not_from(self._position)
             if reason is not None:
                 logger.warning("The event log of %s does not reach back to what was received last.", self._dsn)
@@ -364,7 +351,7 @@ class Listener:
                 self._gap(reason, page.head)
                 return
             self._position = page.upto
-            self._deliver(page.items, page.upto)
+            self._deliver(self._control.logged(page.items), page.upto)
             if page.upto >= page.head:
                 return
             self._pause_for_streams()

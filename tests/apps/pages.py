@@ -6,7 +6,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from flask import send_from_directory
+from flask import render_template_string, send_from_directory
 from flask.typing import ResponseReturnValue
 
 from tests.apps.basic import app
@@ -14,7 +14,9 @@ from tests.apps.basic import app
 
 @app.get("/")
 def page() -> ResponseReturnValue:
-    return "<!doctype html><link rel=icon href=data:,><body>" + Path(os.environ["PAGE"]).read_text()
+    return render_template_string(
+        "<!doctype html><link rel=icon href=data:,><body>" + Path(os.environ["PAGE"]).read_text()
+    )
 
 
 @app.get("/htmx/<path:name>")

@@ -1,0 +1,70 @@
+"""How many streams there may be in one process, and how many of one client."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection
+
+from .subscription import Subscription
+
+
+class Places:
+    """The streams that are open, bounded: `most` in all, `most_each` a client (None: any number).
+
+    `give_back()` takes no lock, because the garbage collector may end a stream in the midst of any statement here.
+    """
+
+    def __init__(self, most: int, most_each: int | None) -> None:
+        self._most = most
+        self._most_each = most_each
+        self._taking = threading.Lock()
+        self._all: set[Subscription] = set()
+        self._of: dict[str, set[Subscription]] = {}
+
+    def take(self, subscription: Subscription) -> bool:
+        """Give a stream its place; False if there is none."""
+        with self._taking:
+            if self.full(subscription.terms.clients):
+                return False
+            self._all.add(subscription)
+            if self._most_each is not None:
+                for client in subscription.terms.clients:
+                    self._of.setdefault(client, set()).add(subscription)
+            return True
+
+    def give_back(self, subscription: Subscription) -> None:
+        """Free the place of a stream, if it has one."""
+        self._all.discard(subscription)
+        for client in subscription.terms.clients:
+            self._of.get(client, _NONE).discard(subscription)
+
+    def full(self, clients: Collection[str]) -> bool:
+        """Tell whether one more stream of a client would be too many.
+
+        A client that has vanished is noticed only when the next bytes cannot be sent. The streams of the same client
+        are looked at here, so that a page which is loaded anew does not stand in its own way.
+        """
+        if len(self._all) >= self._most:
+            return True
+        if self._most_each is None:
+            return False
+        return any(self._has_most(client) for client in clients)
+
+    def _has_most(self, client: str) -> bool:
+        streams = self._of.get(client, _NONE)
+        if len(streams) < (self._most_each or 0):
+            return False
+        for subscription in list(streams):
+            if subscription.connection is not None and subscription.connection.gone():
+                subscription.end(b"", drop=True)
+                self.give_back(subscription)
+        return len(streams) >= (self._most_each or 0)
+
+    def sweep(self) -> None:
+        """Forget the clients that have no stream any more."""
+        with self._taking:
+            for client in [client for client, streams in self._of.items() if not streams]:
+                del self._of[client]
+
+
+_NONE: set[Subscription] = set()
