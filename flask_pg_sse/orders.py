@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
-from .tokens import DISCONNECT_COUNTS, Keys, read_disconnect
+from .tokens import Keys, read_disconnect
 
 logger = logging.getLogger(__name__)
 
-# Seconds by which clocks may differ.
-_SKEW = 5.0
+# Seconds for which an order counts.
+_COUNTS = 60.0
 
 
 class Orders:
     """Passes authentic orders on to `disconnect(subject, channel)`, each once.
 
     Any role of the database can hear what goes over NOTIFY and send it again. So an order counts for a minute, and its
-    number is remembered for as long; and a process obeys none that was given before it began to listen.
+    number is remembered for as long; and a process obeys none that was given before it began to listen. The times are
+    PostgreSQL's: hosts' clocks may differ.
     """
 
     def __init__(self, keys: Callable[[], Keys], disconnect: Callable[[str | None, str | None], None]) -> None:
         self._keys = keys
         self._disconnect = disconnect
-        self._began_at = time.time()
-        self._warned_at = float("-inf")
+        self._began_at = math.inf  # no order counts before PostgreSQL has told the time
+        self._ahead = 0.0  # PostgreSQL's clock of our monotonic one
+        self._warned_at = -math.inf
         self._done: dict[str, float] = {}  # numbers of orders, and when they can be forgotten
+
+    def set_clock(self, now: float) -> None:
+        """Take PostgreSQL's time, in seconds since the epoch, on a connection that listens from here on."""
+        self._ahead = now - time.monotonic()
+        self._began_at = min(self._began_at, now)
 
     def obey(self, text: str, logged: bool) -> None:
         """Do what an order says, if it counts.
@@ -38,17 +46,16 @@ class Orders:
         if order is None:
             self._ignored("it is not signed with this app's key")
             return
-        now = time.time()
+        now = time.monotonic() + self._ahead
         for nonce in [nonce for nonce, until in self._done.items() if until < now]:
             del self._done[nonce]
         if order.nonce in self._done:
             return
-        # Hosts' clocks differ a little, and so may the sender's from ours.
-        counts = abs(now - order.given_at) <= DISCONNECT_COUNTS and order.given_at > self._began_at - _SKEW
+        counts = order.given_at >= self._began_at and abs(now - order.given_at) <= _COUNTS
         if not counts and not logged:
-            self._ignored("it is too old, or a host's clock is wrong")
+            self._ignored("it was not given within the last minute, or before this process listened")
             return
-        self._done[order.nonce] = max(now, order.given_at) + DISCONNECT_COUNTS
+        self._done[order.nonce] = max(now, order.given_at) + _COUNTS
         self._disconnect(order.subject, order.channel)
 
     def _ignored(self, why: str) -> None:

@@ -24,7 +24,7 @@ from .hub import Hub
 from .orders import Orders
 from .places import Places
 from .postgres.dsn import Dsn, is_postgres, to_dsn
-from .postgres.listener import BEAT_EVERY, Listener
+from .postgres.listener import BEAT_EVERY, CLOCK, Listener
 from .postgres.log import EventLog
 from .postgres.pool import Pool
 from .postgres.presence import Presence
@@ -136,10 +136,12 @@ class Runtime:
 
     def disconnect(self, subject: str | None, channel: str | None) -> None:
         """Have every process end streams. Through the event log, where there is one: it is then also obeyed late."""
-        order = sign_disconnect(self.signing_keys("disconnect()"), subject, channel)
+        keys = self.signing_keys("disconnect()")
         if self.collect is not None:
             return
         publisher = self._running().publisher
+        [(now,)] = publisher.execute(CLOCK)
+        order = sign_disconnect(keys, subject, channel, now)
         if self._presence().look(publisher.execute) is None:
             publisher.send(CONTROL, [json.dumps({"disconnect": order})])
         else:
@@ -275,7 +277,7 @@ class _Process:
             hub.gap,
             self._presence,
             pruned=hub.pruned,
-            order=Orders(self._keys, hub.disconnect).obey,
+            orders=Orders(self._keys, hub.disconnect),
             beat_every=min(BEAT_EVERY, heartbeat),
         )
         shortest = min(heartbeat, settings.send_timeout, settings.max_age or heartbeat)

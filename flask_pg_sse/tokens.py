@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,6 @@ Keys = Sequence[str | bytes]
 
 _STREAM = "flask_pg_sse: a stream's channels"
 _DISCONNECT = "flask_pg_sse: the end of streams"
-# Seconds for which an order to end streams counts, before and after our own clock: hosts may differ a little.
-DISCONNECT_COUNTS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +33,10 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Disconnect:
-    """An order to end the streams of a subject, on a channel, or both; when it was given, and its own number."""
+    """An order to end the streams of a subject, on a channel, or both; when it was given, and its own number.
+
+    The time is PostgreSQL's, in seconds since the epoch.
+    """
 
     subject: str | None
     channel: str | None
@@ -63,16 +63,16 @@ def read_token(keys: Keys, text: str) -> Token | None:
     return Token(frozenset(content["c"]), None if expires is None else expires / 1000, content.get("s"))
 
 
-def sign_disconnect(keys: Keys, subject: str | None, channel: str | None) -> str:
-    """Return an order that is given now."""
-    content = {"s": subject, "c": channel, "t": round(time.time() * 1000), "n": secrets.token_urlsafe(12)}
+def sign_disconnect(keys: Keys, subject: str | None, channel: str | None, given_at: float) -> str:
+    """Return an order as text."""
+    content = {"s": subject, "c": channel, "t": given_at, "n": secrets.token_urlsafe(12)}
     return _sign(keys, _DISCONNECT, content)
 
 
 def read_disconnect(keys: Keys, text: str) -> Disconnect | None:
     """Return an authentic order, whatever its age; None for anything else."""
     content = _read(keys, _DISCONNECT, text)
-    return Disconnect(content["s"], content["c"], content["t"] / 1000, content["n"]) if content is not None else None
+    return Disconnect(content["s"], content["c"], content["t"], content["n"]) if content is not None else None
 
 
 def _sign(keys: Keys, salt: str, content: dict[str, Any]) -> str:

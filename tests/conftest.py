@@ -67,6 +67,13 @@ def execute(url: str, query: str, args: tuple[Any, ...] | None = None) -> list[t
         connection.close()
 
 
+def members(url: str, *rights: tuple[str, str]) -> None:
+    """Give rights (member, channel) to the members of tests.apps.members."""
+    execute(url, "CREATE TABLE IF NOT EXISTS membership (member text, channel text)")
+    for right in rights:
+        execute(url, "INSERT INTO membership VALUES (%s, %s)", right)
+
+
 @pytest.fixture
 def database_url(postgres_server: postgres.Server) -> Iterator[str]:
     """The URL of a fresh database. Sessions that a test leaves in it are an error."""

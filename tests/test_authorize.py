@@ -21,9 +21,8 @@ from sqlalchemy.orm import Mapped, mapped_column
 from flask_pg_sse import PgSSE, notify, sse_bp
 from flask_pg_sse.guard import SSEBlueprint
 from flask_pg_sse.testing import stream
-from tests.client import open_stream
 from tests.client import request as http
-from tests.conftest import execute
+from tests.conftest import members
 from tests.servers import WebServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -399,14 +398,15 @@ def test_its_database_session_is_back_in_the_pool_before_the_stream_begins(datab
 
 
 def test_the_same_under_gunicorn(database_url: str, start_server: Start) -> None:
-    execute(
-        database_url, "CREATE TABLE membership (channel text PRIMARY KEY); INSERT INTO membership VALUES ('orders')"
-    )
+    members(database_url, ("ann", "orders"))
     server = start_server(database_url, app="tests.apps.members:app")
     with ExitStack() as stack:
-        streams = [stack.enter_context(open_stream(server.port, "orders")) for _ in range(10)]
+        path = "/sse?user=ann&channel=orders"
+        streams = [stack.enter_context(http(server.port, path)) for _ in range(10)]
+        assert [events.next().event for events in streams] == ["sse-open"] * 10
         assert server.get("/checked-out") == "0"
-        with http(server.port, "/sse?channel=secret") as response:
-            assert response.status == 403
+        for other in ("/sse?user=ann&channel=secret", "/sse?user=bob&channel=orders", "/sse?channel=orders"):
+            with http(server.port, other) as response:
+                assert response.status == 403
         server.post("/notify/orders", b'{"data": "x"}')
         assert [events.event().data for events in streams] == ["x"] * 10

@@ -34,7 +34,7 @@ ALLOWED_BESIDE = {
     ("postgres.prune", "postgres.pool"), ("postgres.prune", "postgres.presence"),
     ("postgres.listener", "postgres.connect"), ("postgres.listener", "postgres.dsn"),
     ("postgres.listener", "postgres.decode"), ("postgres.listener", "postgres.control"),
-    ("postgres.listener", "postgres.wanted"),
+    ("postgres.listener", "postgres.wanted"), ("postgres.listener", "orders"), ("postgres.control", "orders"),
     ("postgres.listener", "postgres.log"), ("postgres.listener", "postgres.presence"),
     ("blueprint", "extension"), ("blueprint", "guard"), ("extension", "guard"),
     # PgSSE registers the blueprint, within a function.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 from .. import wire
 from ..channels import RESERVED_PREFIX
+from ..orders import Orders
 from ..page import Item
 
 CHANNEL = RESERVED_PREFIX
@@ -20,13 +21,12 @@ CHANNEL = RESERVED_PREFIX
 class Control:
     """Reads the control channel for one listener.
 
-    `pruned(through)` is called when the log has lost its beginning, `order(text, logged)` with an order to end streams;
-    `logged` says that it was read from the event log.
+    `pruned(through)` is called when the log has lost its beginning.
     """
 
-    def __init__(self, pruned: Callable[[int], None], order: Callable[[str, bool], None]) -> None:
+    def __init__(self, pruned: Callable[[int], None], orders: Orders) -> None:
         self._pruned = pruned
-        self._order = order
+        self._orders = orders
         self.beats = 0  # sent
         self.returned = 0  # the number of the last one that came back
 
@@ -38,11 +38,11 @@ class Control:
         """Obey a notification; return the log's head if it is the beat that our own backend sent last, else 0."""
         with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
             if wire.is_logged(payload):
-                self._order(wire.from_payload(payload).event.data, False)  # type: ignore[union-attr]
+                self._orders.obey(wire.from_payload(payload).event.data, False)  # type: ignore[union-attr]
                 return 0
             message = json.loads(payload)
             if type(order := message.get("disconnect")) is str:
-                self._order(order, False)
+                self._orders.obey(order, False)
             # Forged, this costs a look into the log where memory would have done.
             if type(through := message.get("pruned")) is int:
                 self._pruned(through)
@@ -56,7 +56,7 @@ class Control:
         rest = []
         for item in items:
             if item[0] == CHANNEL:
-                self._order(item[1].decode().partition("\ndata: ")[2].strip(), True)
+                self._orders.obey(item[1].decode().partition("\ndata: ")[2].strip(), True)
             else:
                 rest.append(item)
         return rest

@@ -25,6 +25,7 @@ from psycopg2.extensions import quote_ident
 from .. import wire
 from ..backoff import Backoff
 from ..errors import DatabaseUnavailable, PgSSEError
+from ..orders import Orders
 from ..page import Item, Page
 from ..wakeup import Wakeup, is_patched
 from . import control
@@ -62,6 +63,8 @@ _SETUP = """
 SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
 WHERE name IN ('idle_session_timeout', 'statement_timeout', 'lock_timeout', 'transaction_timeout')
 """
+# PostgreSQL's time, in seconds since the epoch.
+CLOCK = "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float8"
 _BEAT = "SELECT pg_catalog.pg_notify('flask_pg_sse', pg_catalog.json_build_object('beat', %s::text)::text)"
 _BEAT_OF_LOG = "SELECT flask_pg_sse.beat_v1(%s)"
 _DEAF = (
@@ -75,8 +78,8 @@ class Listener:
 
     `deliver(turn, position)` gets each turn in the order of arrival, and the log's position after it (0 without a log);
     `gap(reason, position)` is called when events may have been missed and cannot be had again, and `pruned(through)`
-    when the log has lost its beginning, `order(text, logged)` when streams are to be ended. All run in the listener's
-    thread. `linger` and `beat_every` are in seconds.
+    when the log has lost its beginning; `orders` gets the orders to end streams. All run in the listener's thread.
+    `linger` and `beat_every` are in seconds.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class Listener:
         presence: Presence,
         *,
         pruned: Callable[[int], None] = lambda through: None,
-        order: Callable[[str, bool], None] = lambda text, logged: None,
+        orders: Orders | None = None,
         linger: float = LINGER,
         beat_every: float = BEAT_EVERY,
     ) -> None:
@@ -95,7 +98,8 @@ class Listener:
         self._deliver = deliver
         self._gap = gap
         self._presence = presence
-        self._control = control.Control(pruned, order)
+        self._orders = orders or Orders(lambda: (), lambda subject, channel: None)
+        self._control = control.Control(pruned, self._orders)
         self._beat_every = beat_every
         self._wanted = Wanted(linger)
         self._decoder = Decoder()
@@ -189,6 +193,8 @@ class Listener:
         self._find_log(connection, anew=True)
         self._wanted.restart()
         self._execute(connection, f"LISTEN {control.CHANNEL}")
+        [(now,)] = self._execute(connection, CLOCK)
+        self._orders.set_clock(now)
         try:
             self._beat(connection, _BEAT)
         except _Deaf:
