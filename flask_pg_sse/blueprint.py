@@ -83,6 +83,10 @@ def _stream() -> ResponseReturnValue:
 
 @sse_bp.get("/<path:channel>", endpoint="channel")
 def _channel(channel: str) -> ResponseReturnValue:
+    try:
+        request.environ["PATH_INFO"].encode("latin-1").decode()
+    except UnicodeDecodeError:  # werkzeug has put U+FFFD for it; here too it becomes what no channel's name may hold
+        channel = channel.replace("\ufffd", "\udcff")
     return _answer([channel])
 
 

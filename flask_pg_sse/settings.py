@@ -110,7 +110,9 @@ ON_OFF_AUTO = Kind('true, false or "auto"', _on_off_auto)
 
 
 def _key(default: Any, kind: Kind, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"kind": kind, "help": help})
+    # Error trackers send the repr() of what stood in a frame: not with a password or a key in it.
+    shown = kind not in (DATABASE, SECRET)
+    return dataclasses.field(default=default, repr=shown, metadata={"kind": kind, "help": help})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,7 +88,7 @@ class Client(threading.Thread):
 
 
 @pytest.mark.parametrize("killing", [False, True], ids=["calm", "killing"])
-@pytest.mark.parametrize("options", [("-w", "2"), ("-k", "gthread", "--threads", "32")], ids=["gevent", "gthread"])
+@pytest.mark.parametrize("options", [("-w", "2"), ("-k", "gthread", "--threads", "96")], ids=["gevent", "gthread"])
 def test_every_stream_gets_all_and_only_its_events_in_order(
     database_url: str, start_server: Callable[..., WebServer], options: tuple[str, ...], killing: bool
 ) -> None:

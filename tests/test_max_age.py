@@ -19,8 +19,11 @@ WORKERS = pytest.mark.parametrize("options", [(), ("-k", "gthread", "--threads",
 
 @WORKERS
 def test_every_stream_ends_at_its_own_time(database_url: str, start_server: Start, options: tuple[str, ...]) -> None:
-    """Within the last tenth, so that those which were opened at once do not all come back at once."""
-    server = start_server(database_url, *options, FLASK_SSE_MAX_AGE="4")
+    """Within the last tenth, so that those which were opened at once do not all come back at once.
+
+    The ticker looks four times a heartbeat, and no less than once a second: here often enough to see it.
+    """
+    server = start_server(database_url, *options, FLASK_SSE_MAX_AGE="4", FLASK_SSE_HEARTBEAT="0.2")
     ages = []
     with ExitStack() as stack:
         streams = [(stack.enter_context(open_stream(server.port, "a")), time.monotonic()) for _ in range(30)]

@@ -1,0 +1,35 @@
+"""An app that logs all that it can, and whose authorizer fails with a secret on its lips."""
+
+from __future__ import annotations
+
+import logging
+
+from flask import Flask
+from flask.typing import ResponseReturnValue
+
+from flask_pg_sse import notify, sse_bp
+
+logging.basicConfig(level=logging.DEBUG)
+
+app = Flask(__name__)
+app.config.from_prefixed_env()
+
+
+def may_listen(channel: str) -> bool:
+    if channel == "failing":
+        raise RuntimeError("password=of-another-client")
+    return False
+
+
+app.register_blueprint(sse_bp, authorize=may_listen)
+
+
+@app.get("/ping")
+def ping() -> ResponseReturnValue:
+    return "pong"
+
+
+@app.post("/notify/<channel>")
+def send(channel: str) -> ResponseReturnValue:
+    notify(channel, "hello")
+    return "", 204
