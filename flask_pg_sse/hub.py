@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from . import event
+from .departures import Departures
 from .page import Item
 from .places import Places
 from .progress import ENOUGH_BYTES
@@ -84,6 +85,7 @@ class Hub:
         self._draining: str | None = None
         self._disconnects: deque[tuple[float, str | None, str | None]] = deque(maxlen=_DISCONNECTS)
         self._gone: deque[Subscription] = deque()  # closed, and still in the tables
+        self.departures = Departures()
 
     # -- streams come and go
 
@@ -94,6 +96,7 @@ class Hub:
         """
         if not self.places.take(subscription):
             return "capacity"
+        self.departures.watch(subscription)
         ticket = self._listen(subscription.channels)
         with self._tables:
             self._tickets[subscription] = ticket
@@ -179,6 +182,11 @@ class Hub:
         subscription.end(b"")
         self.places.give_back(subscription)
         self._gone.append(subscription)
+
+    def end_departed(self) -> None:
+        """End the streams whose clients have closed their connections. They leave quietly, if at all."""
+        for subscription in self.departures.take():
+            subscription.end(b"", drop=True)
 
     def sweep(self) -> None:
         """Forget the streams that have gone."""

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import wakeup
+from .outlet import Outlet, outlet_of
+from .progress import Progress
 
 
 def why_no_stream(environ: Mapping[str, Any], worker: Any = None) -> str | None:
@@ -65,10 +67,13 @@ def room_for_streams(worker: Any) -> tuple[int, int | None]:
 class Connection:
     """The client's connection, as far as the server shows it."""
 
-    __slots__ = ("_socket",)
+    __slots__ = ("_client", "_direct_write", "_outlet", "_socket")
 
-    def __init__(self, environ: Mapping[str, Any]) -> None:
+    def __init__(self, environ: Mapping[str, Any], *, direct_write: bool = False) -> None:
         self._socket: Any = None
+        self._client = environ.get("gunicorn.socket")
+        self._direct_write = direct_write
+        self._outlet: Outlet | None = None
         self._take_socket(environ.get("gunicorn.socket") or environ.get("werkzeug.socket"))
 
     def _take_socket(self, client: Any) -> None:
@@ -84,9 +89,15 @@ class Connection:
         response: Any = getattr(write, "__self__", None)
         if hasattr(response, "force_close"):  # gunicorn
             response.force_close()
+            if self._direct_write:
+                self._outlet = outlet_of(self._client, response)
         elif hasattr(response, "close_connection"):  # gevent's pywsgi
             response.close_connection = True
             self._take_socket(response.socket)
+
+    def outlet(self, progress: Progress) -> Outlet | None:
+        """Return the way past the generator; None where there is none, or something stands in between."""
+        return self._outlet if self._outlet is not None and self._outlet.open(progress) else None
 
     def stop_reading(self) -> None:
         """Expect nothing more from the client, who may still read on.
@@ -99,6 +110,10 @@ class Connection:
     def cut(self) -> None:
         """End the connection at once; a send that waits for the client fails."""
         self._shutdown(socket.SHUT_RDWR)
+
+    def fileno(self) -> int:
+        """Return the socket's number; -1 where it is not known, or closed."""
+        return _socket.socket.fileno(self._socket) if isinstance(self._socket, _socket.socket) else -1
 
     def gone(self) -> bool:
         """Tell whether the client has closed the connection, as far as can be seen without waiting or reading."""

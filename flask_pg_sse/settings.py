@@ -99,6 +99,12 @@ def _on_off_auto(value: object) -> object:
     raise ValueError
 
 
+def _on_off(value: object) -> object:
+    if value == "auto":
+        raise ValueError
+    return _on_off_auto(value)
+
+
 PATTERNS = Kind("a list of patterns, or a string with commas between them", _texts)
 ORIGINS = Kind('a list of origins such as "https://www.example.com" (no path, no wildcard inside), or "*"', _origins)
 WEB_URL = Kind("an http:// or https:// URL without query", _web_url)
@@ -106,6 +112,7 @@ DATABASE = Kind("a PostgreSQL URL", _database)
 WHOLE = Kind(f"a whole number from 1 to {_MOST}", _whole)
 SECONDS = Kind("a number of seconds greater than 0", _seconds)
 SECRET = Kind("text or bytes that nobody can guess", _key_text)
+ON_OFF = Kind("true or false", _on_off)
 ON_OFF_AUTO = Kind('true, false or "auto"', _on_off_auto)
 
 
@@ -165,6 +172,9 @@ class Settings:
         None, WHOLE, "streams of one client in one worker: of its subject or, where it has none, of its address"
     )
     max_channels: int = _key(100, WHOLE, "channels on one stream")
+    direct_write: bool = _key(
+        True, ON_OFF, "whether idle streams are written to directly, where the server is gunicorn; false: by generators"
+    )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Settings:

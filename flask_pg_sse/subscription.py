@@ -3,9 +3,12 @@
 A stream is live, and takes what is offered, or it is behind, takes nothing, and reads the event log until it has caught
 up. Invariant: an event of the log is taken only if its id is above `accepted`, and taking it moves `accepted` there.
 
-Who calls what: `offer()`, `heartbeat()`, `fall_behind()`, `go_live()` and `end()` come one call at a time (the hub sees
-to that); `take()` from the stream's generator alone. Each side writes only its own counter and the list's operations
-are atomic under the interpreter's lock, so the hot path needs no lock of its own.
+Who calls what: `offer()`, `heartbeat()`, `fall_behind()`, `go_live()` come one call at a time (the hub sees to that);
+`take()` from the stream's generator alone; `end()` from anybody. Each side writes only its own counter and the list's
+operations are atomic under the interpreter's lock, so the hot path needs no lock of its own.
+
+A generator with nothing to send parks and lays the right to write into `_idle`. Whoever takes it out, `offer()` for one
+direct write or the generator to go on, alone writes to the client. (A flag in its place would race with threads.)
 """
 
 from __future__ import annotations
@@ -16,18 +19,21 @@ from typing import Protocol
 
 from . import event, wakeup
 from .access import Terms
+from .outlet import Outlet, frame
 from .page import Item
 from .progress import ENOUGH_BYTES, Progress
 
 # What one send may hold. A page of several hundred kB in one piece would be copied again at every partial send.
 PIECE_BYTES = ENOUGH_BYTES
+# What is written past the generator at the most, by the greenlet that has others to serve.
+_DIRECT_BYTES = 65536
 _NEVER = 2**63  # above every id
 
 
 class Block:
     """Bytes for a stream, or for many, and the ids in the log between which they lie."""
 
-    __slots__ = ("_items", "_named", "data", "first", "foreign", "last")
+    __slots__ = ("_chunk", "_items", "_named", "data", "first", "foreign", "last")
 
     def __init__(self, data: bytes, first: int = _NEVER, last: int = 0) -> None:
         self.data = data
@@ -36,6 +42,14 @@ class Block:
         self.foreign = False  # whether the last id that a client finds in it is not the log's
         self._items: Sequence[Item] = ()
         self._named: Block | None = None
+        self._chunk: bytes | None = None
+
+    @property
+    def chunk(self) -> bytes:
+        """The bytes as one chunk of an HTTP/1.1 body."""
+        if self._chunk is None:
+            self._chunk = frame(self.data)
+        return self._chunk
 
     @classmethod
     def of(cls, items: Sequence[Item]) -> Block:
@@ -60,6 +74,7 @@ class Block:
         """Keep the bytes alone: it has been offered to all, and may wait for a slow client for long."""
         self._items = ()
         self._named = None
+        self._chunk = None
 
 
 def _ends_with_a_foreign_id(items: Sequence[Item]) -> bool:
@@ -81,6 +96,10 @@ class Connection(Protocol):
 
     def gone(self) -> bool: ...
 
+    def fileno(self) -> int: ...
+
+    def outlet(self, progress: Progress) -> Outlet | None: ...
+
 
 class Subscription:
     """The blocks that wait for one stream.
@@ -90,17 +109,21 @@ class Subscription:
     """
 
     __slots__ = (
+        "__weakref__",
         "_blocks",
         "_closing",
+        "_idle",
         "_in_flight",
         "_large",
         "_large_until",
         "_offered",
-        "_parked",
+        "_outlet",
+        "_past",
         "_rest",
         "_rest_from",
         "_spot",
         "_taken",
+        "_torn",
         "accepted",
         "channels",
         "connection",
@@ -137,7 +160,10 @@ class Subscription:
         self._large = 0  # size of a block above the limit that waits or is in flight, and when it has been sent:
         self._large_until = 0  # once so many bytes have been taken
         self._closing: bytes | None = None
-        self._parked = False
+        self._idle: list[bool] = []
+        self._outlet: Outlet | None = None  # while the generator is parked, or was when last seen
+        self._past = 0  # bytes written past the generator since it parked
+        self._torn = b""  # the rest of a chunk of which the socket has taken a part
         self._spot: wakeup.Spot | None = None
 
     @property
@@ -174,6 +200,16 @@ class Subscription:
         accepted = block.last or self.accepted
         if block.foreign and accepted:
             block = block.named(accepted)
+        if (not self._idle or self._outlet is None or not self._write(block)) and not self._append(block):
+            return False
+        self.accepted = accepted
+        self.last_active = now
+        if block.last:
+            self.told, self.told_at = accepted, now
+        return True
+
+    def _append(self, block: Block) -> bool:
+        """Keep a block for the generator; False if too much waits already."""
         size = len(block.data)
         if self._large and self._taken >= self._large_until:
             self._large = 0
@@ -183,13 +219,34 @@ class Subscription:
             return False
         self._blocks.append(block)
         self._offered += size
-        self.accepted = accepted
-        self.last_active = now
-        if block.last:
-            self.told, self.told_at = accepted, now
-        if self._parked:
-            self._wake()
+        self._wake()
         return True
+
+    def _write(self, block: Block) -> bool:
+        """Send a block past the parked generator; False if it has to go through it."""
+        size = len(block.data)
+        if self._blocks or size > _DIRECT_BYTES or self._outlet is None:
+            return False
+        try:
+            self._idle.pop()
+        except IndexError:  # the generator has just taken it
+            return False
+        chunk = block.chunk
+        sent = self._outlet.send(chunk)
+        if sent:
+            self._past += size
+            self.sent = block.last or self.sent
+            if sent < len(chunk):
+                self._torn = chunk[sent:]
+                self._outlet = None  # until the generator has sent the rest
+                self._in_flight = size
+                self._offered += size
+                if size > self.limit:
+                    self._large, self._large_until = size, self._offered
+        self._idle.append(True)
+        if self._torn or self._closing is not None:
+            self._wake()
+        return bool(sent)
 
     def heartbeat(self, now: float, quiet_since: float, cursor: Block) -> None:
         """Offer a sign of life if none has been since `quiet_since`: the log's position if it has moved on.
@@ -207,8 +264,7 @@ class Subscription:
         """Drop what waits. The stream is to read on from the log, from `sent`."""
         self.live = False
         self._blocks.clear()
-        if self._parked:
-            self._wake()
+        self._wake()
 
     def end(self, block: bytes, *, drop: bool = False, cut_at: float = math.inf) -> None:
         """Close the stream with `block`, after what waits or, with `drop`, in place of it. The first end counts.
@@ -221,8 +277,7 @@ class Subscription:
         self._closing = block
         if drop:
             self._blocks.clear()
-        if self._parked:
-            self._wake()
+        self._wake()
 
     def take(self) -> bytes | None:
         """Return the next piece for the client, waiting until there is one; None when the stream has ended.
@@ -270,13 +325,32 @@ class Subscription:
     def _park(self) -> None:
         if self._spot is None:
             self._spot = wakeup.new_spot()
-        self._parked = True
-        # Looked at again after the flag is up: what came before it would otherwise wake nobody.
-        if not self._blocks and self._closing is None and self.live:
-            self._spot.park()
-        self._parked = False
+        outlet = self._outlet = self.connection.outlet(self.progress) if self.connection is not None else None
+        self._idle.append(True)
+        try:
+            # Looked at after the right to write has been laid down: what came before would otherwise wake nobody.
+            while not (self._torn or self._blocks or self._closing is not None or not self.live) or not self._resume():
+                self._spot.park()
+        except BaseException:  # the greenlet is killed, and its connection is not ours any more
+            self._idle.clear()
+            raise
+        finally:
+            if outlet is not None:
+                outlet.count(self._past)
+                self._past = 0
+        if self._torn and outlet is not None:
+            rest, self._torn = self._torn, b""
+            outlet.finish(rest, self.progress)
+            self._taken += self._in_flight
+            self._in_flight = 0
+
+    def _resume(self) -> bool:
+        """Take the right to write back; not while a direct write is under way, which wakes again at its end."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return False
 
     def _wake(self) -> None:
-        self._parked = False
-        if self._spot is not None:
+        if self._idle and self._spot is not None:
             self._spot.wake()

@@ -1,9 +1,10 @@
-"""The one background thread that keeps time for all streams: heartbeats, and the end of the worker."""
+"""The one background thread that keeps time for all streams: heartbeats, clients that left, the end of the worker."""
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 
 from . import shutdown, wakeup
 from .hub import Hub
@@ -29,6 +30,7 @@ class Ticker:
 
     def start(self) -> None:
         shutdown.subscribe(self._wakeup)
+        self._hub.departures.start()
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
@@ -37,22 +39,30 @@ class Ticker:
         if self._thread.is_alive():
             self._thread.join(timeout)
         else:  # it may never have started
-            self._wakeup.close()
+            self._close()
+
+    def _close(self) -> None:
+        self._wakeup.close()
+        self._hub.departures.stop()
 
     def _run(self) -> None:
         try:
             self._keep_time()
         finally:
-            self._wakeup.close()
+            self._close()
 
     def _keep_time(self) -> None:
         drained = False
+        next_beat = time.monotonic() + self._interval
         while not self._stopping:
-            self._wakeup.wait(self._interval)
+            self._wakeup.wait(max(0.0, next_beat - time.monotonic()), self._hub.departures.fileno())
             try:
                 if not drained and shutdown.requested():
                     self._hub.drain("shutdown")
                     drained = True
-                self._hub.beat()
+                self._hub.end_departed()
+                if time.monotonic() >= next_beat:
+                    next_beat = time.monotonic() + self._interval
+                    self._hub.beat()
             except Exception:  # the ticker outlives whatever one round met
                 logger.exception("A round of heartbeats failed; the next one comes in %.1f s.", self._interval)

@@ -39,10 +39,15 @@ class Wakeup:
             while self._reader.recv(4096):
                 pass
 
-    def wait(self, timeout: float) -> None:
-        """Return when set, after `timeout` seconds at the latest, and clear."""
+    def wait(self, timeout: float, also: int = -1) -> None:
+        """Return when set, after `timeout` seconds at the latest, and clear.
+
+        Also when the descriptor `also` is readable, if it is one.
+        """
         poller = select.poll()
         poller.register(self.fileno(), select.POLLIN)
+        if also >= 0:
+            poller.register(also, select.POLLIN)
         poller.poll(timeout * 1000)
         self.clear()
 

@@ -102,6 +102,9 @@ class ModelLog:
 
 
 class _Connection:
+    def outlet(self, progress: object) -> None:
+        return None
+
     def cut(self) -> None:
         pass
 

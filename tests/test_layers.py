@@ -11,7 +11,7 @@ import flask_pg_sse
 PACKAGE = Path(flask_pg_sse.__file__).parent
 FLOORS = [
     {"errors", "event", "wire", "page", "channels", "settings", "tokens", "backoff", "wakeup", "progress"},
-    {"hub", "places", "subscription", "recent", "access", "server", "shutdown"},
+    {"hub", "places", "subscription", "recent", "access", "server", "shutdown", "outlet", "departures"},
     {
         "postgres.dsn", "postgres.connect", "postgres.pool", "postgres.schema", "postgres.presence", "postgres.log",
         "postgres.publish", "postgres.wanted", "postgres.decode", "postgres.control", "postgres.listener",
@@ -25,8 +25,9 @@ FLOORS = [
 ALLOWED_BESIDE = {
     ("event", "errors"), ("channels", "errors"), ("settings", "errors"),
     ("wire", "errors"), ("wire", "event"),
-    ("subscription", "access"), ("places", "subscription"),
-    ("hub", "subscription"), ("hub", "recent"), ("hub", "places"),
+    ("subscription", "access"), ("subscription", "outlet"), ("server", "outlet"), ("places", "subscription"),
+    ("hub", "subscription"), ("hub", "recent"), ("hub", "places"), ("hub", "departures"),
+    ("departures", "subscription"),
     ("stream", "replay"),
     ("postgres.connect", "postgres.dsn"), ("postgres.pool", "postgres.connect"), ("postgres.pool", "postgres.dsn"),
     ("postgres.schema", "postgres.connect"), ("postgres.presence", "postgres.schema"),

@@ -230,7 +230,7 @@ def test_a_flood_from_one_address_leaves_the_worker_as_it_was(database_url: str,
     try:
         with Crowd(server.port) as crowd:
             crowd.open(20, "a")
-            for _ in range(500):  # the first flood makes room for what every later one uses again
+            for _ in range(2000):  # the first flood, of more than it takes at once, makes room for every later one
                 crowd.add("a").reading = False
             eventually(lambda: server.get("/ping"))
             before = resident(pid)

@@ -205,6 +205,7 @@ def test_another_word_for_the_event_log_is_an_error(value: object) -> None:
 
 def test_every_key_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {
+        "DIRECT_WRITE": "0",
         "CHANNELS": "news,room-*",
         "DATABASE_URL": "postgresql://u:p@h/d",
         "LISTEN_URL": "postgresql://u:p@h:5433/d",
@@ -244,6 +245,7 @@ def test_every_key_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch
         max_streams=500,
         max_streams_per_client=6,
         max_channels=5,
+        direct_write=False,
     )
 
 

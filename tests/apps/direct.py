@@ -1,0 +1,79 @@
+"""The basic app where direct writes are counted, sockets have small buffers, and middleware touches the body."""
+
+from __future__ import annotations
+
+import os
+import socket
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from flask import jsonify
+from flask.typing import ResponseReturnValue
+
+from flask_pg_sse.outlet import Outlet
+from tests.apps.basic import app
+
+_seen: Counter[str] = Counter()
+_send = Outlet.send
+
+
+def counted(self: Outlet, chunk: bytes) -> int:
+    sent = _send(self, chunk)
+    _seen["none" if not sent else "whole" if sent == len(chunk) else "part"] += 1
+    return sent
+
+
+Outlet.send = counted  # type: ignore[method-assign]
+
+
+@app.get("/writes")
+def writes() -> ResponseReturnValue:
+    return jsonify({name: _seen[name] for name in ("whole", "part", "none")})
+
+
+class Middleware:
+    """What stands between an app and its server: it passes the body on, or changes it."""
+
+    def __init__(self, inner: Any, kind: str) -> None:
+        self._inner = inner
+        self._kind = kind
+
+    def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
+        if "SEND_BUFFER" in os.environ:
+            size = int(os.environ["SEND_BUFFER"])
+            environ["gunicorn.socket"].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+        if not self._kind or not environ["PATH_INFO"].startswith("/sse"):
+            body: Iterable[bytes] = self._inner(environ, start_response)
+            return body
+
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            if self._kind == "compress":
+                headers = [*headers, ("Content-Encoding", "deflate")]
+            return start_response(status, headers, exc_info)
+
+        return self._changed(self._inner(environ, start))
+
+    def _changed(self, body: Iterable[bytes]) -> Iterator[bytes]:
+        pack = zlib.compressobj()
+        held = b""
+        try:
+            for piece in body:
+                if self._kind == "compress":
+                    yield pack.compress(piece) + pack.flush(zlib.Z_SYNC_FLUSH)
+                elif self._kind == "rewrite":
+                    yield b": rewritten\n" + piece
+                elif self._kind == "delay":  # the beginning of each piece at once, the rest with the next
+                    yield held + piece[:-1]
+                    held = piece[-1:]
+                else:
+                    yield piece
+        finally:
+            close: Callable[[], None] = getattr(body, "close", lambda: None)
+            close()
+
+
+app.wsgi_app = Middleware(app.wsgi_app, os.environ.get("MIDDLEWARE", ""))  # type: ignore[method-assign]
+
+__all__ = ["app"]

@@ -1,0 +1,74 @@
+"""A client that closes its connection is noticed at once, and not at the next heartbeat."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+
+from tests.client import eventually, open_stream
+from tests.crowd import worker
+from tests.servers import WebServer
+from tests.test_hostile_requests import cpu
+from tests.test_limits import streams
+
+Start = Callable[..., WebServer]
+WORKERS = pytest.mark.parametrize("options", [(), ("-k", "gthread", "--threads", "60")], ids=["gevent", "gthread"])
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def finish(sock: socket.socket) -> None:
+    sock.shutdown(socket.SHUT_WR)
+
+
+def nothing(sock: socket.socket) -> None:
+    pass
+
+
+@WORKERS
+@pytest.mark.parametrize("direct", ["1", "0"], ids=["direct", "generator"])
+@pytest.mark.parametrize("way", [nothing, reset, finish])
+def test_all_that_a_client_held_is_free_within_a_second(
+    database_url: str,
+    start_server: Start,
+    options: tuple[str, ...],
+    direct: str,
+    way: Callable[[socket.socket], None],
+) -> None:
+    env = {"FLASK_SSE_HEARTBEAT": "300", "FLASK_SSE_DIRECT_WRITE": direct}
+    server = start_server(database_url, *options, **env)
+    with open_stream(server.port, "a") as staying:
+        with ExitStack() as stack:
+            leaving = [stack.enter_context(open_stream(server.port, "a", "b")) for _ in range(30)]
+            assert streams(server) == 31
+            for stream in leaving:
+                way(stream.sock)
+        began = time.monotonic()
+        eventually(lambda: streams(server) == 1, 5)
+        assert time.monotonic() - began < 3, "a second, and what a busy machine adds"
+        server.post("/notify/a", b'{"data": "hello"}')
+        assert staying.event().data == "hello"
+    assert "Traceback" not in server.log()
+
+
+@WORKERS
+def test_bytes_that_a_client_sends_do_not_keep_the_worker_busy(
+    database_url: str, start_server: Start, options: tuple[str, ...]
+) -> None:
+    """A second request on the same connection is never read: the stream's end is the connection's."""
+    server = start_server(database_url, *options, FLASK_SSE_HEARTBEAT="300")
+    with open_stream(server.port, "a") as stream:
+        stream.sock.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
+        server.get("/ping")
+        before = cpu(worker(server))
+        time.sleep(1)  # what is measured is a second of quiet
+        assert cpu(worker(server)) - before < 10, "ticks of 10 ms"
+        server.post("/notify/a", b'{"data": "hello"}')
+        assert stream.event().data == "hello"

@@ -1,0 +1,227 @@
+"""SSE_DIRECT_WRITE: past the generator or through it, a client gets one valid chunked body with every event once.
+
+Sockets' send buffers are tiny here: loopback's own swallow so much that no write would ever be partial.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import pytest
+
+from flask_pg_sse import schema_sql
+from tests.client import Response, eventually, open_stream, request
+from tests.conftest import execute
+from tests.servers import WebServer
+
+Start = Callable[..., WebServer]
+WAYS = pytest.mark.parametrize("direct", ["1", "0"], ids=["direct", "generator"])
+WORKERS = pytest.mark.parametrize("options", [(), ("-k", "gthread", "--threads", "40")], ids=["gevent", "gthread"])
+SIZES = (1, 10, 1000, 4000, 20_000, 70_000, 300_000, 1_000_000)
+
+
+def writes(server: WebServer) -> dict[str, int]:
+    """How often blocks went past a generator: whole, in part, and not at all for want of room."""
+    counts = re.findall(r'"(whole|part|none)":(\d+)', server.get("/writes"))
+    return {name: int(count) for name, count in counts}
+
+
+class Reader(threading.Thread):
+    """Reads a stream in its own way: all at once, in drops, or with long rests; checks the framing byte for byte."""
+
+    def __init__(self, response: Response, seed: int, last: int) -> None:
+        super().__init__()
+        self._response = response
+        self._choose = random.Random(seed)
+        self._last = last
+        self.seen: list[tuple[int, int]] = []
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        pause = threading.Event()
+        try:
+            while not self.seen or self.seen[-1][0] != self._last:
+                message = self._response.event()
+                assert message.event == "message", message
+                number, _, filling = (message.data or "").partition(" ")
+                assert filling == "x" * len(filling)
+                self.seen.append((int(number), len(message.data or "")))
+                if self._choose.random() < 0.1:
+                    pause.wait(self._choose.random() * 0.05)
+        except BaseException as error:
+            self.failure = error
+
+
+@WAYS
+@WORKERS
+def test_every_event_once_in_order_and_whole(
+    database_url: str, start_server: Start, options: tuple[str, ...], direct: str
+) -> None:
+    execute(database_url, schema_sql())
+    server = start_server(
+        database_url,
+        *options,
+        app="tests.apps.direct:app",
+        FLASK_SSE_DIRECT_WRITE=direct,
+        FLASK_SSE_BUFFER_BYTES="50000",
+        FLASK_SSE_HEARTBEAT="0.2",
+        SEND_BUFFER="4096",
+    )
+    choose = random.Random(7)
+    # Small ones by the hundred, large ones in their midst, alone and many in one transaction.
+    turns = [[choose.choice(SIZES[:4] if choose.random() < 0.9 else SIZES) for _ in range(choose.choice([1, 1, 1, 30]))]
+             for _ in range(120)]  # fmt: skip
+    sizes = [max(size, len(f"{n} ")) for n, size in enumerate(size for turn in turns for size in turn)]
+    with ExitStack() as stack:
+        streams = [
+            stack.enter_context(open_stream(server.port, "a", receive_buffer=2048 if n % 2 else None, timeout=40))
+            for n in range(8)
+        ]
+        readers = [Reader(stream, seed, len(sizes) - 1) for seed, stream in enumerate(streams)]
+        for reader in readers:
+            reader.start()
+        number = 0
+        for turn in turns:
+            of_turn = sizes[number : number + len(turn)]
+            execute(
+                database_url,
+                "SELECT flask_pg_sse.notify('a', rpad((%s + n - 1) || ' ', size, 'x')) "
+                "FROM unnest(%s) WITH ORDINALITY AS e (size, n) ORDER BY n",
+                (number, of_turn),
+            )
+            number += len(turn)
+        for reader in readers:
+            reader.join()
+            assert reader.failure is None, (reader.failure, server.log()[-2000:])
+            assert reader.seen == list(enumerate(sizes))
+        seen = writes(server)
+    if direct == "1":  # both were met
+        assert seen["whole"] > 20 and seen["part"] > 0, seen
+    else:
+        assert seen == {"whole": 0, "part": 0, "none": 0}
+    assert "Traceback" not in server.log()
+
+
+def hears(stream: Response, server: WebServer, *texts: str) -> None:
+    for text in texts:
+        server.post("/notify/a", b'{"data": "%s"}' % text.encode())
+        assert stream.event().data == text
+
+
+@WORKERS
+def test_an_idle_stream_is_written_to_directly_and_counted(
+    database_url: str, start_server: Start, options: tuple[str, ...]
+) -> None:
+    """gunicorn's access log says how many bytes the client got."""
+    server = start_server(database_url, *options, "--access-logfile", "-", app="tests.apps.direct:app")
+    with open_stream(server.port, "a") as stream:
+        hears(stream, server, "one", "two", "three")
+        assert writes(server) == {"whole": 3, "part": 0, "none": 0}
+        received = []
+        server.terminate()
+        while True:
+            try:
+                received.append(stream.next())
+            except EOFError:
+                break
+        assert received[-1].event == "sse-end"
+    server.process.wait(10)
+    [line] = [line for line in server.log().split("\n") if "GET /sse?" in line]
+    opening = len(b"retry: 3000\nevent: sse-open\ndata: {}\n\n")
+    end = len(f"retry: {received[-1].retry}\nevent: sse-end\ndata: {received[-1].data}\n\n")
+    counted = int(line.split('" 200 ')[1].split()[0])
+    assert counted == opening + sum(len(f"data: {text}\n\n") for text in ("one", "two", "three")) + end
+
+
+@pytest.mark.parametrize("middleware", ["compress", "rewrite", "delay", "count"])
+def test_middleware_that_touches_the_body_gets_all_of_it(
+    database_url: str, start_server: Start, middleware: str
+) -> None:
+    server = start_server(database_url, app="tests.apps.direct:app", MIDDLEWARE=middleware, FLASK_SSE_HEARTBEAT="0.2")
+    with request(server.port, "/sse?channel=a") as stream:
+        if middleware == "compress":
+            assert stream.headers["content-encoding"] == "deflate"
+            unpack = __import__("zlib").decompressobj().decompress
+            text = b""
+            sent = False
+            while b"data: hello\n\n" not in text:
+                stream._read_more()
+                piece, stream.body = stream.body, b""
+                text += unpack(piece)
+                if b"sse-open" in text and not sent:
+                    sent = True
+                    server.post("/notify/a", b'{"data": "hello"}')
+        else:
+            assert stream.next().event == "sse-open"
+            hears(stream, server, *"abcdefgh")
+        direct = writes(server)
+    assert (direct["whole"] > 0) == (middleware == "count"), direct
+
+
+def test_http_1_0_has_no_chunks(database_url: str, start_server: Start) -> None:
+    server = start_server(database_url, app="tests.apps.direct:app")
+    with request(server.port, "/sse?channel=a", version="1.0") as stream:
+        assert not stream.chunked and stream.next().event == "sse-open"
+        hears(stream, server, "a", "b")
+        assert writes(server)["whole"] == 0
+
+
+@WORKERS
+def test_whoever_takes_the_descriptor_of_one_that_left_gets_nothing_of_it(
+    database_url: str, start_server: Start, options: tuple[str, ...]
+) -> None:
+    """Streams come and go while events flow; a connection with the same number hears its own channel alone."""
+    server = start_server(database_url, *options, app="tests.apps.direct:app", SEND_BUFFER="4096")
+    stop = threading.Event()
+
+    def publish() -> None:
+        while not stop.is_set():
+            server.post("/flood/a/5/3000")
+
+    publisher = threading.Thread(target=publish)
+    publisher.start()
+    try:
+        for round in range(60):
+            with ExitStack() as stack:
+                leavers = [stack.enter_context(open_stream(server.port, "a")) for _ in range(3)]
+                for stream in leavers[: round % 3]:
+                    stream.next()
+                for stream in leavers:
+                    # Without a farewell: what is on its way is answered by a reset.
+                    stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            with open_stream(server.port, "quiet") as other:
+                with request(server.port, "/ping") as response:
+                    assert response.read() == b"pong"
+                other.sock.settimeout(0.02)
+                try:
+                    extra = other.raw + other.body + other.sock.recv(65536)
+                except TimeoutError:
+                    extra = other.raw + other.body
+                assert extra == b"", extra
+    finally:
+        stop.set()
+        publisher.join()
+    eventually(lambda: '"streams":0' in server.get("/state"), 20)
+    assert "Traceback" not in server.log()
+
+
+def test_a_client_that_leaves_within_a_chunk(database_url: str, start_server: Start) -> None:
+    """Half of a chunk is with the socket: the connection ends without a last chunk, and nobody else notices."""
+    execute(database_url, schema_sql())
+    server = start_server(database_url, app="tests.apps.direct:app", SEND_BUFFER="4096", FLASK_SSE_HEARTBEAT="0.3")
+    for partly in range(10):
+        stream: Any = open_stream(server.port, "a", receive_buffer=2048)
+        server.post("/flood/a/1/60000")
+        eventually(partial(lambda seen: writes(server)["part"] > seen, partly))
+        stream.close()
+    eventually(lambda: '"streams":0' in server.get("/state"), 20)
+    with open_stream(server.port, "a") as stream:
+        hears(stream, server, "well")
+    assert "Traceback" not in server.log()
