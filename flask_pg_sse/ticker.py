@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two looks. Streams are looked at a few times a heartbeat, so that none comes late by much.
 _TICK = 1.0
+_LAST_TICK = 0.1
 
 
 class Ticker:
@@ -60,6 +61,8 @@ class Ticker:
                 if not drained and shutdown.requested():
                     self._hub.drain("shutdown")
                     drained = True
+                    # Nobody who does not read his farewell is to hold the worker up.
+                    next_beat, self._interval = 0.0, min(self._interval, _LAST_TICK)
                 self._hub.end_departed()
                 if time.monotonic() >= next_beat:
                     next_beat = time.monotonic() + self._interval

