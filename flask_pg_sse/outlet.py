@@ -14,7 +14,8 @@ from typing import Any
 
 from .progress import ENOUGH_BYTES, Progress
 
-_NOW = socket.MSG_DONTWAIT
+# For `Outlet.send`.
+NOW = socket.MSG_DONTWAIT
 
 
 def frame(data: bytes) -> bytes:
@@ -29,13 +30,15 @@ class Outlet:
     class's `send` neither waits nor wakes anybody, as gevent's does.
     """
 
-    __slots__ = ("_beside", "_client", "_response", "_send")
+    __slots__ = ("_beside", "_client", "_response", "send")
 
     def __init__(self, client: Any, response: Any) -> None:
         self._client = client
         self._response = response
         raw = getattr(client, "_sock", client)
-        self._send: Callable[[bytes, int], int] = _socket.socket.send.__get__(raw)
+        # An attribute and not a method, which would cost as much again. BlockingIOError where there is no room; any
+        # error is the generator's to find out about.
+        self.send: Callable[[bytes, int], int] = _socket.socket.send.__get__(raw)
         self._beside = 0  # bytes of the body that gunicorn counts and `Progress` does not
 
     def open(self, progress: Progress) -> bool:
@@ -45,13 +48,6 @@ class Outlet:
         """
         response = self._response
         return bool(response.headers_sent and response.chunked and response.sent == progress.sent + self._beside)
-
-    def send(self, chunk: bytes) -> int:
-        """Send what the socket takes at once of a chunk, and return how much that was: 0 also where it has failed."""
-        try:
-            return self._send(chunk, _NOW)
-        except OSError:  # full, or gone: the generator finds out which
-            return 0
 
     def count(self, body_bytes: int) -> None:
         """Tell gunicorn, whose access log says how much was sent."""

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from . import event, wakeup
 from .access import Terms
-from .outlet import Outlet, frame
+from .outlet import NOW, Outlet, frame
 from .page import Item
 from .progress import ENOUGH_BYTES, Progress
 
@@ -33,7 +33,7 @@ _NEVER = 2**63  # above every id
 class Block:
     """Bytes for a stream, or for many, and the ids in the log between which they lie."""
 
-    __slots__ = ("_chunk", "_items", "_named", "data", "first", "foreign", "last")
+    __slots__ = ("_items", "_named", "chunk", "data", "first", "foreign", "last")
 
     def __init__(self, data: bytes, first: int = _NEVER, last: int = 0) -> None:
         self.data = data
@@ -42,14 +42,12 @@ class Block:
         self.foreign = False  # whether the last id that a client finds in it is not the log's
         self._items: Sequence[Item] = ()
         self._named: Block | None = None
-        self._chunk: bytes | None = None
+        self.chunk = b""  # the bytes as one chunk of an HTTP/1.1 body, once made
 
-    @property
-    def chunk(self) -> bytes:
-        """The bytes as one chunk of an HTTP/1.1 body."""
-        if self._chunk is None:
-            self._chunk = frame(self.data)
-        return self._chunk
+    def make_chunk(self) -> bytes:
+        """Set and return `chunk`."""
+        self.chunk = frame(self.data)
+        return self.chunk
 
     @classmethod
     def of(cls, items: Sequence[Item]) -> Block:
@@ -74,7 +72,7 @@ class Block:
         """Keep the bytes alone: it has been offered to all, and may wait for a slow client for long."""
         self._items = ()
         self._named = None
-        self._chunk = None
+        self.chunk = b""
 
 
 def _ends_with_a_foreign_id(items: Sequence[Item]) -> bool:
@@ -200,7 +198,7 @@ class Subscription:
         accepted = block.last or self.accepted
         if block.foreign and accepted:
             block = block.named(accepted)
-        if (not self._idle or self._outlet is None or not self._write(block)) and not self._append(block):
+        if (not self._idle or self._outlet is None or not self._write(block, self._outlet)) and not self._append(block):
             return False
         self.accepted = accepted
         self.last_active = now
@@ -222,31 +220,37 @@ class Subscription:
         self._wake()
         return True
 
-    def _write(self, block: Block) -> bool:
+    def _write(self, block: Block, outlet: Outlet) -> bool:
         """Send a block past the parked generator; False if it has to go through it."""
-        size = len(block.data)
-        if self._blocks or size > _DIRECT_BYTES or self._outlet is None:
+        chunk = block.chunk or block.make_chunk()
+        if self._blocks or len(chunk) > _DIRECT_BYTES:
             return False
         try:
             self._idle.pop()
         except IndexError:  # the generator has just taken it
             return False
-        chunk = block.chunk
-        sent = self._outlet.send(chunk)
+        try:
+            sent = outlet.send(chunk, NOW)
+        except OSError:
+            sent = 0
         if sent:
-            self._past += size
+            self._past += len(block.data)
             self.sent = block.last or self.sent
             if sent < len(chunk):
-                self._torn = chunk[sent:]
-                self._outlet = None  # until the generator has sent the rest
-                self._in_flight = size
-                self._offered += size
-                if size > self.limit:
-                    self._large, self._large_until = size, self._offered
+                self._tear(block, chunk[sent:])
         self._idle.append(True)
         if self._torn or self._closing is not None:
             self._wake()
-        return bool(sent)
+        return sent > 0
+
+    def _tear(self, block: Block, rest: bytes) -> None:
+        """Leave the rest of a chunk to the generator, and until then all that comes."""
+        self._outlet = None
+        self._torn = rest
+        size = self._in_flight = len(block.data)
+        self._offered += size
+        if size > self.limit:
+            self._large, self._large_until = size, self._offered
 
     def heartbeat(self, now: float, quiet_since: float, cursor: Block) -> None:
         """Offer a sign of life if none has been since `quiet_since`: the log's position if it has moved on.

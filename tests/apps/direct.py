@@ -7,25 +7,37 @@ import socket
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from flask import jsonify
 from flask.typing import ResponseReturnValue
 
-from flask_pg_sse.outlet import Outlet
+from flask_pg_sse import server
+from flask_pg_sse.outlet import Outlet, outlet_of
 from tests.apps.basic import app
 
 _seen: Counter[str] = Counter()
-_send = Outlet.send
 
 
-def counted(self: Outlet, chunk: bytes) -> int:
-    sent = _send(self, chunk)
-    _seen["none" if not sent else "whole" if sent == len(chunk) else "part"] += 1
+def counting(client: Any, response: Any) -> Outlet | None:
+    outlet = outlet_of(client, response)
+    if outlet is not None:
+        outlet.send = partial(_send, outlet.send)
+    return outlet
+
+
+def _send(send: Callable[[bytes, int], int], chunk: bytes, flags: int) -> int:
+    try:
+        sent = send(chunk, flags)
+    except OSError:
+        _seen["none"] += 1
+        raise
+    _seen["whole" if sent == len(chunk) else "part"] += 1
     return sent
 
 
-Outlet.send = counted  # type: ignore[method-assign]
+vars(server)["outlet_of"] = counting
 
 
 @app.get("/writes")
