@@ -81,7 +81,9 @@ def _sign(keys: Keys, salt: str, content: dict[str, Any]) -> str:
 
 
 def _read(keys: Keys, salt: str, text: str) -> dict[str, Any] | None:
-    if not keys:
+    # Bytes of a URL that are not UTF-8 come as lone surrogates, which itsdangerous does not take: nothing it signs has
+    # a character that is not ASCII.
+    if not keys or not text.isascii():
         return None
     try:
         content: dict[str, Any] = _serializer(keys, salt).loads(text)

@@ -158,7 +158,7 @@ def test_what_is_no_name_is_refused(server: WebServer, name: str, place: bytes) 
 
 
 @pytest.mark.parametrize(
-    "rubbish", [b"%", b"%%", b"%zz", b"%u0041", b"%4", b"a%2", b"%25%", b"+%+", b"&&&", b"=", b";"]
+    "rubbish", [b"%", b"%%", b"%zz", b"%u0041", b"%4", b"a%2", b"%25%", b"+%+", b"&&&", b"=", b";", b"%80", b"1%ff"]
 )
 def test_percent_rubbish_is_a_name_or_none_but_never_an_error(server: WebServer, rubbish: bytes) -> None:
     status, _, body = get(server, b"/sse?channel=" + rubbish)
