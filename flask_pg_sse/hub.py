@@ -21,12 +21,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from . import event
+from .block import Block, Standing
 from .departures import Departures
 from .page import Item
 from .places import Places
 from .progress import ENOUGH_BYTES
 from .recent import Recent
-from .subscription import Block, Subscription
+from .subscription import Subscription, offer_to_all
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,16 @@ class Ticket(Protocol):
     def wait(self, timeout: float) -> bool: ...
 
     def cancel(self) -> None: ...
+
+
+class _Group:
+    """The streams with one set of channels, and where those of them stand that have got all."""
+
+    __slots__ = ("members", "standing")
+
+    def __init__(self) -> None:
+        self.members: set[Subscription] = set()
+        self.standing = Standing()
 
 
 class Hub:
@@ -75,7 +86,7 @@ class Hub:
         self._heartbeat = heartbeat
         self._retry = retry
         self._tables = threading.Lock()  # guards the three tables below
-        self._groups: dict[frozenset[str], set[Subscription]] = {}
+        self._groups: dict[frozenset[str], _Group] = {}
         self._groups_of: dict[str, set[frozenset[str]]] = {}
         self._tickets: dict[Subscription, Ticket] = {}
         # Offers come one at a time, from the listener's turns or from the ticker. Held for a turn, not for a client.
@@ -100,12 +111,12 @@ class Hub:
         ticket = self._listen(subscription.channels)
         with self._tables:
             self._tickets[subscription] = ticket
-            members = self._groups.get(subscription.channels)
-            if members is None:
-                members = self._groups[subscription.channels] = set()
+            group = self._groups.get(subscription.channels)
+            if group is None:
+                group = self._groups[subscription.channels] = _Group()
                 for channel in subscription.channels:
                     self._groups_of.setdefault(channel, set()).add(subscription.channels)
-            members.add(subscription)
+            group.members.add(subscription)
         # Asked after the stream stands in the tables: drain() sets the reason first and then reads the tables, and so
         # does disconnect().
         heard = not self._why_not(subscription) and ticket.wait(OPEN_TIMEOUT)
@@ -122,12 +133,18 @@ class Hub:
                     return "revoked"
         return None
 
-    def go_live(self, subscription: Subscription) -> None:
-        """Let an open stream take what comes from now on."""
+    def go_live(self, subscription: Subscription) -> int:
+        """Let an open stream take what comes from now on; return the log's position, which its client is to be told."""
         with self._dispatch:
-            if self.position:
-                self._recent.begin(subscription.channels, self.position)
-            subscription.go_live(self.position, Block(b""), time.monotonic(), told=self.position)
+            position = self.position
+            if position:
+                self._recent.begin(subscription.channels, position)
+            now = time.monotonic()
+            group = self._groups[subscription.channels]
+            if group.standing.accepted != position:  # so that streams can meet there, also if no event has an id
+                group.standing = Standing(position, position, now, now)
+            subscription.go_live(position, Block(b""), now, told=position)
+            return position
 
     def join(self, subscription: Subscription, *, exists: bool) -> bool:
         """Let a stream that has everything up to `sent` go live without a gap; tell whether it could.
@@ -199,7 +216,7 @@ class Hub:
             ticket = self._tickets.pop(subscription, None)
             if ticket is None:
                 return
-            members = self._groups[subscription.channels]
+            members = self._groups[subscription.channels].members
             members.discard(subscription)
             if not members:
                 del self._groups[subscription.channels]
@@ -227,17 +244,15 @@ class Hub:
             self.position = position
             self._recent.add(turn)
             now = time.monotonic()
-            blocks = self._blocks_of(turn)
-            left = OFFERS_BETWEEN_YIELDS
-            for streams, block in blocks:
-                for subscription in streams:  # the hot path: no lock, no formatting, no log
-                    if not subscription.offer(block, now):
-                        self._fall_behind(subscription)
-                    left -= 1
-                    if not left:
-                        left = OFFERS_BETWEEN_YIELDS
-                        time.sleep(0)
-            for _, block in blocks:
+            work = []
+            for group, streams, block in self._blocks_of(turn):
+                before = group.standing
+                group.standing = before.after(block.seen_from(before.accepted), now)
+                work.append(((block, before, group.standing), streams))
+            for (block, before, after), portion in _in_portions(work):
+                for slow in offer_to_all(portion, block, before, after):
+                    self._fall_behind(slow)
+            for (block, _, _), _ in work:
                 block.settle()
 
     def _fall_behind(self, subscription: Subscription) -> None:
@@ -248,8 +263,8 @@ class Hub:
             logger.info("A stream was ended: its client reads slower than events come.")
             subscription.end(self.end_block("behind"), drop=True)
 
-    def _blocks_of(self, turn: Sequence[Item]) -> list[tuple[tuple[Subscription, ...], Block]]:
-        """Return the streams of each group with their block.
+    def _blocks_of(self, turn: Sequence[Item]) -> list[tuple[_Group, tuple[Subscription, ...], Block]]:
+        """Return the groups that the turn is for, with their streams and their block.
 
         Groups whose channels have the same share in the turn get the same bytes: streams that have a channel of their
         own each, beside one for all, cost no more than if they had only that one.
@@ -258,13 +273,14 @@ class Hub:
         for position, (channel, _, _) in enumerate(turn):
             positions.setdefault(channel, []).append(position)
         with self._tables:
-            groups = {group for channel in positions for group in self._groups_of.get(channel, ())}
-            found = [(group.intersection(positions), tuple(self._groups[group])) for group in groups]
+            sets = {channels for channel in positions for channels in self._groups_of.get(channel, ())}
+            groups = [(channels.intersection(positions), self._groups[channels]) for channels in sets]
+            found = [(share, group, tuple(group.members)) for share, group in groups]
         blocks = {}
-        for share in {share for share, _ in found}:
+        for share in {share for share, _, _ in found}:
             wanted = sorted(position for channel in share for position in positions[channel])
             blocks[share] = Block.of([turn[position] for position in wanted])
-        return [(streams, blocks[share]) for share, streams in found]
+        return [(group, streams, blocks[share]) for share, group, streams in found]
 
     def gap(self, reason: str, position: int) -> None:
         """Tell every live stream that events may have been missed and cannot be had again.
@@ -276,10 +292,13 @@ class Hub:
         with self._dispatch:
             self.position = position
             self._recent.restart(position)
-            for subscription in _with_pauses(self._everybody()):
-                if subscription.live:
-                    subscription.accepted = position
-                    if not subscription.offer(block, now):
+            after = Standing(position, position, now, now)
+            with self._tables:
+                for group in self._groups.values():
+                    group.standing = after
+            for _, streams in _in_portions(self._everybody()):
+                for subscription in streams:
+                    if subscription.live and not subscription.reset(block, position, now, after):
                         self._fall_behind(subscription)
 
     def beat(self) -> None:
@@ -290,21 +309,36 @@ class Hub:
         """
         self.sweep()
         now = time.monotonic()
-        quiet_since = now - self._heartbeat
         with self._dispatch:
             self._recent.trim()
             cursor = Block(event.control_block("cursor", {}, id=self.position), last=self.position)
-            for subscription in _with_pauses(self._everybody()):
-                if subscription.terms.ends_at <= now and not subscription.ended:
-                    subscription.end(self.end_block(subscription.terms.ends_because))
-                if subscription.progress.stalled(now, self._send_timeout):
-                    logger.info("A stream was cut: its client took less than %d bytes in time.", ENOUGH_BYTES)
-                    subscription.end(b"", drop=True, cut_at=now)
-                if subscription.cut_at <= now:
-                    if subscription.connection is not None:
-                        subscription.connection.cut()
-                elif subscription.live:
-                    subscription.heartbeat(now, quiet_since, cursor)
+            with self._tables:
+                groups = [(group, tuple(group.members)) for group in self._groups.values()]
+            work = []
+            for group, streams in groups:
+                before = group.standing
+                sign = before.sign_of_life(now - self._heartbeat, cursor)
+                if sign is not None:
+                    group.standing = before.after(sign, now)
+                work.append(((before, sign, group.standing), streams))
+            for (before, sign, after), portion in _in_portions(work):
+                for subscription in portion:
+                    self._look_after(subscription, now)
+                    standing = subscription.standing
+                    own = sign if standing is before else standing.sign_of_life(now - self._heartbeat, cursor)
+                    if own is not None and not subscription.waiting:  # what waits will do as one
+                        subscription.offer(own, now, after)
+
+    def _look_after(self, subscription: Subscription, now: float) -> None:
+        progress = subscription.progress
+        if (progress.in_flight or progress.judged) and progress.stalled(now, self._send_timeout):
+            logger.info("A stream was cut: its client took less than %d bytes in time.", ENOUGH_BYTES)
+            subscription.end(b"", drop=True, cut_at=now)
+        if subscription.due <= now:
+            if not subscription.ended:
+                subscription.end(self.end_block(subscription.terms.ends_because))
+            elif subscription.connection is not None:
+                subscription.connection.cut()
 
     def pruned(self, through: int) -> None:
         """Forget what the log has lost: whether a stream may resume should not depend on the worker that it meets."""
@@ -331,13 +365,14 @@ class Hub:
         with self._tables:
             self._disconnects.append((now, subject, channel))
         with self._dispatch:
-            for subscription in _with_pauses(self._everybody()):
-                if _concerns(subscription, subject, channel):
-                    subscription.end(self.end_block("revoked"), drop=True, cut_at=now + FAREWELL)
+            for _, streams in _in_portions(self._everybody()):
+                for subscription in streams:
+                    if _concerns(subscription, subject, channel):
+                        subscription.end(self.end_block("revoked"), drop=True, cut_at=now + FAREWELL)
 
-    def _everybody(self) -> tuple[Subscription, ...]:
+    def _everybody(self) -> list[tuple[None, Sequence[Subscription]]]:
         with self._tables:
-            return tuple(self._tickets)
+            return [(None, tuple(self._tickets))]
 
 
 def _concerns(subscription: Subscription, subject: str | None, channel: str | None) -> bool:
@@ -346,9 +381,16 @@ def _concerns(subscription: Subscription, subject: str | None, channel: str | No
     )
 
 
-def _with_pauses(items: Iterable[_T]) -> Iterator[_T]:
-    """Iterate, giving way to other greenlets or threads every few hundred: a large page must not stop the others."""
-    for number, item in enumerate(items, 1):
-        yield item
-        if not number % OFFERS_BETWEEN_YIELDS:
-            time.sleep(0)
+def _in_portions(work: Iterable[tuple[_T, Sequence[Subscription]]]) -> Iterator[tuple[_T, Sequence[Subscription]]]:
+    """Iterate, giving way to other greenlets or threads every few hundred streams: a large page must not stop them."""
+    left = OFFERS_BETWEEN_YIELDS
+    for what, streams in work:
+        at = 0
+        while at < len(streams):
+            portion = streams[at : at + left]
+            yield what, portion
+            at += len(portion)
+            left -= len(portion)
+            if not left:
+                left = OFFERS_BETWEEN_YIELDS
+                time.sleep(0)

@@ -13,11 +13,12 @@ class Progress:
     The stream counts; `stalled()` is asked from time to time, and judges by what it saw then.
     """
 
-    __slots__ = ("_moved_at", "_seen", "_since", "_since_bytes", "in_flight", "sent")
+    __slots__ = ("_moved_at", "_seen", "_since", "_since_bytes", "in_flight", "judged", "sent")
 
     def __init__(self) -> None:
         self.in_flight = 0  # bytes of the piece that the server is sending
         self.sent = 0  # bytes of all pieces before it
+        self.judged = False  # whether `stalled()` has seen something in flight
         self._seen = 0
         self._moved_at = 0.0  # when the last piece was seen to have gone
         self._since = 0.0  # beginning of the time in which `ENOUGH_BYTES` are to go, and what had gone by then
@@ -30,7 +31,8 @@ class Progress:
         one piece more than `timeout`.
         """
         sent, in_flight = self.sent, self.in_flight
-        if not in_flight or self._moved_at == 0.0:
+        if not in_flight or not self.judged:
+            self.judged = bool(in_flight)
             self._moved_at = self._since = now
             self._seen = self._since_bytes = sent
             return False

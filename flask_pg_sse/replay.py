@@ -76,6 +76,7 @@ class Replay:
     def _pages(self, subscription: Subscription, opening: bool) -> Iterator[bytes]:
         channels = sorted(subscription.channels)
         exists = not opening  # whether the stream's position is known to be one of the log's
+        sign_of_life_at = time.monotonic() + self._heartbeat  # if the log does not answer until then
         while not (subscription.live or subscription.ended):
             try:
                 self._fill(channels)
@@ -98,7 +99,10 @@ class Replay:
             except DatabaseUnavailable:
                 if opening:
                     raise
-                yield from self._wait(subscription)
+                if time.monotonic() >= sign_of_life_at:
+                    sign_of_life_at = time.monotonic() + self._heartbeat
+                    yield event.HEARTBEAT
+                time.sleep(min(_RETRY, self._heartbeat))
 
     def _one_large(
         self, subscription: Subscription, channels: Sequence[str], log_id: int, size: int
@@ -113,13 +117,6 @@ class Replay:
                 # The page may be another stream's, and what it says beyond this event is of that one's channels.
                 subscription.sent = log_id
                 yield from (data for _, data, item_id in page.items if item_id == log_id)
-
-    def _wait(self, subscription: Subscription) -> Iterator[bytes]:
-        """Pass the time until the next attempt, with a sign of life when one is due."""
-        if time.monotonic() >= subscription.last_active + self._heartbeat:
-            subscription.last_active = time.monotonic()
-            yield event.HEARTBEAT
-        time.sleep(min(_RETRY, self._heartbeat))
 
     def _fill(self, channels: Sequence[str]) -> None:
         """Have the hub remember the last events of `channels`, if it never has.

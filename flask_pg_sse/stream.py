@@ -72,8 +72,7 @@ def _go_live(hub: Hub, subscription: Subscription, request: StreamRequest) -> by
     if hub.position and after is not None:
         subscription.sent = after
         return event.control_block("open", {}, id=after, retry=request.retry)
-    hub.go_live(subscription)
-    position = subscription.accepted or None
+    position = hub.go_live(subscription) or None
     if not request.last_event_id:
         return event.control_block("open", {}, id=position, retry=request.retry)
     # There is nothing to replay from, and the client must not believe otherwise. The id comes with the reset and not

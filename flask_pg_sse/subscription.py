@@ -1,90 +1,36 @@
 """One stream's place between the fan-out and its client: a bounded buffer of blocks of bytes, and where it stands.
 
 A stream is live, and takes what is offered, or it is behind, takes nothing, and reads the event log until it has caught
-up. Invariant: an event of the log is taken only if its id is above `accepted`, and taking it moves `accepted` there.
+up. Invariant: an event of the log is taken only if its id is above `standing.accepted`, and taking it moves that.
 
-Who calls what: `offer()`, `heartbeat()`, `fall_behind()`, `go_live()` come one call at a time (the hub sees to that);
-`take()` from the stream's generator alone; `end()` from anybody. Each side writes only its own counter and the list's
-operations are atomic under the interpreter's lock, so the hot path needs no lock of its own.
+Who calls what: `offer_to_all()`, `offer()`, `reset()`, `fall_behind()`, `go_live()`, and `end()` while the client may
+still listen, come one call at a time: the hub's lock sees to that. `take()` comes from the stream's generator alone.
+Each side writes only its own counter and the list's operations are atomic under the interpreter's lock, so the hot path
+needs no lock of its own.
 
-A generator with nothing to send parks and lays the right to write into `_idle`. Whoever takes it out, `offer()` for one
-direct write or the generator to go on, alone writes to the client. (A flag in its place would race with threads.)
+A generator with nothing to send parks and leaves `_send` behind, the way to its client past it. It goes on only for
+something that comes from the hub's side (`_has_work()`), and the hub's side writes directly only while there is none of
+that: so never do both write at once, also with threads.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from . import event, wakeup
+from . import wakeup
 from .access import Terms
-from .outlet import NOW, Outlet, frame
-from .page import Item
+from .block import Block, Standing
+from .outlet import NOW, Outlet
 from .progress import ENOUGH_BYTES, Progress
 
 # What one send may hold. A page of several hundred kB in one piece would be copied again at every partial send.
 PIECE_BYTES = ENOUGH_BYTES
 # What is written past the generator at the most, by the greenlet that has others to serve.
 _DIRECT_BYTES = 65536
-_NEVER = 2**63  # above every id
-
-
-class Block:
-    """Bytes for a stream, or for many, and the ids in the log between which they lie."""
-
-    __slots__ = ("_items", "_named", "chunk", "data", "first", "foreign", "last")
-
-    def __init__(self, data: bytes, first: int = _NEVER, last: int = 0) -> None:
-        self.data = data
-        self.first = first
-        self.last = last
-        self.foreign = False  # whether the last id that a client finds in it is not the log's
-        self._items: Sequence[Item] = ()
-        self._named: Block | None = None
-        self.chunk = b""  # the bytes as one chunk of an HTTP/1.1 body, once made
-
-    def make_chunk(self) -> bytes:
-        """Set and return `chunk`."""
-        self.chunk = frame(self.data)
-        return self.chunk
-
-    @classmethod
-    def of(cls, items: Sequence[Item]) -> Block:
-        """Join events, in their order."""
-        ids = [log_id for _, _, log_id in items if log_id]
-        block = cls(b"".join([data for _, data, _ in items]), min(ids, default=_NEVER), max(ids, default=0))
-        block._items = items
-        block.foreign = len(ids) < len(items) and _ends_with_a_foreign_id(items)
-        return block
-
-    def above(self, log_id: int) -> Block:
-        """Return what of it the log has above an id, and all that is not in the log."""
-        return Block.of([item for item in self._items if not item[2] or item[2] > log_id])
-
-    def named(self, log_id: int) -> Block:
-        """Return it with the log's own id behind it."""
-        if self._named is None or self._named.last != log_id:  # nearly all streams want the same
-            self._named = Block(self.data + event.control_block("cursor", {}, id=log_id), last=log_id)
-        return self._named
-
-    def settle(self) -> None:
-        """Keep the bytes alone: it has been offered to all, and may wait for a slow client for long."""
-        self._items = ()
-        self._named = None
-        self.chunk = b""
-
-
-def _ends_with_a_foreign_id(items: Sequence[Item]) -> bool:
-    for _, data, log_id in reversed(items):
-        if log_id:
-            return False
-        if b"\nid: " in b"\n" + data:  # every line begins with its field's name, whatever the data are
-            return True
-    return False
-
-
-_HEARTBEAT = Block(event.HEARTBEAT)
+# Where a stream stands that takes nothing: no other does.
+_NOWHERE = Standing()
 
 
 class Connection(Protocol):
@@ -110,30 +56,26 @@ class Subscription:
         "__weakref__",
         "_blocks",
         "_closing",
-        "_idle",
         "_in_flight",
         "_large",
         "_large_until",
         "_offered",
-        "_outlet",
         "_past",
         "_rest",
         "_rest_from",
+        "_send",
         "_spot",
         "_taken",
         "_torn",
-        "accepted",
         "channels",
         "connection",
-        "cut_at",
-        "last_active",
+        "due",
         "limit",
         "live",
         "progress",
         "sent",
+        "standing",
         "terms",
-        "told",
-        "told_at",
     )
 
     def __init__(self, channels: Iterable[str], limit: int, terms: Terms = Terms()) -> None:  # noqa: B008
@@ -141,14 +83,12 @@ class Subscription:
         self.limit = limit
         self.terms = terms
         self.live = False
-        self.accepted = 0  # id in the log up to which all has been taken
+        self.standing = _NOWHERE
         self.sent = 0  # id up to which all has been handed to the server: where to read on after falling behind
-        self.last_active = 0.0  # monotonic time of the last block
-        self.told = 0  # the last id of the log that the client got; 0: it may know an older one than `accepted`
-        self.told_at = 0.0  # monotonic time of that
         self.progress = Progress()
         self.connection: Connection | None = None  # once the stream has begun
-        self.cut_at = math.inf  # monotonic time at which its connection is ended, if it still stands then
+        # Monotonic time at which it is to end or, once that has been decided, to lose its connection if that stands.
+        self.due = terms.ends_at
         self._blocks: list[Block] = []
         self._rest = b""  # taken from the blocks, and from where on not sent; often shared by many streams, so not cut
         self._rest_from = 0
@@ -158,8 +98,7 @@ class Subscription:
         self._large = 0  # size of a block above the limit that waits or is in flight, and when it has been sent:
         self._large_until = 0  # once so many bytes have been taken
         self._closing: bytes | None = None
-        self._idle: list[bool] = []
-        self._outlet: Outlet | None = None  # while the generator is parked, or was when last seen
+        self._send: Callable[[bytes, int], int] | None = None
         self._past = 0  # bytes written past the generator since it parked
         self._torn = b""  # the rest of a chunk of which the socket has taken a part
         self._spot: wakeup.Spot | None = None
@@ -180,31 +119,37 @@ class Subscription:
         `told` is `after` if the client knows that id: the log may have been read far beyond its last event.
         """
         self._offered = self._taken = self._in_flight = self._large = 0
-        self.accepted = self.sent = after
-        self.told = told
-        self.last_active = self.told_at = now
+        self.sent = after
+        self.standing = Standing(after, told, now, now) if self._closing is None else _NOWHERE
         self.live = True
         if missed.data:
             self.offer(missed, now)
 
-    def offer(self, block: Block, now: float) -> bool:
-        """Take a block for the client; False if it is too slow for that. A stream that is not live takes nothing."""
+    def offer(self, block: Block, now: float, like: Standing | None = None) -> bool:
+        """Take a block for the client; False if it is too slow for that. A stream that is not live takes nothing.
+
+        `like` is where others stand that have taken it.
+        """
         if not self.live or self._closing is not None:
             return True
-        if block.first <= self.accepted:  # it came by the log already
-            block = block.above(self.accepted)
-            if not block.data:
-                return True
-        accepted = block.last or self.accepted
-        if block.foreign and accepted:
-            block = block.named(accepted)
-        if (not self._idle or self._outlet is None or not self._write(block, self._outlet)) and not self._append(block):
+        block = block.seen_from(self.standing.accepted)
+        if not block.data:
+            return True
+        if self._write(block):
+            where = self.standing.after(block, now)
+            # Since when the client knows its id may differ by a little; that it is the same one is what counts.
+            shared = like is not None and like.accepted == where.accepted and like.told == where.told
+            self.standing = like if like is not None and shared else where
+            return True
+        if not self._append(block):
             return False
-        self.accepted = accepted
-        self.last_active = now
-        if block.last:
-            self.told, self.told_at = accepted, now
+        self.standing = self.standing.after(block, now)  # not with those to whom can be written directly
         return True
+
+    def reset(self, block: Block, position: int, now: float, like: Standing) -> bool:
+        """Take a block after which the stream goes on from another position of the log."""
+        self.standing = Standing(position, self.standing.told, self.standing.told_at, now)
+        return self.offer(block, now, like)
 
     def _append(self, block: Block) -> bool:
         """Keep a block for the generator; False if too much waits already."""
@@ -220,53 +165,38 @@ class Subscription:
         self._wake()
         return True
 
-    def _write(self, block: Block, outlet: Outlet) -> bool:
+    def _write(self, block: Block) -> bool:
         """Send a block past the parked generator; False if it has to go through it."""
+        send = self._send
+        if send is None or len(block.data) > _DIRECT_BYTES or self._has_work():
+            return False
         chunk = block.chunk or block.make_chunk()
-        if self._blocks or len(chunk) > _DIRECT_BYTES:
-            return False
         try:
-            self._idle.pop()
-        except IndexError:  # the generator has just taken it
+            sent = send(chunk, NOW)
+        except OSError:  # no room, or the client has gone, which is the generator's to find out
             return False
-        try:
-            sent = outlet.send(chunk, NOW)
-        except OSError:
-            sent = 0
-        if sent:
-            self._past += len(block.data)
-            self.sent = block.last or self.sent
-            if sent < len(chunk):
-                self._tear(block, chunk[sent:])
-        self._idle.append(True)
-        if self._torn or self._closing is not None:
-            self._wake()
-        return sent > 0
+        if not sent:
+            return False
+        self._past += len(block.data)
+        self.sent = block.last or self.sent
+        if sent < len(chunk):
+            self._tear(len(block.data), chunk[sent:])
+        return True
 
-    def _tear(self, block: Block, rest: bytes) -> None:
+    def _tear(self, size: int, rest: bytes) -> None:
         """Leave the rest of a chunk to the generator, and until then all that comes."""
-        self._outlet = None
-        self._torn = rest
-        size = self._in_flight = len(block.data)
+        self._in_flight = size
         self._offered += size
         if size > self.limit:
             self._large, self._large_until = size, self._offered
-
-    def heartbeat(self, now: float, quiet_since: float, cursor: Block) -> None:
-        """Offer a sign of life if none has been since `quiet_since`: the log's position if it has moved on.
-
-        Events that are not in the log are a sign of life, but they do not keep the client's id from growing too old.
-        """
-        if self._offered != self._taken:
-            return  # what waits will do as one
-        if cursor.last >= self.accepted and cursor.last > self.told and self.told_at <= quiet_since:
-            self.offer(cursor, now)
-        elif self.last_active <= quiet_since:
-            self.offer(_HEARTBEAT, now)
+        self._send = None
+        self._torn = rest
+        self._wake()
 
     def fall_behind(self) -> None:
         """Drop what waits. The stream is to read on from the log, from `sent`."""
         self.live = False
+        self.standing = _NOWHERE
         self._blocks.clear()
         self._wake()
 
@@ -275,10 +205,12 @@ class Subscription:
 
         Whoever has not read that far by `cut_at` loses the connection.
         """
-        self.cut_at = min(self.cut_at, cut_at)
         if self._closing is not None:
+            self.due = min(self.due, cut_at)
             return
+        self.due = cut_at
         self._closing = block
+        self.standing = _NOWHERE
         if drop:
             self._blocks.clear()
         self._wake()
@@ -329,16 +261,14 @@ class Subscription:
     def _park(self) -> None:
         if self._spot is None:
             self._spot = wakeup.new_spot()
-        outlet = self._outlet = self.connection.outlet(self.progress) if self.connection is not None else None
-        self._idle.append(True)
+        outlet = self.connection.outlet(self.progress) if self.connection is not None else None
+        self._send = outlet.send if outlet is not None else None
         try:
-            # Looked at after the right to write has been laid down: what came before would otherwise wake nobody.
-            while not (self._torn or self._blocks or self._closing is not None or not self.live) or not self._resume():
+            # Looked at after the way has been laid open: what came before would otherwise wake nobody.
+            while not self._has_work():
                 self._spot.park()
-        except BaseException:  # the greenlet is killed, and its connection is not ours any more
-            self._idle.clear()
-            raise
-        finally:
+        finally:  # also if the greenlet is killed: its connection is not ours any more
+            self._send = None
             if outlet is not None:
                 outlet.count(self._past)
                 self._past = 0
@@ -348,13 +278,42 @@ class Subscription:
             self._taken += self._in_flight
             self._in_flight = 0
 
-    def _resume(self) -> bool:
-        """Take the right to write back; not while a direct write is under way, which wakes again at its end."""
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return False
+    def _has_work(self) -> bool:
+        """Tell whether there is something for the generator, which then alone writes to the client."""
+        return bool(self._torn or self._blocks) or self._closing is not None or not self.live
 
     def _wake(self) -> None:
-        if self._idle and self._spot is not None:
+        if self._spot is not None:
             self._spot.wake()
+
+
+def offer_to_all(
+    streams: Iterable[Subscription], block: Block, before: Standing, after: Standing
+) -> list[Subscription]:
+    """Offer a block to streams, most of which stand at `before` and will at `after`; return those too slow for it.
+
+    The hot path: no lock, no formatting, no log, and for a stream that waits idle at `before` no call but the send.
+    """
+    shared = block.seen_from(before.accepted)
+    size, last, now = len(shared.data), shared.last, after.active_at
+    direct = size <= _DIRECT_BYTES
+    chunk = (shared.chunk or shared.make_chunk()) if direct else b""
+    chunk_size = len(chunk)
+    slow = []
+    for stream in streams:
+        # Those that stand at `before` are live, and nothing waits for them.
+        if stream.standing is before and stream._send is not None and direct:
+            try:
+                sent = stream._send(chunk, NOW)
+            except OSError:
+                sent = 0
+            if sent:
+                stream._past += size
+                stream.sent = last or stream.sent
+                stream.standing = after
+                if sent < chunk_size:
+                    stream._tear(size, chunk[sent:])
+                continue
+        if not stream.offer(block, now, after):
+            slow.append(stream)
+    return slow

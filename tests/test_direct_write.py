@@ -73,6 +73,7 @@ def test_every_event_once_in_order_and_whole(
         FLASK_SSE_BUFFER_BYTES="50000",
         FLASK_SSE_HEARTBEAT="0.2",
         SEND_BUFFER="4096",
+        TAKE_PART="4",
     )
     choose = random.Random(7)
     # Small ones by the hundred, large ones in their midst, alone and many in one transaction.

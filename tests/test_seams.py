@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flask_pg_sse import recent as recent_module
+from flask_pg_sse.block import Block
 from flask_pg_sse.page import Item
 from flask_pg_sse.recent import TOTAL_BYTES, Recent
-from flask_pg_sse.subscription import Block, Subscription
+from flask_pg_sse.subscription import Subscription
 from tests import model, servers
 from tests.model import FIRST, ModelLog, World, item, logged_in, opening_id, raw, raw_in
 
@@ -34,7 +35,7 @@ def test_the_part_of_a_block_above_an_id(steps: list[tuple[bool, int]], after: i
     ids = [one[2] for one in items if one[2]]
     block = Block.of(items)
     assert (block.first, block.last) == ((ids[0], ids[-1]) if ids else (2**63, 0))
-    above = block.above(after)
+    above = block.seen_from(after)
     wanted = [one for one in items if not one[2] or one[2] > after]
     assert above.data == b"".join(one[1] for one in wanted)
     assert above.first > after and above.last in (block.last, 0)

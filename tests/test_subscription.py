@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flask_pg_sse import event
+from flask_pg_sse.block import Block, Standing
 from flask_pg_sse.hub import Hub
-from flask_pg_sse.subscription import PIECE_BYTES, Block, Subscription
+from flask_pg_sse.subscription import PIECE_BYTES, Subscription
 
 
 class Confirmed:
@@ -136,7 +137,8 @@ if "gevent" in sys.argv:
     gevent.monkey.patch_all()
 import random, threading, time
 sys.setswitchinterval(1e-6)
-from flask_pg_sse.subscription import Block, Subscription
+from flask_pg_sse.block import Block
+from flask_pg_sse.subscription import Subscription
 for round in range(30):
     subscription = Subscription(["a"], 1 << 30)
     subscription.go_live(0, Block(b""), 0.0)
@@ -176,7 +178,8 @@ KILL = """
 import gevent.monkey
 gevent.monkey.patch_all()
 import gevent
-from flask_pg_sse.subscription import Block, Subscription
+from flask_pg_sse.block import Block
+from flask_pg_sse.subscription import Subscription
 subscription = Subscription(["a"], 1000)
 subscription.go_live(0, Block(b""), 0.0)
 reader = gevent.spawn(subscription.take)
@@ -256,8 +259,8 @@ def test_heartbeats_go_to_streams_that_are_quiet_and_have_nothing_waiting() -> N
     now = time.monotonic()
     quiet, busy, stuck = (opened(hub, "a") for _ in range(3))
     for subscription in (quiet, busy, stuck):
-        subscription.last_active = now - 11
-    busy.last_active = now - 5
+        subscription.standing = Standing(active_at=now - 11)
+    busy.standing = Standing(active_at=now - 5)
     stuck.offer(Block(b"waits"), now - 11)
     hub.beat()
     assert quiet.take() == event.HEARTBEAT

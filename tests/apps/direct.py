@@ -28,12 +28,16 @@ def counting(client: Any, response: Any) -> Outlet | None:
 
 
 def _send(send: Callable[[bytes, int], int], chunk: bytes, flags: int) -> int:
+    size = len(chunk)
+    part = int(os.environ.get("TAKE_PART", "0"))
+    if part and not sum(_seen.values()) % part:  # as a full socket does, which a test cannot have at will
+        chunk = memoryview(chunk)[: len(chunk) // 2].tobytes()
     try:
         sent = send(chunk, flags)
     except OSError:
         _seen["none"] += 1
         raise
-    _seen["whole" if sent == len(chunk) else "part"] += 1
+    _seen["whole" if sent == size else "part"] += 1
     return sent
 
 
