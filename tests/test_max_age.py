@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
 
 from flask_pg_sse.tokens import Token, sign_token
-from tests.client import eventually, open_stream, request
+from tests.client import Response, eventually, open_stream, request
 from tests.conftest import execute, members
 from tests.servers import WebServer
 
@@ -24,15 +25,17 @@ def test_every_stream_ends_at_its_own_time(database_url: str, start_server: Star
     The ticker looks four times a heartbeat, and no less than once a second: here often enough to see it.
     """
     server = start_server(database_url, *options, FLASK_SSE_MAX_AGE="4", FLASK_SSE_HEARTBEAT="0.2")
-    ages = []
-    with ExitStack() as stack:
+
+    def age_of(stream: Response, began: float) -> float:
+        message = stream.event()
+        assert (message.event, message.json) == ("sse-end", {"reason": "max_age"})
+        assert message.retry is not None and 1500 <= message.retry <= 4500
+        stream.wait_closed()
+        return time.monotonic() - began
+
+    with ExitStack() as stack, ThreadPoolExecutor(30) as readers:
         streams = [(stack.enter_context(open_stream(server.port, "a")), time.monotonic()) for _ in range(30)]
-        for stream, began in streams:
-            message = stream.event()
-            assert (message.event, message.json) == ("sse-end", {"reason": "max_age"})
-            assert message.retry is not None and 1500 <= message.retry <= 4500
-            stream.wait_closed()
-            ages.append(time.monotonic() - began)
+        ages = [reading.result() for reading in [readers.submit(age_of, *stream) for stream in streams]]
     assert min(ages) > 3, ages
     assert len({round(age, 1) for age in ages}) > 1, ages
 
