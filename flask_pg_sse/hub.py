@@ -55,11 +55,31 @@ class Ticket(Protocol):
 class _Group:
     """The streams with one set of channels, and where those of them stand that have got all."""
 
-    __slots__ = ("members", "standing")
+    __slots__ = ("_members", "_streams", "standing")
 
     def __init__(self) -> None:
-        self.members: set[Subscription] = set()
+        self._members: dict[
+            Subscription, None
+        ] = {}  # in their order: neighbours in memory are served one after another
+        self._streams: tuple[Subscription, ...] | None = None
         self.standing = Standing()
+
+    def add(self, subscription: Subscription) -> None:
+        self._members[subscription] = None
+        self._streams = None
+
+    def remove(self, subscription: Subscription) -> None:
+        del self._members[subscription]
+        self._streams = None
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @property
+    def streams(self) -> tuple[Subscription, ...]:
+        if self._streams is None:
+            self._streams = tuple(self._members)
+        return self._streams
 
 
 class Hub:
@@ -116,7 +136,7 @@ class Hub:
                 group = self._groups[subscription.channels] = _Group()
                 for channel in subscription.channels:
                     self._groups_of.setdefault(channel, set()).add(subscription.channels)
-            group.members.add(subscription)
+            group.add(subscription)
         # Asked after the stream stands in the tables: drain() sets the reason first and then reads the tables, and so
         # does disconnect().
         heard = not self._why_not(subscription) and ticket.wait(OPEN_TIMEOUT)
@@ -216,14 +236,14 @@ class Hub:
             ticket = self._tickets.pop(subscription, None)
             if ticket is None:
                 return
-            members = self._groups[subscription.channels].members
-            members.discard(subscription)
-            if not members:
+            group = self._groups[subscription.channels]
+            group.remove(subscription)
+            if not group:
                 del self._groups[subscription.channels]
                 for channel in subscription.channels:
-                    groups = self._groups_of[channel]
-                    groups.discard(subscription.channels)
-                    if not groups:
+                    sets = self._groups_of[channel]
+                    sets.discard(subscription.channels)
+                    if not sets:
                         del self._groups_of[channel]
                         self._recent.end(channel)
         self._unlisten(subscription.channels)
@@ -275,7 +295,7 @@ class Hub:
         with self._tables:
             sets = {channels for channel in positions for channels in self._groups_of.get(channel, ())}
             groups = [(channels.intersection(positions), self._groups[channels]) for channels in sets]
-            found = [(share, group, tuple(group.members)) for share, group in groups]
+            found = [(share, group, group.streams) for share, group in groups]
         blocks = {}
         for share in {share for share, _, _ in found}:
             wanted = sorted(position for channel in share for position in positions[channel])
@@ -313,7 +333,7 @@ class Hub:
             self._recent.trim()
             cursor = Block(event.control_block("cursor", {}, id=self.position), last=self.position)
             with self._tables:
-                groups = [(group, tuple(group.members)) for group in self._groups.values()]
+                groups = [(group, group.streams) for group in self._groups.values()]
             work = []
             for group, streams in groups:
                 before = group.standing
