@@ -17,12 +17,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from . import event
 from .block import Block, Standing
 from .departures import Departures
+from .group import Group, in_portions
 from .page import Item
 from .places import Places
 from .progress import ENOUGH_BYTES
@@ -40,8 +41,6 @@ OPEN_TIMEOUT = 10.0
 FAREWELL = 1.0
 # Orders to end streams that are remembered, for requests that were being decided on meanwhile.
 _DISCONNECTS = 10_000
-# After so many offers other greenlets get their turn: about one millisecond of work.
-OFFERS_BETWEEN_YIELDS = 250
 
 
 class Ticket(Protocol):
@@ -50,36 +49,6 @@ class Ticket(Protocol):
     def wait(self, timeout: float) -> bool: ...
 
     def cancel(self) -> None: ...
-
-
-class _Group:
-    """The streams with one set of channels, and where those of them stand that have got all."""
-
-    __slots__ = ("_members", "_streams", "standing")
-
-    def __init__(self) -> None:
-        self._members: dict[
-            Subscription, None
-        ] = {}  # in their order: neighbours in memory are served one after another
-        self._streams: tuple[Subscription, ...] | None = None
-        self.standing = Standing()
-
-    def add(self, subscription: Subscription) -> None:
-        self._members[subscription] = None
-        self._streams = None
-
-    def remove(self, subscription: Subscription) -> None:
-        del self._members[subscription]
-        self._streams = None
-
-    def __len__(self) -> int:
-        return len(self._members)
-
-    @property
-    def streams(self) -> tuple[Subscription, ...]:
-        if self._streams is None:
-            self._streams = tuple(self._members)
-        return self._streams
 
 
 class Hub:
@@ -106,7 +75,7 @@ class Hub:
         self._heartbeat = heartbeat
         self._retry = retry
         self._tables = threading.Lock()  # guards the three tables below
-        self._groups: dict[frozenset[str], _Group] = {}
+        self._groups: dict[frozenset[str], Group] = {}
         self._groups_of: dict[str, set[frozenset[str]]] = {}
         self._tickets: dict[Subscription, Ticket] = {}
         # Offers come one at a time, from the listener's turns or from the ticker. Held for a turn, not for a client.
@@ -133,7 +102,7 @@ class Hub:
             self._tickets[subscription] = ticket
             group = self._groups.get(subscription.channels)
             if group is None:
-                group = self._groups[subscription.channels] = _Group()
+                group = self._groups[subscription.channels] = Group()
                 for channel in subscription.channels:
                     self._groups_of.setdefault(channel, set()).add(subscription.channels)
             group.add(subscription)
@@ -269,7 +238,7 @@ class Hub:
                 before = group.standing
                 group.standing = before.after(block.seen_from(before.accepted), now)
                 work.append(((block, before, group.standing), streams))
-            for (block, before, after), portion in _in_portions(work):
+            for (block, before, after), portion in in_portions(work):
                 for slow in offer_to_all(portion, block, before, after):
                     self._fall_behind(slow)
             for (block, _, _), _ in work:
@@ -283,7 +252,7 @@ class Hub:
             logger.info("A stream was ended: its client reads slower than events come.")
             subscription.end(self.end_block("behind"), drop=True)
 
-    def _blocks_of(self, turn: Sequence[Item]) -> list[tuple[_Group, tuple[Subscription, ...], Block]]:
+    def _blocks_of(self, turn: Sequence[Item]) -> list[tuple[Group, tuple[Subscription, ...], Block]]:
         """Return the groups that the turn is for, with their streams and their block.
 
         Groups whose channels have the same share in the turn get the same bytes: streams that have a channel of their
@@ -316,7 +285,7 @@ class Hub:
             with self._tables:
                 for group in self._groups.values():
                     group.standing = after
-            for _, streams in _in_portions(self._everybody()):
+            for _, streams in in_portions(self._everybody()):
                 for subscription in streams:
                     if subscription.live and not subscription.reset(block, position, now, after):
                         self._fall_behind(subscription)
@@ -341,7 +310,7 @@ class Hub:
                 if sign is not None:
                     group.standing = before.after(sign, now)
                 work.append(((before, sign, group.standing), streams))
-            for (before, sign, after), portion in _in_portions(work):
+            for (before, sign, after), portion in in_portions(work):
                 for subscription in portion:
                     self._look_after(subscription, now)
                     standing = subscription.standing
@@ -385,7 +354,7 @@ class Hub:
         with self._tables:
             self._disconnects.append((now, subject, channel))
         with self._dispatch:
-            for _, streams in _in_portions(self._everybody()):
+            for _, streams in in_portions(self._everybody()):
                 for subscription in streams:
                     if _concerns(subscription, subject, channel):
                         subscription.end(self.end_block("revoked"), drop=True, cut_at=now + FAREWELL)
@@ -399,18 +368,3 @@ def _concerns(subscription: Subscription, subject: str | None, channel: str | No
     return (subject is None or subject in subscription.terms.subjects) and (
         channel is None or channel in subscription.channels
     )
-
-
-def _in_portions(work: Iterable[tuple[_T, Sequence[Subscription]]]) -> Iterator[tuple[_T, Sequence[Subscription]]]:
-    """Iterate, giving way to other greenlets or threads every few hundred streams: a large page must not stop them."""
-    left = OFFERS_BETWEEN_YIELDS
-    for what, streams in work:
-        at = 0
-        while at < len(streams):
-            portion = streams[at : at + left]
-            yield what, portion
-            at += len(portion)
-            left -= len(portion)
-            if not left:
-                left = OFFERS_BETWEEN_YIELDS
-                time.sleep(0)

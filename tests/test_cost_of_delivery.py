@@ -19,7 +19,8 @@ import pytest
 
 from flask_pg_sse import hub as hub_module
 from flask_pg_sse import subscription as subscription_module
-from flask_pg_sse.hub import OFFERS_BETWEEN_YIELDS, Hub
+from flask_pg_sse.group import OFFERS_BETWEEN_YIELDS
+from flask_pg_sse.hub import Hub
 from flask_pg_sse.subscription import Subscription, offer_to_all
 
 # Bytecode instructions of a delivery, the system call aside. It takes 44 on CPython 3.10, 42 on 3.11 and 3.13.

@@ -11,7 +11,10 @@ import flask_pg_sse
 PACKAGE = Path(flask_pg_sse.__file__).parent
 FLOORS = [
     {"errors", "event", "wire", "page", "channels", "settings", "tokens", "backoff", "wakeup", "progress"},
-    {"hub", "places", "subscription", "recent", "access", "server", "shutdown", "outlet", "block", "departures"},
+    {
+        "hub", "places", "subscription", "recent", "access", "server", "shutdown", "outlet", "block", "group",
+        "departures",
+    },
     {
         "postgres.dsn", "postgres.connect", "postgres.pool", "postgres.schema", "postgres.presence", "postgres.log",
         "postgres.publish", "postgres.wanted", "postgres.decode", "postgres.control", "postgres.listener",
@@ -25,7 +28,8 @@ FLOORS = [
 ALLOWED_BESIDE = {
     ("event", "errors"), ("channels", "errors"), ("settings", "errors"),
     ("wire", "errors"), ("wire", "event"),
-    ("block", "outlet"), ("subscription", "block"), ("hub", "block"),
+    ("block", "outlet"), ("subscription", "block"), ("hub", "block"), ("group", "block"), ("group", "subscription"),
+    ("hub", "group"),
     ("subscription", "access"), ("subscription", "outlet"), ("server", "outlet"), ("places", "subscription"),
     ("hub", "subscription"), ("hub", "recent"), ("hub", "places"), ("hub", "departures"),
     ("departures", "subscription"),
