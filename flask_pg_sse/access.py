@@ -19,13 +19,13 @@ class Terms:
     """On what terms a stream was opened. Times are monotonic.
 
     subjects:     whose it is, as the app and the token say; `disconnect(subject=…)` finds it by these.
-    clients:      what it is counted under (`counted_under()`).
+    clients:      what it is counted under (`counted_under()`), if at all.
     asked_at:     when the asking for permission began. A right that was taken away since then may not have been seen.
     ends_at:      when it has to end, and `ends_because` the reason that the client is told.
     """
 
     subjects: frozenset[str] = frozenset()
-    clients: frozenset[str] = frozenset()
+    clients: tuple[str, ...] = ()
     asked_at: float = -math.inf
     ends_at: float = math.inf
     ends_because: str = ""
@@ -68,18 +68,18 @@ def to_subject(value: object) -> str:
     return text
 
 
-def counted_under(subjects: Collection[str], address: str | None) -> frozenset[str]:
+def counted_under(subjects: Collection[str], address: str | None) -> tuple[str, ...]:
     """Return what the streams of a client are counted under: its subjects or, where it has none, its address.
 
     Of an IPv6 address the first 64 bits count: the others are its owner's to choose.
     https://www.rfc-editor.org/rfc/rfc4291#section-2.5.4
     """
     if subjects:
-        return frozenset(f"subject {subject}" for subject in subjects)
+        return tuple(f"subject {subject}" for subject in sorted(subjects))
     try:
         known = ipaddress.ip_address(address or "")
     except ValueError:  # the peer of a Unix socket has none
-        return frozenset([f"address {address or ''}"])
+        return (f"address {address or ''}",)
     if isinstance(known, ipaddress.IPv6Address):
         known = known.ipv4_mapped or ipaddress.IPv6Address(int(known) >> 64 << 64)
-    return frozenset([f"address {known}"])
+    return (f"address {known}",)

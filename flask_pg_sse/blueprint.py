@@ -24,7 +24,7 @@ from .guard import SSEBlueprint
 from .hub import OPEN_TIMEOUT
 from .server import Connection, why_no_stream
 from .settings import Settings, secret_keys
-from .stream import StreamRequest, stream
+from .stream import stream
 from .subscription import Subscription
 from .tokens import Token, read_token
 
@@ -128,8 +128,7 @@ def _answer(names: list[str]) -> ResponseReturnValue:
     if request.method == "HEAD":
         return _StreamResponse(iter(()), connection)  # a tuple would get a Content-Length, which no stream has
     subscription = Subscription(channels, settings.buffer_bytes, terms)
-    asked = StreamRequest(last_event_id, retry=settings.retry)
-    response = _StreamResponse(stream(*runtime.streams, subscription, asked, connection), connection)
+    response = _StreamResponse(stream(*runtime.streams, subscription, last_event_id, connection), connection)
     if "flask_pg_sse.testing" in request.environ:
         request.environ["flask_pg_sse.testing"].append(subscription)
     return response
@@ -159,7 +158,8 @@ def _terms(state: State, channels: Iterable[str], signed: str) -> access.Terms:
         subjects = guard.subjects_of(state.subject or sse_bp.default_subject, token)
         if subjects is None:
             raise _Refused("This site cannot tell whose stream this would be. Ask who runs it to look at its log.")
-        clients = access.counted_under(subjects, request.remote_addr)
+        each = settings.max_streams_per_client is not None
+        clients = access.counted_under(subjects, request.remote_addr) if each else ()
         if runtime.full(clients):  # before the app has been given work; it is decided when the stream opens
             raise _Ended("capacity")
         opened = token.channels if token is not None else frozenset[str]()

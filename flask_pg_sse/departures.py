@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import select
-import weakref
+import threading
 from typing import Any
 
 from .subscription import Subscription
@@ -21,8 +21,8 @@ class Departures:
 
     def __init__(self) -> None:
         self._epoll: Any = None
-        # A number is another connection's later. Streams that have ended leave by themselves.
-        self._streams: weakref.WeakValueDictionary[int, Subscription] = weakref.WeakValueDictionary()
+        self._table = threading.Lock()
+        self._streams: dict[int, Subscription] = {}  # a number is another connection's later
 
     def start(self) -> None:
         epoll = _epoll()
@@ -44,7 +44,9 @@ class Departures:
         number = subscription.connection.fileno()
         if number < 0:
             return
-        self._streams[number] = subscription
+        with self._table:
+            self._streams[number] = subscription
+        subscription.watched_as = number
         # Said once: the socket stays readable while the stream takes its time to end.
         events = select.EPOLLRDHUP | select.EPOLLET
         with contextlib.suppress(OSError, ValueError):  # it has left already, or the ticker has
@@ -52,6 +54,12 @@ class Departures:
                 self._epoll.register(number, events)
             except FileExistsError:
                 self._epoll.modify(number, events)
+
+    def forget(self, subscription: Subscription) -> None:
+        """End with a stream, whose connection may have been closed long since."""
+        with self._table:
+            if self._streams.get(subscription.watched_as) is subscription:
+                del self._streams[subscription.watched_as]
 
     def take(self) -> list[Subscription]:
         """Return the streams whose clients have left since the last call."""

@@ -6,6 +6,7 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-inte
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
@@ -158,6 +159,12 @@ def control_block(name: str, data: Mapping[str, object], *, id: int | None = Non
     lines += [f"event: {RESERVED_PREFIX}{name}"]
     lines += [f"id: {id}"] if id is not None else []
     return "\n".join([*lines, f"data: {json.dumps(data)}\n\n"]).encode()
+
+
+@functools.lru_cache(maxsize=1)  # of ten thousand streams that open at once, nearly all at the same position
+def open_block(position: int | None, retry: int) -> bytes:
+    """Return the block that a stream begins with. `retry` is in milliseconds."""
+    return control_block("open", {}, id=position, retry=retry)
 
 
 def end_block(reason: str, retry: int, id: int | None = None) -> bytes:

@@ -18,18 +18,20 @@ OFFERS_BETWEEN_YIELDS = 250
 class Group:
     """The streams with one set of channels, and where those of them stand that have got all."""
 
-    __slots__ = ("_members", "_streams", "standing")
+    __slots__ = ("_members", "_streams", "channels", "standing")
 
-    def __init__(self) -> None:
-        self._members: dict[
-            Subscription, None
-        ] = {}  # in their order: neighbours in memory are served one after another
+    def __init__(self, channels: frozenset[str]) -> None:
+        self.channels = channels
+        # In their order: neighbours in memory are served one after another.
+        self._members: dict[Subscription, None] = {}
         self._streams: tuple[Subscription, ...] | None = None
-        self.standing = Standing()
+        now = time.monotonic()
+        self.standing = Standing(told_at=now, active_at=now)
 
     def add(self, subscription: Subscription) -> None:
         self._members[subscription] = None
         self._streams = None
+        subscription.channels = self.channels  # equal, and then the same object for all
 
     def remove(self, subscription: Subscription) -> None:
         del self._members[subscription]

@@ -15,6 +15,8 @@ from .tokens import Token
 
 logger = logging.getLogger(__name__)
 
+_NOBODY = frozenset[str]()  # one object for all streams that are nobody's
+
 Authorizer = Callable[[str], bool]
 SubjectOf = Callable[[], "str | int | None"]
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -88,7 +90,7 @@ def subjects_of(hook: SubjectOf | None, token: Token | None) -> frozenset[str] |
             except (TypeError, ValueError) as error:
                 logger.error("A stream was refused: subject %s: %s", _name_of(hook), error)
                 return None
-    return frozenset(subjects)
+    return frozenset(subjects) if subjects else _NOBODY
 
 
 def may_listen(hook: Authorizer | None, channel: str) -> bool:

@@ -102,7 +102,7 @@ class Hub:
             self._tickets[subscription] = ticket
             group = self._groups.get(subscription.channels)
             if group is None:
-                group = self._groups[subscription.channels] = Group()
+                group = self._groups[subscription.channels] = Group(subscription.channels)
                 for channel in subscription.channels:
                     self._groups_of.setdefault(channel, set()).add(subscription.channels)
             group.add(subscription)
@@ -132,7 +132,7 @@ class Hub:
             group = self._groups[subscription.channels]
             if group.standing.accepted != position:  # so that streams can meet there, also if no event has an id
                 group.standing = Standing(position, position, now, now)
-            subscription.go_live(position, Block(b""), now, told=position)
+            subscription.go_live(position, Block(b""), now, like=group.standing)
             return position
 
     def join(self, subscription: Subscription, *, exists: bool) -> bool:
@@ -201,6 +201,7 @@ class Hub:
         self.places.sweep()
 
     def _forget(self, subscription: Subscription) -> None:
+        self.departures.forget(subscription)
         with self._dispatch, self._tables:
             ticket = self._tickets.pop(subscription, None)
             if ticket is None:
@@ -220,6 +221,10 @@ class Hub:
     def __len__(self) -> int:
         """Number of streams."""
         return len(self._tickets)
+
+    def open_block(self, position: int | None) -> bytes:
+        """Return the block that a stream begins with. `position` is its client's in the log, if it has one there."""
+        return event.open_block(position, self._retry)
 
     def end_block(self, reason: str) -> bytes:
         """Return the block that ends a stream."""

@@ -74,10 +74,15 @@ class Outlet:
             raise
 
 
+def is_gunicorns(response: Any) -> bool:
+    """Tell whether it is a response of gunicorn's, over HTTP/1."""
+    of = type(response)
+    return (of.__module__, of.__qualname__) == ("gunicorn.http.wsgi", "Response")
+
+
 def outlet_of(client: Any, response: Any) -> Outlet | None:
     """Return the outlet of gunicorn's own HTTP/1.1 response on a plain socket; None for anything else."""
-    of = type(response)
-    if (of.__module__, of.__qualname__) != ("gunicorn.http.wsgi", "Response") or type(client) is not socket.socket:
+    if not is_gunicorns(response) or type(client) is not socket.socket:
         return None
     if any(name.lower() == "content-encoding" for name, _ in response.headers):
         return None

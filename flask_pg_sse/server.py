@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import wakeup
-from .outlet import Outlet, outlet_of
+from .outlet import Outlet, is_gunicorns, outlet_of
 from .progress import Progress
+from .sharing import share
 
 
 def why_no_stream(environ: Mapping[str, Any], worker: Any = None) -> str | None:
@@ -67,11 +68,11 @@ def room_for_streams(worker: Any) -> tuple[int, int | None]:
 class Connection:
     """The client's connection, as far as the server shows it."""
 
-    __slots__ = ("_client", "_direct_write", "_outlet", "_socket")
+    __slots__ = ("_begun", "_direct_write", "_outlet", "_socket")
 
-    def __init__(self, environ: Mapping[str, Any], *, direct_write: bool = False) -> None:
+    def __init__(self, environ: dict[str, Any], *, direct_write: bool = False) -> None:
         self._socket: Any = None
-        self._client = environ.get("gunicorn.socket")
+        self._begun: tuple[dict[str, Any], Any] | None = (environ, None)  # environ and response, until shared
         self._direct_write = direct_write
         self._outlet: Outlet | None = None
         self._take_socket(environ.get("gunicorn.socket") or environ.get("werkzeug.socket"))
@@ -89,11 +90,19 @@ class Connection:
         response: Any = getattr(write, "__self__", None)
         if hasattr(response, "force_close"):  # gunicorn
             response.force_close()
-            if self._direct_write:
-                self._outlet = outlet_of(self._client, response)
+            if self._begun is not None and is_gunicorns(response):
+                self._begun = (self._begun[0], response)
+                if self._direct_write:
+                    self._outlet = outlet_of(self._begun[0]["gunicorn.socket"], response)
         elif hasattr(response, "close_connection"):  # gevent's pywsgi
             response.close_connection = True
             self._take_socket(response.socket)
+
+    def share(self) -> None:
+        """Let go of what gunicorn keeps of the request in as far as others have the same. The response has begun."""
+        if self._begun is not None and self._begun[1] is not None:
+            share(*self._begun)
+        self._begun = None
 
     def outlet(self, progress: Progress) -> Outlet | None:
         """Return the way past the generator; None where there is none, or something stands in between."""

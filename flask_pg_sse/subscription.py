@@ -53,7 +53,6 @@ class Subscription:
     """
 
     __slots__ = (
-        "__weakref__",
         "_blocks",
         "_closing",
         "_in_flight",
@@ -76,6 +75,7 @@ class Subscription:
         "sent",
         "standing",
         "terms",
+        "watched_as",
     )
 
     def __init__(self, channels: Iterable[str], limit: int, terms: Terms = Terms()) -> None:  # noqa: B008
@@ -87,6 +87,7 @@ class Subscription:
         self.sent = 0  # id up to which all has been handed to the server: where to read on after falling behind
         self.progress = Progress()
         self.connection: Connection | None = None  # once the stream has begun
+        self.watched_as = -1  # the number of its socket, if it is watched for its end
         # Monotonic time at which it is to end or, once that has been decided, to lose its connection if that stands.
         self.due = terms.ends_at
         self._blocks: list[Block] = []
@@ -113,14 +114,15 @@ class Subscription:
         """Whether the stream's end has been decided; its last block may still have to leave."""
         return self._closing is not None
 
-    def go_live(self, after: int, missed: Block, now: float, *, told: int = 0) -> None:
+    def go_live(self, after: int, missed: Block, now: float, *, like: Standing | None = None) -> None:
         """Take what is offered from now on. The client has everything up to the id `after`, and then `missed`.
 
-        `told` is `after` if the client knows that id: the log may have been read far beyond its last event.
+        `like` is where others stand who have the same. Without it the client is taken not to know the id `after`: the
+        log may have been read far beyond its last event.
         """
         self._offered = self._taken = self._in_flight = self._large = 0
         self.sent = after
-        self.standing = Standing(after, told, now, now) if self._closing is None else _NOWHERE
+        self.standing = (like or Standing(after, 0, now, now)) if self._closing is None else _NOWHERE
         self.live = True
         if missed.data:
             self.offer(missed, now)

@@ -11,7 +11,7 @@ from flask_pg_sse.event import control_block
 from flask_pg_sse.hub import Hub
 from flask_pg_sse.page import Item, Page
 from flask_pg_sse.replay import Replay
-from flask_pg_sse.stream import StreamRequest, stream
+from flask_pg_sse.stream import stream
 from flask_pg_sse.subscription import Subscription
 
 FIRST = 100  # the log's head before its first event; ids have gaps
@@ -108,6 +108,9 @@ class _Connection:
     def cut(self) -> None:
         pass
 
+    def share(self) -> None:
+        pass
+
     def stop_reading(self) -> None:
         pass
 
@@ -136,8 +139,7 @@ class World:
 
     def stream(self, subscription: Subscription, last_event_id: int | None) -> Iterable[bytes]:
         known = "" if last_event_id is None else str(last_event_id)
-        request = StreamRequest(known, retry=1000)
-        return stream(self.hub, self.replay, subscription, request, _Connection())  # type: ignore[arg-type]
+        return stream(self.hub, self.replay, subscription, known, _Connection())  # type: ignore[arg-type]
 
 
 def opening_id(output: bytes) -> int:

@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "event", "wire", "page", "channels", "settings", "tokens", "backoff", "wakeup", "progress"},
     {
         "hub", "places", "subscription", "recent", "access", "server", "shutdown", "outlet", "block", "group",
-        "departures",
+        "departures", "sharing",
     },
     {
         "postgres.dsn", "postgres.connect", "postgres.pool", "postgres.schema", "postgres.presence", "postgres.log",
@@ -31,6 +31,7 @@ ALLOWED_BESIDE = {
     ("block", "outlet"), ("subscription", "block"), ("hub", "block"), ("group", "block"), ("group", "subscription"),
     ("hub", "group"),
     ("subscription", "access"), ("subscription", "outlet"), ("server", "outlet"), ("places", "subscription"),
+    ("server", "sharing"),
     ("hub", "subscription"), ("hub", "recent"), ("hub", "places"), ("hub", "departures"),
     ("departures", "subscription"),
     ("stream", "replay"),

@@ -29,12 +29,18 @@ class ListenTicket:
         deadline = time.monotonic() + timeout
         for listen in self._pending:
             listen.answered.wait(max(0.0, deadline - time.monotonic()))
-        return all(listen.confirmed for listen in self._pending)
+        confirmed = all(listen.confirmed for listen in self._pending)
+        if confirmed:  # a stream keeps its ticket for hours
+            self._pending = ()
+        return confirmed
 
     def cancel(self) -> None:
         """End the wait of all streams that wait for the same."""
         for listen in self._pending:
             listen.answered.set()
+
+
+_HEARD = ListenTicket(())
 
 
 class Wanted:
@@ -59,8 +65,10 @@ class Wanted:
                 self._idle_since.pop(name, None)
             self._channel_of.update(names)
             missing = names.keys() - self._listening
+            if not missing:
+                return _HEARD, False
             self._to_listen.update(missing)
-            return ListenTicket([self._pending.setdefault(name, _Pending()) for name in missing]), bool(missing)
+            return ListenTicket([self._pending.setdefault(name, _Pending()) for name in missing]), True
 
     def remove(self, channels: Iterable[str]) -> bool:
         """Want each of `channels` once less; tell whether an UNLISTEN is to come where none was before."""

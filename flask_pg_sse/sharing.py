@@ -1,0 +1,81 @@
+"""What gunicorn keeps of a request while its stream lasts, with all that is equal in many of them made one object.
+
+gunicorn holds the request's environ and headers until the response has ended, for its access log. The streams of one
+page have nearly the same in them, ten thousand times. Nothing is taken away: whoever looks finds equal values, and the
+same behaviour.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from typing import Any
+
+# Values that are remembered, and the longest text among them: clients choose most of them, so that together they must
+# stay small. What is forgotten stays shared by those who have it.
+_MOST = 4096
+_LONGEST = 256
+
+_REQUEST_TEXTS = ("method", "uri", "path", "query", "fragment", "scheme")
+
+_known: dict[Any, Any] = {}
+
+
+def share(environ: dict[str, Any], response: Any) -> None:
+    """Share what a request of gunicorn's has in common with others. Its response has begun."""
+    request = response.req
+    _share_objects(environ, request)
+    equal = {_shared(name): _text(value) for name, value in environ.items()}
+    environ.clear()  # a dict gives up its old names only so
+    environ.update(equal)
+    for owner, texts in ((request, _REQUEST_TEXTS), (response, ("status",))):
+        for name in texts:  # not by vars(), which makes a dict that the object has not had
+            setattr(owner, name, _text(getattr(owner, name)))
+        owner.headers[:] = _pairs(owner.headers)
+
+
+def _share_objects(environ: dict[str, Any], request: Any) -> None:
+    if "wsgi.early_hints" in environ:
+        environ["wsgi.early_hints"] = _too_late
+    if not environ.get("CONTENT_LENGTH") and "HTTP_TRANSFER_ENCODING" not in environ:
+        if request.body is environ["wsgi.input"]:
+            request.body = _NO_INPUT
+        environ["wsgi.input"] = _NO_INPUT
+    errors = environ["wsgi.errors"]
+    streams = getattr(errors, "streams", None)
+    if isinstance(streams, list):  # others once the log's files have been opened anew
+        environ["wsgi.errors"] = _shared(("wsgi.errors", type(errors), *streams), errors)
+
+
+def _pairs(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [_shared(pair) if len(pair[0]) + len(pair[1]) <= _LONGEST else pair for pair in headers]
+
+
+def _text(value: Any) -> Any:
+    return _shared(value) if type(value) is str and len(value) <= _LONGEST else value
+
+
+def _shared(key: Any, value: Any = None) -> Any:
+    if len(_known) >= _MOST:
+        _known.clear()
+    return _known.setdefault(key, key if value is None else value)
+
+
+def _too_late(headers: object) -> None:
+    """Do what gunicorn's own `wsgi.early_hints` does once the response has begun."""
+
+
+class _NoInput(io.RawIOBase):
+    """The body of a request that has none. Nobody can close it for the others."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
+_NO_INPUT = _NoInput()
