@@ -41,7 +41,7 @@ def stream(
                 yield piece
                 progress.sent += progress.in_flight
                 progress.in_flight = 0
-            del taken, piece
+            taken = piece = b""  # or the last one would be held for as long as nothing comes
         connection.stop_reading()
     finally:
         hub.close(subscription)
