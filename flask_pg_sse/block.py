@@ -92,6 +92,11 @@ class Standing:
             return Standing(block.last, block.last, now, now)
         return Standing(self.accepted, self.told, self.told_at, now)
 
+    def sign_due_at(self, heartbeat: float, cursor: Block) -> float:
+        """Return when `sign_of_life()` will have one, if nothing comes until then. `heartbeat` is in seconds."""
+        moved_on = cursor.last >= self.accepted and cursor.last > self.told
+        return (min(self.told_at, self.active_at) if moved_on else self.active_at) + heartbeat
+
     def sign_of_life(self, quiet_since: float, cursor: Block) -> Block | None:
         """Return what a stream gets if nothing has been sent since `quiet_since`: the log's position if it moved on.
 

@@ -39,6 +39,8 @@ OPEN_TIMEOUT = 10.0
 # Seconds; a client that has not read its farewell by then is cut off. gunicorn would wait 30 s for it at its own end,
 # and who has lost the right to listen is to hear no more.
 FAREWELL = 1.0
+# Looks at all streams in the shorter of heartbeat and send timeout.
+_LOOKS = 4
 # Orders to end streams that are remembered, for requests that were being decided on meanwhile.
 _DISCONNECTS = 10_000
 
@@ -86,6 +88,7 @@ class Hub:
         self._disconnects: deque[tuple[float, str | None, str | None]] = deque(maxlen=_DISCONNECTS)
         self._gone: deque[Subscription] = deque()  # closed, and still in the tables
         self.departures = Departures()
+        self._look_at = 0.0  # monotonic time until which no stream needs to be looked at; moved under `_tables`
 
     # -- streams come and go
 
@@ -100,6 +103,7 @@ class Hub:
         ticket = self._listen(subscription.channels)
         with self._tables:
             self._tickets[subscription] = ticket
+            self._look_at = min(self._look_at, subscription.due)
             group = self._groups.get(subscription.channels)
             if group is None:
                 group = self._groups[subscription.channels] = Group(subscription.channels)
@@ -303,29 +307,46 @@ class Hub:
         """
         self.sweep()
         now = time.monotonic()
+        if now < self._look_at:
+            return
         with self._dispatch:
             self._recent.trim()
             cursor = Block(event.control_block("cursor", {}, id=self.position), last=self.position)
             with self._tables:
                 groups = [(group, group.streams) for group in self._groups.values()]
+                self._look_at = math.inf
+            # The next one: often enough to see that a client takes nothing for `send_timeout`.
+            look_at = now + min(self._heartbeat, self._send_timeout) / _LOOKS
             work = []
             for group, streams in groups:
                 before = group.standing
                 sign = before.sign_of_life(now - self._heartbeat, cursor)
                 if sign is not None:
                     group.standing = before.after(sign, now)
+                look_at = min(look_at, group.standing.sign_due_at(self._heartbeat, cursor))
                 work.append(((before, sign, group.standing), streams))
             for (before, sign, after), portion in in_portions(work):
                 for subscription in portion:
-                    self._look_after(subscription, now)
-                    standing = subscription.standing
-                    own = sign if standing is before else standing.sign_of_life(now - self._heartbeat, cursor)
+                    progress = subscription.progress
+                    if progress.in_flight or progress.judged or subscription.due <= now:
+                        self._look_after(subscription, now)
+                        look_at = now
+                    elif subscription.due < look_at:
+                        look_at = subscription.due
+                    standing, own = subscription.standing, sign
+                    if standing is not before:
+                        own = standing.sign_of_life(now - self._heartbeat, cursor)
+                        look_at = min(look_at, standing.sign_due_at(self._heartbeat, cursor))
                     if own is not None and not subscription.waiting:  # what waits will do as one
                         subscription.offer(own, now, after)
+            self._look_by(look_at)
+
+    def _look_by(self, look_at: float) -> None:
+        with self._tables:
+            self._look_at = min(self._look_at, look_at)
 
     def _look_after(self, subscription: Subscription, now: float) -> None:
-        progress = subscription.progress
-        if (progress.in_flight or progress.judged) and progress.stalled(now, self._send_timeout):
+        if subscription.progress.stalled(now, self._send_timeout):
             logger.info("A stream was cut: its client took less than %d bytes in time.", ENOUGH_BYTES)
             subscription.end(b"", drop=True, cut_at=now)
         if subscription.due <= now:
@@ -345,6 +366,7 @@ class Hub:
         with self._tables:
             tickets = list(self._tickets.items())
         cut_at = time.monotonic() + FAREWELL
+        self._look_by(cut_at)
         with self._dispatch:
             for subscription, ticket in tickets:
                 subscription.end(self.end_block(reason), cut_at=cut_at)
@@ -358,6 +380,7 @@ class Hub:
         now = time.monotonic()
         with self._tables:
             self._disconnects.append((now, subject, channel))
+        self._look_by(now + FAREWELL)
         with self._dispatch:
             for _, streams in in_portions(self._everybody()):
                 for subscription in streams:

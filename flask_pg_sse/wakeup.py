@@ -25,6 +25,7 @@ class Wakeup:
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
+        self._watched: Any = None
 
     def fileno(self) -> int:
         return self._reader.fileno()
@@ -39,6 +40,20 @@ class Wakeup:
             while self._reader.recv(4096):
                 pass
 
+    def watch(self, descriptor: int) -> None:
+        """Have a descriptor, if it is one, set this whenever it is readable. Called by the thread that waits.
+
+        For one that is itself an epoll with thousands of sockets: gevent would have the kernel walk through all of them
+        each time that `wait(also=)` begins.
+        """
+        if descriptor >= 0 and is_patched():
+            import gevent
+
+            self._watched = gevent.get_hub().loop.io(descriptor, 1)  # 1: readable
+            self._watched.start(self.set)
+        elif descriptor >= 0:
+            self._watched = descriptor
+
     def wait(self, timeout: float, also: int = -1) -> None:
         """Return when set, after `timeout` seconds at the latest, and clear.
 
@@ -46,12 +61,16 @@ class Wakeup:
         """
         poller = select.poll()
         poller.register(self.fileno(), select.POLLIN)
-        if also >= 0:
-            poller.register(also, select.POLLIN)
+        for descriptor in (also, self._watched):
+            if isinstance(descriptor, int) and descriptor >= 0:
+                poller.register(descriptor, select.POLLIN)
         poller.poll(timeout * 1000)
         self.clear()
 
     def close(self) -> None:
+        if hasattr(self._watched, "stop"):
+            self._watched.stop()
+            self._watched.close()
         self._reader.close()
         self._writer.close()
 

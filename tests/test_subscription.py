@@ -9,10 +9,13 @@ import threading
 import time
 from collections.abc import Iterable
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flask_pg_sse import event
+from flask_pg_sse import hub as hub_module
+from flask_pg_sse.access import Terms
 from flask_pg_sse.block import Block, Standing
 from flask_pg_sse.hub import Hub
 from flask_pg_sse.subscription import PIECE_BYTES, Subscription
@@ -337,3 +340,38 @@ def test_a_large_page_lets_others_work_between() -> None:
     finally:
         time.sleep = real
     assert pauses == [0] * 4
+
+
+def test_nobody_is_looked_at_before_something_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = make_hub(heartbeat=100)
+    streams = [opened(hub, "a") for _ in range(3)]
+    hub.beat()
+    looked: list[Subscription] = []
+
+    def waiting(stream: Subscription) -> int:
+        looked.append(stream)
+        return 0
+
+    monkeypatch.setattr(Subscription, "waiting", property(waiting))
+    for stream in streams:  # due, but a look was had a moment ago
+        stream.standing = Standing(active_at=time.monotonic() - 200)
+    hub.beat()
+    assert not looked
+    hub.disconnect("nobody", None)  # whoever is ended then has to be cut off in time
+    hub._look_at -= hub_module.FAREWELL
+    hub.beat()
+    assert looked == streams
+
+
+def test_a_stream_that_is_to_end_is_looked_at_in_time() -> None:
+    hub = make_hub(heartbeat=100)
+    opened(hub, "a")
+    hub.beat()
+    ends_at = time.monotonic() + 0.05
+    soon = Subscription("a", 1000, Terms(ends_at=ends_at, ends_because="max_age"))
+    hub.open(soon)
+    hub.go_live(soon)
+    while not soon.ended:
+        assert time.monotonic() < ends_at + 10
+        hub.beat()
+    assert time.monotonic() >= ends_at

@@ -1,0 +1,38 @@
+"""The descriptor that a wakeup watches sets it, under greenlets and threads, and costs nothing while it waits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys, time
+if "gevent" in sys.argv:
+    import gevent.monkey; gevent.monkey.patch_all()
+import socket
+from flask_pg_sse.wakeup import Wakeup
+ours, theirs = socket.socketpair()
+wakeup = Wakeup()
+wakeup.watch(ours.fileno())
+begun = time.monotonic()
+wakeup.wait(0.2)
+assert 0.15 < time.monotonic() - begun < 5, "it returned before anything came"
+for _ in range(3):
+    theirs.send(b"x")
+    begun = time.monotonic()
+    wakeup.wait(30)
+    assert time.monotonic() - begun < 5, "it was not set"
+    ours.recv(10)
+    wakeup.wait(0.01)
+wakeup.watch(-1)
+wakeup.close()
+print("fine")
+"""
+
+
+@pytest.mark.parametrize("kind", ["gevent", "threads"])
+def test_a_watched_descriptor_sets_it(kind: str) -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT, kind], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "fine\n", done.stderr
