@@ -85,12 +85,15 @@ class Standing:
     told: int = 0  # the last id of the log that the client got; 0: it may know an older one than `accepted`
     told_at: float = 0.0  # monotonic time of that
     active_at: float = 0.0  # monotonic time of the last block
+    size: int = 0  # bytes of all blocks up to here, from anywhere: differences count
+    shared: bool = False  # whether streams may meet here: all that they accepted has then been handed to the server
 
-    def after(self, block: Block, now: float) -> Standing:
+    def after(self, block: Block, now: float, *, shared: bool = False) -> Standing:
         """Return where a stream stands that has taken a block, as it was seen from here."""
+        size = self.size + len(block.data)
         if block.last:
-            return Standing(block.last, block.last, now, now)
-        return Standing(self.accepted, self.told, self.told_at, now)
+            return Standing(block.last, block.last, now, now, size, shared)
+        return Standing(self.accepted, self.told, self.told_at, now, size, shared)
 
     def sign_due_at(self, heartbeat: float, cursor: Block) -> float:
         """Return when `sign_of_life()` will have one, if nothing comes until then. `heartbeat` is in seconds."""

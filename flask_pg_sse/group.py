@@ -26,7 +26,7 @@ class Group:
         self._members: dict[Subscription, None] = {}
         self._streams: tuple[Subscription, ...] | None = None
         now = time.monotonic()
-        self.standing = Standing(told_at=now, active_at=now)
+        self.standing = Standing(told_at=now, active_at=now, shared=True)
 
     def add(self, subscription: Subscription) -> None:
         self._members[subscription] = None

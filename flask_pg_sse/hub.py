@@ -135,7 +135,7 @@ class Hub:
             now = time.monotonic()
             group = self._groups[subscription.channels]
             if group.standing.accepted != position:  # so that streams can meet there, also if no event has an id
-                group.standing = Standing(position, position, now, now)
+                group.standing = Standing(position, position, now, now, shared=True)
             subscription.go_live(position, Block(b""), now, like=group.standing)
             return position
 
@@ -245,7 +245,7 @@ class Hub:
             work = []
             for group, streams, block in self._blocks_of(turn):
                 before = group.standing
-                group.standing = before.after(block.seen_from(before.accepted), now)
+                group.standing = before.after(block.seen_from(before.accepted), now, shared=True)
                 work.append(((block, before, group.standing), streams))
             for (block, before, after), portion in in_portions(work):
                 for slow in offer_to_all(portion, block, before, after):
@@ -290,7 +290,7 @@ class Hub:
         with self._dispatch:
             self.position = position
             self._recent.restart(position)
-            after = Standing(position, position, now, now)
+            after = Standing(position, position, now, now, shared=True)
             with self._tables:
                 for group in self._groups.values():
                     group.standing = after
@@ -322,7 +322,7 @@ class Hub:
                 before = group.standing
                 sign = before.sign_of_life(now - self._heartbeat, cursor)
                 if sign is not None:
-                    group.standing = before.after(sign, now)
+                    group.standing = before.after(sign, now, shared=True)
                 look_at = min(look_at, group.standing.sign_due_at(self._heartbeat, cursor))
                 work.append(((before, sign, group.standing), streams))
             for (before, sign, after), portion in in_portions(work):

@@ -11,6 +11,9 @@ needs no lock of its own.
 A generator with nothing to send parks and leaves `_send` behind, the way to its client past it. It goes on only for
 something that comes from the hub's side (`_has_work()`), and the hub's side writes directly only while there is none of
 that: so never do both write at once, also with threads.
+
+Most streams get the same as others, and stand at the same `Standing`: the hot path moves them from one to the next, and
+nothing else about them. What such a stream has been sent, and up to which id, is read off where it stands.
 """
 
 from __future__ import annotations
@@ -31,6 +34,12 @@ PIECE_BYTES = ENOUGH_BYTES
 _DIRECT_BYTES = 65536
 # Where a stream stands that takes nothing: no other does.
 _NOWHERE = Standing()
+
+
+def _closed(chunk: bytes, flags: int) -> int:
+    """Stand in for the way past a generator where there is none: nothing was sent."""
+    return 0
+
 
 
 class Connection(Protocol):
@@ -63,6 +72,8 @@ class Subscription:
         "_rest",
         "_rest_from",
         "_send",
+        "_sent",
+        "_since",
         "_spot",
         "_taken",
         "_torn",
@@ -72,7 +83,6 @@ class Subscription:
         "limit",
         "live",
         "progress",
-        "sent",
         "standing",
         "terms",
         "watched_as",
@@ -84,7 +94,7 @@ class Subscription:
         self.terms = terms
         self.live = False
         self.standing = _NOWHERE
-        self.sent = 0  # id up to which all has been handed to the server: where to read on after falling behind
+        self._sent = 0  # see `sent`
         self.progress = Progress()
         self.connection: Connection | None = None  # once the stream has begun
         self.watched_as = -1  # the number of its socket, if it is watched for its end
@@ -99,8 +109,10 @@ class Subscription:
         self._large = 0  # size of a block above the limit that waits or is in flight, and when it has been sent:
         self._large_until = 0  # once so many bytes have been taken
         self._closing: bytes | None = None
-        self._send: Callable[[bytes, int], int] | None = None
-        self._past = 0  # bytes written past the generator since it parked
+        self._send: Callable[[bytes, int], int] = _closed
+        # Bytes written past the generator since it parked: these, and what `standing` has grown by beyond `_since`.
+        self._past = 0
+        self._since = 0
         self._torn = b""  # the rest of a chunk of which the socket has taken a part
         self._spot: wakeup.Spot | None = None
 
@@ -108,6 +120,23 @@ class Subscription:
     def waiting(self) -> int:
         """Bytes that were offered and that the server has not yet sent."""
         return self._offered - self._taken
+
+    @property
+    def sent(self) -> int:
+        """The log's id up to which all has been handed to the server: where to read on after falling behind."""
+        standing = self.standing
+        return standing.accepted if standing.shared else self._sent
+
+    @sent.setter
+    def sent(self, log_id: int) -> None:
+        self._sent = log_id
+
+    def _stand(self, where: Standing, past: int = 0) -> None:
+        """Move to `where`, on a way of its own. `past` are the bytes that it got past the generator on that way."""
+        if self.standing.shared:  # otherwise it is the generator's to say what has been sent
+            self._sent = self.standing.accepted
+        self._past += past + self.standing.size - self._since
+        self.standing, self._since = where, where.size
 
     @property
     def ended(self) -> bool:
@@ -121,8 +150,8 @@ class Subscription:
         log may have been read far beyond its last event.
         """
         self._offered = self._taken = self._in_flight = self._large = 0
-        self.sent = after
-        self.standing = (like or Standing(after, 0, now, now)) if self._closing is None else _NOWHERE
+        self._sent = after
+        self._stand((like or Standing(after, 0, now, now)) if self._closing is None else _NOWHERE)
         self.live = True
         if missed.data:
             self.offer(missed, now)
@@ -137,20 +166,24 @@ class Subscription:
         block = block.seen_from(self.standing.accepted)
         if not block.data:
             return True
-        if self._write(block):
-            where = self.standing.after(block, now)
-            # Since when the client knows its id may differ by a little; that it is the same one is what counts.
-            shared = like is not None and like.accepted == where.accepted and like.told == where.told
-            self.standing = like if like is not None and shared else where
-            return True
-        if not self._append(block):
-            return False
-        self.standing = self.standing.after(block, now)  # not with those to whom can be written directly
+        where = self.standing.after(block, now)
+        sent = self._write(block)
+        if not sent:
+            # Before the generator is woken; and not to where those stand to whom can be written directly.
+            self._stand(where)
+            return self._append(block)
+        # Since when the client knows its id may differ by a little; that it is the same one is what counts.
+        if like is not None and like.accepted == where.accepted and like.told == where.told:
+            where = like
+        self._stand(where, past=len(block.data))
+        self._sent = block.last or self._sent
+        if sent < len(block.chunk):
+            self._tear(len(block.data), block.chunk[sent:])
         return True
 
     def reset(self, block: Block, position: int, now: float, like: Standing) -> bool:
         """Take a block after which the stream goes on from another position of the log."""
-        self.standing = Standing(position, self.standing.told, self.standing.told_at, now)
+        self._stand(Standing(position, self.standing.told, self.standing.told_at, now))
         return self.offer(block, now, like)
 
     def _append(self, block: Block) -> bool:
@@ -167,23 +200,14 @@ class Subscription:
         self._wake()
         return True
 
-    def _write(self, block: Block) -> bool:
-        """Send a block past the parked generator; False if it has to go through it."""
-        send = self._send
-        if send is None or len(block.data) > _DIRECT_BYTES or self._has_work():
-            return False
-        chunk = block.chunk or block.make_chunk()
+    def _write(self, block: Block) -> int:
+        """Send a block past the parked generator; return the bytes of its chunk that left, 0 if it has to go through."""
+        if len(block.data) > _DIRECT_BYTES or self._has_work():
+            return 0
         try:
-            sent = send(chunk, NOW)
+            return self._send(block.chunk or block.make_chunk(), NOW)
         except OSError:  # no room, or the client has gone, which is the generator's to find out
-            return False
-        if not sent:
-            return False
-        self._past += len(block.data)
-        self.sent = block.last or self.sent
-        if sent < len(chunk):
-            self._tear(len(block.data), chunk[sent:])
-        return True
+            return 0
 
     def _tear(self, size: int, rest: bytes) -> None:
         """Leave the rest of a chunk to the generator, and until then all that comes."""
@@ -191,14 +215,14 @@ class Subscription:
         self._offered += size
         if size > self.limit:
             self._large, self._large_until = size, self._offered
-        self._send = None
+        self._send = _closed
         self._torn = rest
         self._wake()
 
     def fall_behind(self) -> None:
         """Drop what waits. The stream is to read on from the log, from `sent`."""
+        self._stand(_NOWHERE)
         self.live = False
-        self.standing = _NOWHERE
         self._blocks.clear()
         self._wake()
 
@@ -212,7 +236,7 @@ class Subscription:
             return
         self.due = cut_at
         self._closing = block
-        self.standing = _NOWHERE
+        self._stand(_NOWHERE)
         if drop:
             self._blocks.clear()
         self._wake()
@@ -250,7 +274,7 @@ class Subscription:
                 return None
             self._rest = waiting[0].data if len(waiting) == 1 else b"".join([block.data for block in waiting])
             for block in waiting:
-                self.sent = block.last or self.sent
+                self._sent = block.last or self._sent
             del blocks[:count]
         start, end = self._rest_from, self._rest_from + PIECE_BYTES
         piece = self._rest[start:end]
@@ -264,16 +288,16 @@ class Subscription:
         if self._spot is None:
             self._spot = wakeup.new_spot()
         outlet = self.connection.outlet(self.progress) if self.connection is not None else None
-        self._send = outlet.send if outlet is not None else None
+        self._send = outlet.send if outlet is not None else _closed
         try:
             # Looked at after the way has been laid open: what came before would otherwise wake nobody.
             while not self._has_work():
                 self._spot.park()
         finally:  # also if the greenlet is killed: its connection is not ours any more
-            self._send = None
+            self._send = _closed
             if outlet is not None:
-                outlet.count(self._past)
-                self._past = 0
+                outlet.count(self._past + self.standing.size - self._since)
+                self._past, self._since = 0, self.standing.size
         if self._torn and outlet is not None:
             rest, self._torn = self._torn, b""
             outlet.finish(rest, self.progress)
@@ -297,25 +321,24 @@ def offer_to_all(
     The hot path: no lock, no formatting, no log, and for a stream that waits idle at `before` no call but the send.
     """
     shared = block.seen_from(before.accepted)
-    size, last, now = len(shared.data), shared.last, after.active_at
-    direct = size <= _DIRECT_BYTES
+    direct = 0 < len(shared.data) <= _DIRECT_BYTES
     chunk = (shared.chunk or shared.make_chunk()) if direct else b""
-    chunk_size = len(chunk)
+    size = len(chunk)
     slow = []
     for stream in streams:
         # Those that stand at `before` are live, and nothing waits for them.
-        if stream.standing is before and stream._send is not None and direct:
+        if stream.standing is before and direct:
             try:
                 sent = stream._send(chunk, NOW)
             except OSError:
                 sent = 0
-            if sent:
-                stream._past += size
-                stream.sent = last or stream.sent
+            if sent == size:
                 stream.standing = after
-                if sent < chunk_size:
-                    stream._tear(size, chunk[sent:])
                 continue
-        if not stream.offer(block, now, after):
+            if sent:
+                stream.standing = after
+                stream._tear(len(shared.data), chunk[sent:])
+                continue
+        if not stream.offer(block, after.active_at, after):
             slow.append(stream)
     return slow
