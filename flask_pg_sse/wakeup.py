@@ -11,24 +11,23 @@ import select
 import socket
 import sys
 import threading
+from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 
 
 class Wakeup:
-    """A socketpair whose one end becomes readable when the other is told `set()`.
+    """A socketpair whose one end becomes readable when the other is told `set()`, and one descriptor beside it.
 
     Not an `Event`: `set()` takes no lock and never waits, so it may be called from a signal handler, which under gevent
-    runs in the hub's own greenlet; and poll() can wait for it and for PostgreSQL's socket at once.
+    runs in the hub's own greenlet; and `wait()` can wait for it and for PostgreSQL's socket at once. One thread waits.
     """
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
-        self._watched: Any = None
-
-    def fileno(self) -> int:
-        return self._reader.fileno()
+        self._watched = -1
+        self._waiting: _Waiting | None = None  # the descriptors stay registered from one wait to the next
 
     def set(self) -> None:
         # A full pipe wakes as well as one more byte would; a closed one has nobody left to wake.
@@ -41,38 +40,93 @@ class Wakeup:
                 pass
 
     def watch(self, descriptor: int) -> None:
-        """Have a descriptor, if it is one, set this whenever it is readable. Called by the thread that waits.
+        """Have `wait()` return also while a descriptor is readable, in place of the one before; -1: none.
 
-        For one that is itself an epoll with thousands of sockets: gevent would have the kernel walk through all of them
-        each time that `wait(also=)` begins.
+        Before it is closed, have another watched, or none.
         """
-        if descriptor >= 0 and is_patched():
-            import gevent
+        self._watched = descriptor
+        self._stop_waiting()
 
-            self._watched = gevent.get_hub().loop.io(descriptor, 1)  # 1: readable
-            self._watched.start(self.set)
-        elif descriptor >= 0:
-            self._watched = descriptor
+    def wait(self, timeout: float) -> None:
+        """Return when set, when what is watched is readable, or after `timeout` seconds; and clear.
 
-    def wait(self, timeout: float, also: int = -1) -> None:
-        """Return when set, after `timeout` seconds at the latest, and clear.
-
-        Also when the descriptor `also` is readable, if it is one.
+        Others have their turn in any case.
         """
-        poller = select.poll()
-        poller.register(self.fileno(), select.POLLIN)
-        for descriptor in (also, self._watched):
-            if isinstance(descriptor, int) and descriptor >= 0:
-                poller.register(descriptor, select.POLLIN)
-        poller.poll(timeout * 1000)
-        self.clear()
+        reader = self._reader.fileno()
+        if self._waiting is None:
+            descriptors = [reader, self._watched] if self._watched >= 0 else [reader]
+            self._waiting = _GreenletWaiting(descriptors) if is_patched() else _ThreadWaiting(descriptors)
+        if reader in self._waiting.wait(timeout):
+            self.clear()
 
     def close(self) -> None:
-        if hasattr(self._watched, "stop"):
-            self._watched.stop()
-            self._watched.close()
+        self._stop_waiting()
         self._reader.close()
         self._writer.close()
+
+    def _stop_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.stop()
+
+
+class _Waiting(Protocol):
+    """Waits until one of some descriptors is readable, again and again."""
+
+    def wait(self, timeout: float) -> Collection[int]:
+        """Return descriptors that are readable; none after `timeout` seconds."""
+
+    def stop(self) -> None: ...
+
+
+class _ThreadWaiting:
+    def __init__(self, descriptors: Iterable[int]) -> None:
+        self._poller = select.poll()
+        for descriptor in descriptors:
+            self._poller.register(descriptor, select.POLLIN)
+
+    def wait(self, timeout: float) -> Collection[int]:
+        return [descriptor for descriptor, _ in self._poller.poll(timeout * 1000)]
+
+    def stop(self) -> None:
+        pass
+
+
+class _GreenletWaiting:
+    """gevent's watchers, kept: its own poll() makes new ones at every call, for the price of ten deliveries."""
+
+    def __init__(self, descriptors: Iterable[int]) -> None:
+        import gevent
+
+        self._hub: Any = gevent.get_hub()
+        self._greenlet: Any = None
+        self._watchers = [(self._hub.loop.io(descriptor, 1), descriptor) for descriptor in descriptors]  # 1: readable
+        for watcher, descriptor in self._watchers:
+            watcher.start(self._resume, (descriptor,))
+
+    def wait(self, timeout: float) -> Collection[int]:
+        import gevent
+
+        timer = self._hub.loop.timer(timeout)
+        timer.start(self._resume, ())
+        self._greenlet = gevent.getcurrent()
+        try:
+            found: Collection[int] = self._hub.switch()
+            return found
+        finally:
+            self._greenlet = None
+            timer.stop()
+            timer.close()
+
+    def _resume(self, readable: Collection[int]) -> None:
+        # What stays readable is said again and again, also while nobody waits.
+        if self._greenlet is not None:
+            self._greenlet.switch(readable)
+
+    def stop(self) -> None:
+        for watcher, _ in self._watchers:
+            watcher.stop()
+            watcher.close()
 
 
 class Spot(Protocol):

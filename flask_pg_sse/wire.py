@@ -157,10 +157,13 @@ def _from_fields(fields: dict[str, Any]) -> Event:
         raise InvalidEvent("The event's data are nested too deep.") from None
 
 
+_STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # kept: loads() makes one at every call
+
+
 def _load_object(text: str) -> dict[str, Any] | None:
     """Return the JSON object that `text` is, or None if it is none."""
     try:
-        value = json.loads(text, parse_constant=refuse_constant)
+        value = _STRICT.decode(text)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

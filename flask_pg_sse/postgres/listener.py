@@ -43,6 +43,8 @@ _BATCH = 500
 # One turn at the most, so that a flood still leaves in pieces and the others get their time between them.
 _TURN_EVENTS = 1000
 _TURN_BYTES = 65536
+# A payload that is shorter was read whole and alone: libpq reads as much as there is, up to 8 kB at least.
+_ALONE_CHARS = 1024
 # The largest event there is: PostgreSQL's values end at 1 GB.
 _ANY_SIZE = 2**30
 # Seconds a channel stays listened to after its last stream: a page that reloads costs no round-trip.
@@ -170,6 +172,7 @@ class Listener:
             finally:
                 self._lost_one = True
                 self._wanted.lost()
+                self._wakeup.watch(-1)
                 connection.close()
             if failure is not None:
                 refused = isinstance(failure, PgSSEError)  # no log where one is required, or deaf
@@ -211,16 +214,13 @@ class Listener:
             self._wanted.confirm(names, heard)
         self._backoff.reset()
 
-        poller = select.poll()
-        poller.register(connection.fileno(), select.POLLIN)
-        poller.register(self._wakeup.fileno(), select.POLLIN)
+        self._wakeup.watch(connection.fileno())
         while not self._stopping:
             # One batch between two hand-overs: subscribers that keep coming do not hold up events.
             busy = self._change_listens(connection)
             while self._hand_over(connection) and not self._stopping:
                 pass
-            poller.poll(0 if busy else self._next_chore_in() * 1000)
-            self._wakeup.clear()
+            self._wakeup.wait(0 if busy else self._next_chore_in())
             if time.monotonic() >= self._beat_at + self._beat_every:
                 self._find_log(connection)
                 self._beat(connection, self._beat_query())
@@ -293,14 +293,19 @@ class Listener:
         turn: list[Item] = []
         size = 0
         before = self._position
-        fetch = False
+        fetch = alone = False
         try:
             while len(turn) < _TURN_EVENTS and size < _TURN_BYTES and not fetch:
                 if not self._left:
+                    if alone:
+                        return False
                     connection.poll()
                     self._left, connection.notifies = connection.notifies[::-1], []
                     if not self._left:
                         return False
+                    # Nothing was left behind in libpq or, decrypted, in OpenSSL. What comes later makes the descriptor
+                    # readable again; to look for it now would cost as much as all the rest.
+                    alone = len(self._left) == 1 and len(self._left[0].payload) < _ALONE_CHARS
                 notification = self._left.pop()
                 if notification.channel == control.CHANNEL:
                     ours = notification.pid == connection.info.backend_pid

@@ -109,6 +109,8 @@ class Wanted:
 
     def due(self, most: int) -> tuple[list[str], list[str]]:
         """Return the names to UNLISTEN and to LISTEN now, `most` of each."""
+        if not self._idle_since and not self._to_listen:  # asked after every turn
+            return [], []
         with self._lock:
             due = time.monotonic() - self._linger
             ended = [name for name, since in itertools.islice(self._idle_since.items(), most) if since <= due]
@@ -123,6 +125,8 @@ class Wanted:
 
     def next_due_in(self) -> float:
         """Return the seconds until the next UNLISTEN."""
+        if not self._idle_since:
+            return float("inf")
         with self._lock:
             oldest = next(iter(self._idle_since.values()), None)
         return float("inf") if oldest is None else max(0.0, oldest + self._linger - time.monotonic())
