@@ -121,29 +121,43 @@ def refuse_constant(name: str) -> NoReturn:
     raise InvalidEvent(f"The event's data hold {name}, which is no JSON and which browsers cannot parse.")
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The lines before an event's data, with the place for an id between them. Most events of one sender share it."""
+
+    before: str
+    id: str | None
+    after: str
+
+    @classmethod
+    def of(cls, event: Event) -> Head:
+        comment = "" if event.comment is None else _lines("", event.comment)
+        name = "" if event.event is None else f"event: {event.event}\n"
+        return cls(comment + name, event.id, "" if event.retry is None else f"retry: {event.retry}\n")
+
+    def encode(self, data: str, log_id: int | None = None) -> bytes:
+        """Return the block of the event with this head and `data`."""
+        shown = log_id if self.id is None else self.id
+        id_line = "" if shown is None else f"id: {shown}\n"
+        block = f"{self.before}{id_line}{self.after}{_lines('data', data)}\n".encode()
+        if self.id is not None and log_id is not None:
+            block += control_block("cursor", {}, id=log_id)
+        return block
+
+
+def _lines(field: str, value: str) -> str:
+    """Return the lines of a field. Split where the specification splits, and not where `str.splitlines` does too."""
+    prefix = f"{field}: "
+    return f"{prefix}{_LINE_END.sub(chr(10) + prefix, value)}\n"
+
+
 def encode(event: Event, log_id: int | None = None) -> bytes:
     """Return the event as a block of a stream, with its id in the log if it has one.
 
-    Lines end with LF alone. Data is split where the specification splits it, and nowhere else (`str.splitlines` also
-    splits at U+2028 and others). A `data:` line always stands in it, or browsers would not dispatch the event. An id of
-    the sender's own travels as it is, and is followed by the log's, with which the browser is to come back.
+    Lines end with LF alone. A `data:` line always stands in it, or browsers would not dispatch the event. An id of the
+    sender's own travels as it is, and is followed by the log's, with which the browser is to come back.
     """
-    lines = []
-    if event.comment is not None:
-        lines += [f": {line}" for line in _LINE_END.split(event.comment)]
-    if event.event is not None:
-        lines.append(f"event: {event.event}")
-    if event.id is not None:
-        lines.append(f"id: {event.id}")
-    elif log_id is not None:
-        lines.append(f"id: {log_id}")
-    if event.retry is not None:
-        lines.append(f"retry: {event.retry}")
-    lines += [f"data: {line}" for line in _LINE_END.split(event.data)]
-    block = ("\n".join(lines) + "\n\n").encode()
-    if event.id is not None and log_id is not None:
-        block += control_block("cursor", {}, id=log_id)
-    return block
+    return Head.of(event).encode(event.data, log_id)
 
 
 HEARTBEAT = b": heartbeat\n\n"

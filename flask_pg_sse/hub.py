@@ -78,7 +78,7 @@ class Hub:
         self._retry = retry
         self._tables = threading.Lock()  # guards the three tables below
         self._groups: dict[frozenset[str], Group] = {}
-        self._groups_of: dict[str, set[frozenset[str]]] = {}
+        self._groups_of: dict[str, set[Group]] = {}
         self._tickets: dict[Subscription, Ticket] = {}
         # Offers come one at a time, from the listener's turns or from the ticker. Held for a turn, not for a client.
         self._dispatch = threading.Lock()
@@ -108,7 +108,7 @@ class Hub:
             if group is None:
                 group = self._groups[subscription.channels] = Group(subscription.channels)
                 for channel in subscription.channels:
-                    self._groups_of.setdefault(channel, set()).add(subscription.channels)
+                    self._groups_of.setdefault(channel, set()).add(group)
             group.add(subscription)
         # Asked after the stream stands in the tables: drain() sets the reason first and then reads the tables, and so
         # does disconnect().
@@ -215,9 +215,9 @@ class Hub:
             if not group:
                 del self._groups[subscription.channels]
                 for channel in subscription.channels:
-                    sets = self._groups_of[channel]
-                    sets.discard(subscription.channels)
-                    if not sets:
+                    groups = self._groups_of[channel]
+                    groups.discard(group)
+                    if not groups:
                         del self._groups_of[channel]
                         self._recent.end(channel)
         self._unlisten(subscription.channels)
@@ -267,18 +267,21 @@ class Hub:
         Groups whose channels have the same share in the turn get the same bytes: streams that have a channel of their
         own each, beside one for all, cost no more than if they had only that one.
         """
+        channels = {channel for channel, _, _ in turn}
+        with self._tables:
+            groups = {group for channel in channels for group in self._groups_of.get(channel, ())}
+            found = [(group, group.streams) for group in groups]
+        if len(channels) == 1:
+            block = Block.of(turn)
+            return [(group, streams, block) for group, streams in found]
         positions: dict[str, list[int]] = {}
         for position, (channel, _, _) in enumerate(turn):
             positions.setdefault(channel, []).append(position)
-        with self._tables:
-            sets = {channels for channel in positions for channels in self._groups_of.get(channel, ())}
-            groups = [(channels.intersection(positions), self._groups[channels]) for channels in sets]
-            found = [(share, group, group.streams) for share, group in groups]
-        blocks = {}
-        for share in {share for share, _, _ in found}:
+        blocks: dict[frozenset[str], Block] = {}
+        for share in {group.channels & channels for group in groups}:
             wanted = sorted(position for channel in share for position in positions[channel])
             blocks[share] = Block.of([turn[position] for position in wanted])
-        return [(group, streams, blocks[share]) for share, group, streams in found]
+        return [(group, streams, blocks[group.channels & channels]) for group, streams in found]
 
     def gap(self, reason: str, position: int) -> None:
         """Tell every live stream that events may have been missed and cannot be had again.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import InvalidEvent, PayloadTooLarge
-from .event import FIELDS, MAX_NUMBER, Event, make_event, refuse_constant
+from .event import FIELDS, MAX_NUMBER, Event, Head, make_event, refuse_constant
 
 # A payload "must be shorter than 8000 bytes": https://www.postgresql.org/docs/current/sql-notify.html
 MAX_PAYLOAD_BYTES = 7999
@@ -23,6 +25,8 @@ MAX_PAYLOAD_BYTES = 7999
 _WIRE_MARK = "\x1e"
 _WIRE_VERSION = "1"
 _LOGGED = _WIRE_MARK + _WIRE_VERSION + '{"i":'
+# What the log writes but for the large ones: id, signature, the other fields, and then the data.
+_LOGGED_FORM = re.compile(re.escape(_LOGGED) + r'([1-9][0-9]{0,18}),"s":"([0-9a-f]{16})"(.*)\}\n', re.ASCII)
 # PostgreSQL sends equal payloads of one transaction once. The number makes each payload unlike its predecessors; it
 # need not be unique beyond the process, because a transaction does not reach beyond it either. It always has twelve
 # digits, so that the room for data is always the same.
@@ -107,6 +111,27 @@ def from_payload(payload: str) -> Message:
 def is_logged(payload: str) -> bool:
     """Tell whether a payload comes from the log, or claims so."""
     return payload.startswith(_LOGGED)
+
+
+def from_log(payload: str) -> tuple[int, str, str, str] | None:
+    """Return id, signature, the JSON of the other fields and the data of what the log sends; None for anything else.
+
+    It is believed only with the right signature. `from_payload()` reads the same, and what this leaves to it.
+    """
+    found = _LOGGED_FORM.match(payload)
+    if found is None:
+        return None
+    log_id, signed, fields = found.groups()
+    return int(log_id), signed, fields, payload[found.end() :]
+
+
+@functools.lru_cache(maxsize=256)  # nearly all events have the fields of others; only ids and data differ
+def head_of(fields: str) -> Head:
+    """Return the head of events with these fields, as `from_log()` gives them. Raises `InvalidEvent`."""
+    found = _load_object("{" + fields.removeprefix(",") + "}")
+    if found is None or not found.keys() < FIELDS or "data" in found:
+        raise _not_ours()
+    return Head.of(from_row(found, ""))
 
 
 def _from_wire(payload: str) -> Message:

@@ -28,12 +28,17 @@ class Decoder:
         An id without bytes is that of an event that has to be fetched; neither means that there is nothing to send.
         """
         try:
+            found = wire.from_log(payload) if self.key is not None else None
+            if found is not None:
+                log_id, signed, fields, data = found
+                self._check(log_id, signed)
+                return log_id, wire.head_of(fields).encode(data, log_id)
             message = wire.from_payload(payload)
             log_id = message.log_id or 0
             if self.key is None:
                 log_id = 0
-            elif log_id and message.signature != wire.signature(self.key, log_id):
-                raise InvalidEvent("It claims an id of the event log, and is not signed: damaged or forged.")
+            elif log_id:
+                self._check(log_id, message.signature)
             if message.event is not None:
                 return log_id, event.encode(message.event, log_id or None)
             if log_id:
@@ -42,6 +47,10 @@ class Decoder:
         except Exception as error:  # whatever anybody may have sent, it ends neither the listener nor a stream
             self._count(error)
             return 0, None
+
+    def _check(self, log_id: int, signed: str) -> None:
+        if self.key is None or signed != wire.signature(self.key, log_id):
+            raise InvalidEvent("It claims an id of the event log, and is not signed: damaged or forged.")
 
     def _count(self, error: Exception) -> None:
         """Say it in the log once a minute at the most."""
