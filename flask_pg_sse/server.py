@@ -5,6 +5,7 @@ from __future__ import annotations
 import _socket
 import contextlib
 import socket
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,11 @@ def why_no_stream(environ: Mapping[str, Any], worker: Any = None) -> str | None:
 
 # Streams of a worker about which nothing is known.
 _STREAMS = 1000
+# In the first byte of Linux' struct tcp_info (include/net/tcp_states.h).
+_ESTABLISHED = 1
+# Send timeouts until the kernel gives up a client that does not acknowledge what it is sent. A phone that comes out of
+# a tunnel keeps its stream; by itself the kernel would try for some fifteen minutes.
+_UNACKNOWLEDGED = 4
 
 
 def room_for_streams(worker: Any) -> tuple[int, int | None]:
@@ -68,12 +74,15 @@ def room_for_streams(worker: Any) -> tuple[int, int | None]:
 class Connection:
     """The client's connection, as far as the server shows it."""
 
-    __slots__ = ("_begun", "_direct_write", "_outlet", "_socket")
+    __slots__ = ("_begun", "_direct_write", "_outlet", "_send_timeout", "_socket")
 
-    def __init__(self, environ: dict[str, Any], *, direct_write: bool = False) -> None:
+    def __init__(
+        self, environ: dict[str, Any], *, direct_write: bool = False, send_timeout: float | None = None
+    ) -> None:
         self._socket: Any = None
         self._begun: tuple[dict[str, Any], Any] | None = (environ, None)  # environ and response, until shared
         self._direct_write = direct_write
+        self._send_timeout = send_timeout
         self._outlet: Outlet | None = None
         self._take_socket(environ.get("gunicorn.socket") or environ.get("werkzeug.socket"))
 
@@ -97,6 +106,19 @@ class Connection:
         elif hasattr(response, "close_connection"):  # gevent's pywsgi
             response.close_connection = True
             self._take_socket(response.socket)
+        self._notice_silence()
+
+    def _notice_silence(self) -> None:
+        """Have the kernel end the connection if the client's host has vanished, which heartbeats then find out.
+
+        Linux has it (TCP_USER_TIMEOUT, RFC 5482; https://man7.org/linux/man-pages/man7/tcp.7.html).
+        """
+        if self._send_timeout is None or not hasattr(socket, "TCP_USER_TIMEOUT"):
+            return
+        if isinstance(self._socket, _socket.socket):
+            milliseconds = int(min(2**31 - 1, self._send_timeout * 1000 * _UNACKNOWLEDGED))
+            with contextlib.suppress(OSError):  # a Unix socket has none
+                _socket.socket.setsockopt(self._socket, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def share(self) -> None:
         """Let go of what gunicorn keeps of the request in as far as others have the same. The response has begun."""
@@ -125,11 +147,19 @@ class Connection:
         return _socket.socket.fileno(self._socket) if isinstance(self._socket, _socket.socket) else -1
 
     def gone(self) -> bool:
-        """Tell whether the client has closed the connection, as far as can be seen without waiting or reading."""
+        """Tell whether the client has closed the connection, as far as can be seen without waiting or reading.
+
+        Linux is asked for the connection's state: what the client has sent before it left (another request, the last
+        words of TLS) would hide its end from who only peeks.
+        """
         if not isinstance(self._socket, _socket.socket):
             return False
+        # The base class's methods: those of an SSL socket refuse to peek.
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # a Unix socket, or one that has been closed here
+                state = _socket.socket.getsockopt(self._socket, socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+                return state[0] != _ESTABLISHED
         try:
-            # The base class's method: that of an SSL socket refuses to peek.
             return not _socket.socket.recv(self._socket, 1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):
             return False

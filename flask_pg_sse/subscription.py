@@ -201,7 +201,7 @@ class Subscription:
         return True
 
     def _write(self, block: Block) -> int:
-        """Send a block past the parked generator; return the bytes of its chunk that left, 0 if it has to go through."""
+        """Send a block past the parked generator; return the bytes of its chunk that left, 0 for none."""
         if len(block.data) > _DIRECT_BYTES or self._has_work():
             return 0
         try:

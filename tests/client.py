@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -147,6 +148,7 @@ def request(
     timeout: float = 10.0,
     receive_buffer: int | None = None,
     version: str = "1.1",
+    tls: ssl.SSLContext | None = None,
 ) -> Response:
     """Send one request to 127.0.0.1 and return the answer once its head is there."""
     sock = socket.socket()
@@ -155,6 +157,8 @@ def request(
     sock.settimeout(timeout)
     try:
         sock.connect(("127.0.0.1", port))
+        if tls is not None:
+            sock = tls.wrap_socket(sock, server_hostname="127.0.0.1")
         fields = {"Host": f"127.0.0.1:{port}", **(headers or {})}
         if body:
             fields["Content-Length"] = str(len(body))

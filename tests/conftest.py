@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import ssl
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -201,12 +202,13 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., WebServer]]:
         command: Callable[[int], list[str]] | None = None,
         port: int | None = None,
         ready: str = "/ping",
+        tls: ssl.SSLContext | None = None,
         **env: str,
     ) -> WebServer:
         port = port or free_port()
         line = command(port) if command else gunicorn(app, port, *options)
         log = tmp_path / f"server-{len(servers)}.log"
-        server = WebServer(line, port, log, {"DATABASE_URL": database_url, **env}, ready)
+        server = WebServer(line, port, log, {"DATABASE_URL": database_url, **env}, ready, tls)
         servers.append(server)
         server.wait_ready()
         return server

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,8 +26,17 @@ def free_port() -> int:
 class WebServer:
     """One server process on 127.0.0.1, with its log in a file; `stop()` ends it and all it started."""
 
-    def __init__(self, command: Sequence[str], port: int, log: Path, env: Mapping[str, str], ready: str) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        port: int,
+        log: Path,
+        env: Mapping[str, str],
+        ready: str,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.port = port
+        self.tls = tls  # with which clients trust it, if it speaks TLS
         self.log_path = log
         self._workers = [int(command[at + 1]) for at, word in enumerate(command) if word == "-w"][-1:]
         self._ready = ready
@@ -53,7 +63,7 @@ class WebServer:
     def _answers(self) -> bool:
         assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.log()}"
         try:
-            with request(self.port, self._ready, timeout=5) as response:
+            with request(self.port, self._ready, timeout=5, tls=self.tls) as response:
                 if response.status != 200:
                     return False
         except OSError:
@@ -64,14 +74,14 @@ class WebServer:
         return self.log_path.read_text(errors="replace")
 
     def get(self, path: str) -> str:
-        with request(self.port, path) as response:
+        with request(self.port, path, tls=self.tls) as response:
             body = response.read().decode()
             assert response.status == 200, (response.status, body, self.log())
             return body
 
     def post(self, path: str, body: bytes = b"") -> str:
         headers = {"Content-Type": "application/json"}
-        with request(self.port, path, method="POST", headers=headers, body=body or b"{}") as response:
+        with request(self.port, path, method="POST", headers=headers, body=body or b"{}", tls=self.tls) as response:
             text = response.read().decode()
             assert response.status < 300, (response.status, text, self.log())
             return text

@@ -32,9 +32,14 @@ def nothing(sock: socket.socket) -> None:
     pass
 
 
+def say_more(sock: socket.socket) -> None:
+    """What nobody reads stands between the server and the connection's end."""
+    sock.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
+
+
 @WORKERS
 @pytest.mark.parametrize("direct", ["1", "0"], ids=["direct", "generator"])
-@pytest.mark.parametrize("way", [nothing, reset, finish])
+@pytest.mark.parametrize("way", [nothing, reset, finish, say_more])
 def test_all_that_a_client_held_is_free_within_a_second(
     database_url: str,
     start_server: Start,

@@ -8,13 +8,16 @@ from __future__ import annotations
 import random
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from flask_pg_sse import schema_sql
 from tests.client import Response, eventually, open_stream, request
@@ -172,6 +175,87 @@ def test_http_1_0_has_no_chunks(database_url: str, start_server: Start) -> None:
         assert not stream.chunked and stream.next().event == "sse-open"
         hears(stream, server, "a", "b")
         assert writes(server)["whole"] == 0
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> tuple[list[str], ssl.SSLContext]:
+    """gunicorn's options for TLS, and a client's context that trusts it."""
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    issued.private_key_pem.write_to_path(str(key))
+    certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return ["--certfile", str(certificate), "--keyfile", str(key)], context
+
+
+@WORKERS
+def test_over_tls_every_event_goes_through_the_generator(
+    database_url: str, start_server: Start, tls: tuple[list[str], ssl.SSLContext], options: tuple[str, ...]
+) -> None:
+    """Past the encryption nothing may be written. A client that leaves is noticed at once all the same."""
+    execute(database_url, schema_sql())
+    certificate, trusted = tls
+    server = start_server(
+        database_url, *options, *certificate, app="tests.apps.direct:app", tls=trusted, SEND_BUFFER="4096"
+    )
+    with open_stream(server.port, "a", tls=trusted) as stream, open_stream(server.port, "a", tls=trusted) as leaving:
+        sizes = [SIZES[n % len(SIZES)] for n in range(24)]
+        execute(
+            database_url,
+            "SELECT flask_pg_sse.notify('a', rpad('', size, 'x')) FROM unnest(%s) WITH ORDINALITY AS e (size, n) "
+            "ORDER BY n",
+            (sizes,),
+        )
+        for size in sizes:
+            assert len(stream.event().data or "") == len(leaving.event().data or "") == size
+        assert writes(server) == {"whole": 0, "part": 0, "none": 0}
+        assert isinstance(leaving.sock, ssl.SSLSocket)
+        leaving.sock.setblocking(False)
+        with pytest.raises(ssl.SSLWantReadError):  # for the server's farewell; ours has gone
+            leaving.sock.unwrap()
+        leaving.close()
+        eventually(lambda: '"streams":1}' in server.get("/state"), 5)
+    assert "Traceback" not in server.log()
+
+
+@WORKERS
+@pytest.mark.parametrize("direct", ["1", "0"], ids=["direct", "generator"])
+def test_a_connection_that_was_kept_alive_carries_one_stream_and_ends(
+    database_url: str, start_server: Start, options: tuple[str, ...], direct: str
+) -> None:
+    """Requests before the stream on the same connection, one behind it that is never answered, and then the end."""
+    server = start_server(
+        database_url, *options, "--keep-alive", "75", app="tests.apps.direct:app", FLASK_SSE_DIRECT_WRITE=direct,
+        FLASK_SSE_MAX_AGE="3",
+    )  # fmt: skip
+    with socket.create_connection(("127.0.0.1", server.port), 10) as sock:
+        for method in ("GET", "HEAD", "GET"):
+            sock.sendall(b"%b /ping HTTP/1.1\r\nHost: x\r\n\r\n" % method.encode())
+            answer = b""
+            while not answer.endswith(b"\r\n\r\n" if method == "HEAD" else b"pong"):
+                answer += sock.recv(65536)
+        sock.sendall(b"HEAD /sse?channel=a HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200 OK")
+        assert sock.recv(65536) == b""  # a stream's answer announces it, also to HEAD
+    with socket.create_connection(("127.0.0.1", server.port), 10) as sock:
+        sock.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
+        while not sock.recv(65536).endswith(b"pong"):
+            pass
+        sock.sendall(b"GET /sse?channel=a HTTP/1.1\r\nHost: x\r\n\r\n")
+        stream = Response(sock, 10)
+        assert stream.headers["connection"] == "close" and stream.next().event == "sse-open"
+        hears(stream, server, "one", "two")
+        sock.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
+        hears(stream, server, "three")
+        assert stream.event().json == {"reason": "max_age"}
+        assert stream.read() == b"" and stream.finished
+        with suppress(ConnectionResetError):  # nobody has read the request behind it
+            stream.wait_closed()
+        assert stream.raw == b""
+        assert writes(server)["whole"] == (3 if direct == "1" else 0)
+    assert "Traceback" not in server.log()
 
 
 @WORKERS
