@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
+from . import wakeup
 from .block import Standing
 from .subscription import Subscription
 
@@ -59,4 +60,4 @@ def in_portions(work: Iterable[tuple[_T, Sequence[Subscription]]]) -> Iterator[t
             left -= len(portion)
             if not left:
                 left = OFFERS_BETWEEN_YIELDS
-                time.sleep(0)
+                wakeup.give_way()

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from . import event
 from .block import Block, Standing
@@ -31,8 +31,6 @@ from .recent import Recent
 from .subscription import Subscription, offer_to_all
 
 logger = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 # Seconds until a stream that waits for PostgreSQL is told to come back later.
 OPEN_TIMEOUT = 10.0
@@ -274,10 +272,10 @@ class Hub:
         if len(channels) == 1:
             block = Block.of(turn)
             return [(group, streams, block) for group, streams in found]
-        positions: dict[str, list[int]] = {}
+        positions: dict[str, list[int]] = {channel: [] for channel in channels}
         for position, (channel, _, _) in enumerate(turn):
-            positions.setdefault(channel, []).append(position)
-        blocks: dict[frozenset[str], Block] = {}
+            positions[channel].append(position)
+        blocks = {}
         for share in {group.channels & channels for group in groups}:
             wanted = sorted(position for channel in share for position in positions[channel])
             blocks[share] = Block.of([turn[position] for position in wanted])

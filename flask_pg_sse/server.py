@@ -158,7 +158,11 @@ class Connection:
         if sys.platform == "linux":
             with contextlib.suppress(OSError):  # a Unix socket, or one that has been closed here
                 state = _socket.socket.getsockopt(self._socket, socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-                return state[0] != _ESTABLISHED
+                if state[0] == _ESTABLISHED:
+                    return False
+                # Takes the error: gunicorn would log a traceback for "connection timed out", as not for a broken pipe.
+                _socket.socket.getsockopt(self._socket, socket.SOL_SOCKET, socket.SO_ERROR)
+                return True
         try:
             return not _socket.socket.recv(self._socket, 1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):

@@ -11,6 +11,7 @@ import select
 import socket
 import sys
 import threading
+import time
 from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 
@@ -127,6 +128,19 @@ class _GreenletWaiting:
         for watcher, _ in self._watchers:
             watcher.stop()
             watcher.close()
+
+
+def give_way() -> None:
+    """Let others run that are ready, and those for whom something has come meanwhile."""
+    if is_patched():
+        import gevent
+
+        # sleep(0) would let greenlets run that are ready, and look at no socket before fifty have: a request would wait
+        # for the end of a large fan-out. This goes once around the event loop; the priority is the highest, or it would
+        # wait until nothing else is to be done.
+        gevent.idle(2)
+    else:
+        time.sleep(0)
 
 
 class Spot(Protocol):

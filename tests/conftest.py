@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+import socket
 import ssl
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -203,12 +205,21 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., WebServer]]:
         port: int | None = None,
         ready: str = "/ping",
         tls: ssl.SSLContext | None = None,
+        listeners: Sequence[socket.socket] = (),
         **env: str,
     ) -> WebServer:
         port = port or free_port()
+        own: list[socket.socket] = []
+        if listeners:  # gunicorn takes sockets that are open already, or opens its own
+            own = [socket.create_server(("127.0.0.1", port))]
+            listeners = [*own, *listeners]
+            binds = [("-b", f"fd://{listener.fileno()}") for listener in listeners]
+            options = (*options, *itertools.chain.from_iterable(binds))
         line = command(port) if command else gunicorn(app, port, *options)
         log = tmp_path / f"server-{len(servers)}.log"
-        server = WebServer(line, port, log, {"DATABASE_URL": database_url, **env}, ready, tls)
+        server = WebServer(line, port, log, {"DATABASE_URL": database_url, **env}, ready, tls, listeners)
+        for listener in own:
+            listener.close()
         servers.append(server)
         server.wait_ready()
         return server

@@ -34,6 +34,7 @@ class WebServer:
         env: Mapping[str, str],
         ready: str,
         tls: ssl.SSLContext | None = None,
+        listeners: Sequence[socket.socket] = (),
     ) -> None:
         self.port = port
         self.tls = tls  # with which clients trust it, if it speaks TLS
@@ -52,6 +53,7 @@ class WebServer:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                pass_fds=[listener.fileno() for listener in listeners],
             )
 
     def wait_ready(self) -> None:

@@ -27,7 +27,7 @@ from ..backoff import Backoff
 from ..errors import DatabaseUnavailable, PgSSEError
 from ..orders import Orders
 from ..page import Item, Page
-from ..wakeup import Wakeup, is_patched
+from ..wakeup import Wakeup, give_way, is_patched
 from . import control
 from .connect import connect, execute
 from .decode import Decoder
@@ -55,6 +55,9 @@ BEAT_EVERY = 10.0
 _ANSWER_WITHIN = 5.0
 # The same for a page of the log, which may be one event of many megabytes.
 _READ_WITHIN = 30.0
+# Seconds that threads get between two full turns of a flood: as long as the interpreter lets one thread run that others
+# wait for, or the streams' may not come to send what they have, and end for it where there is no log.
+_PAUSE = 0.005
 # Seconds between two looks at the log where LISTEN is deaf.
 _DEAF_PACE = 1.0
 _BACKOFF_FIRST = 0.1
@@ -390,7 +393,10 @@ class Listener:
     def _pause_for_streams(self) -> None:
         # A flood comes faster than one stream's buffer takes it: let the streams send what they have. Threads need
         # more than a chance for that, greenlets do not.
-        time.sleep(0 if is_patched() else 0.001)
+        if is_patched():
+            give_way()
+        else:
+            time.sleep(_PAUSE)
 
 
 class _Deaf(DatabaseUnavailable):
