@@ -124,9 +124,7 @@ def _answer(names: list[str]) -> ResponseReturnValue:
         runtime.require_log()
     except EventLogMissing as error:
         return _refusal(500, str(error))
-    connection = Connection(
-        request.environ, direct_write=settings.direct_write, send_timeout=settings.send_timeout
-    )
+    connection = Connection(request.environ, direct_write=settings.direct_write, send_timeout=settings.send_timeout)
     if request.method == "HEAD":
         return _StreamResponse(iter(()), connection)  # a tuple would get a Content-Length, which no stream has
     subscription = Subscription(channels, settings.buffer_bytes, terms)

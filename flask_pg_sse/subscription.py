@@ -41,7 +41,6 @@ def _closed(chunk: bytes, flags: int) -> int:
     return 0
 
 
-
 class Connection(Protocol):
     """The way to a stream's client."""
 

@@ -130,8 +130,11 @@ class _GreenletWaiting:
             watcher.close()
 
 
-def give_way() -> None:
-    """Let others run that are ready, and those for whom something has come meanwhile."""
+def give_way(pause: float = 0) -> None:
+    """Let others run that are ready, and those for whom something has come meanwhile.
+
+    Threads need more than a chance for that: they get `pause` seconds.
+    """
     if is_patched():
         import gevent
 
@@ -140,7 +143,7 @@ def give_way() -> None:
         # wait until nothing else is to be done.
         gevent.idle(2)
     else:
-        time.sleep(0)
+        time.sleep(pause)
 
 
 class Spot(Protocol):

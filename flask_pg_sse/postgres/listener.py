@@ -27,7 +27,7 @@ from ..backoff import Backoff
 from ..errors import DatabaseUnavailable, PgSSEError
 from ..orders import Orders
 from ..page import Item, Page
-from ..wakeup import Wakeup, give_way, is_patched
+from ..wakeup import Wakeup, give_way
 from . import control
 from .connect import connect, execute
 from .decode import Decoder
@@ -55,8 +55,8 @@ BEAT_EVERY = 10.0
 _ANSWER_WITHIN = 5.0
 # The same for a page of the log, which may be one event of many megabytes.
 _READ_WITHIN = 30.0
-# Seconds that threads get between two full turns of a flood: as long as the interpreter lets one thread run that others
-# wait for, or the streams' may not come to send what they have, and end for it where there is no log.
+# A flood comes faster than one stream's buffer takes it: between two full turns streams are to send what they have, or
+# they would end for it where there is no log. Seconds for threads: as long as the interpreter lets one run on.
 _PAUSE = 0.005
 # Seconds between two looks at the log where LISTEN is deaf.
 _DEAF_PACE = 1.0
@@ -331,7 +331,7 @@ class Listener:
                 self._deliver(turn, self._position)
         if fetch:
             self._catch_up(connection)
-        self._pause_for_streams()
+        give_way(_PAUSE)
         return True
 
     def _recover(self, connection: Any) -> None:
@@ -368,7 +368,7 @@ class Listener:
             self._deliver(self._control.logged(page.items), page.upto)
             if page.upto >= page.head:
                 return
-            self._pause_for_streams()
+            give_way(_PAUSE)
 
     def _read(self, connection: Any, channels: Sequence[str], after: int) -> Page:
         def run(query: str, args: Sequence[Any]) -> Any:
@@ -389,14 +389,6 @@ class Listener:
                 pass
             self._backoff.reset()
             self._wakeup.wait(_DEAF_PACE)
-
-    def _pause_for_streams(self) -> None:
-        # A flood comes faster than one stream's buffer takes it: let the streams send what they have. Threads need
-        # more than a chance for that, greenlets do not.
-        if is_patched():
-            give_way()
-        else:
-            time.sleep(_PAUSE)
 
 
 class _Deaf(DatabaseUnavailable):
