@@ -10,25 +10,19 @@ one of DATABASE_URL, in a database that is made for the run and dropped after it
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import platform
 import shutil
 import statistics
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
-
-import psycopg2
 
 from benchmarks.clients import MANY, OWN_ROWS, TABLES, Clients
+from benchmarks.database import Database, database
 from demo import postgres
 from flask_pg_sse.postgres.prune import BATCH
-from flask_pg_sse.postgres.schema import schema_sql
 
 # Name of the call in clients.py, what it does, and its events.
 SINGLE = [
@@ -50,62 +44,10 @@ BULK = [
 LOGGED = {"logged", "sql", "transaction_logged", "many", "many_transaction"}
 
 
-class Database:
-    """A fresh database with the event log, and what can be learnt of its server."""
-
-    def __init__(self, url: str, pid: int | None) -> None:
-        self.url = url
-        self._pid = pid  # of the postmaster, if it runs on this machine
-        self._connection = psycopg2.connect(url)
-        self._connection.autocommit = True
-        self.execute(schema_sql() + TABLES)
-
-    def execute(self, query: str, args: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with self._connection.cursor() as cursor:
-            cursor.execute(query, tuple(args) or None)
-            return cursor.fetchall() if cursor.description else []
-
-    def value(self, query: str, args: Sequence[Any] = ()) -> Any:
-        return self.execute(query, args)[0][0]
-
-    def empty(self) -> None:
-        self.execute("TRUNCATE bare, own, flask_pg_sse.event, flask_pg_sse.pending; UPDATE flask_pg_sse.retention SET "
-                     "pruned_through = (SELECT last_value FROM flask_pg_sse.event_id)")  # fmt: skip
-        self.execute("CHECKPOINT")
-
-    def cpu(self) -> dict[int, float]:
-        """Return the seconds of CPU that each process of the server has used; nothing where they are out of reach."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*/stat") if self._pid is not None else ():
-            with contextlib.suppress(OSError):
-                if int(path.read_text().rpartition(")")[2].split()[1]) == self._pid:
-                    found[int(path.parent.name)] = int((path.parent / "schedstat").read_text().split()[0]) / 1e9
-        return found
-
-    def close(self) -> None:
-        self._connection.close()
-
-
-@contextlib.contextmanager
-def database(fsync: str) -> Iterator[Database]:
-    """Give a fresh database: on a server of this run's own, or on that of DATABASE_URL."""
-    with contextlib.ExitStack() as stack:
-        url, pid = os.environ.get("DATABASE_URL"), None
-        if url is None:
-            scratch = postgres.scratch()
-            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-            server = stack.enter_context(postgres.Server(scratch / "data", options={"fsync": fsync}))
-            url, pid = server.url(), server.pid
-        admin = psycopg2.connect(url)
-        stack.callback(admin.close)
-        admin.autocommit = True
-        name = f"flask_pg_sse_benchmark_{uuid.uuid4().hex[:8]}"
-        with admin.cursor() as cursor:
-            cursor.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'")
-            stack.callback(admin.cursor().execute, f"DROP DATABASE {name} WITH (FORCE)")
-        fresh = Database(urlunsplit(urlsplit(url)._replace(path=f"/{name}")), pid)
-        stack.callback(fresh.close)
-        yield fresh
+def empty(base: Database) -> None:
+    base.execute("TRUNCATE bare, own, flask_pg_sse.event, flask_pg_sse.pending; UPDATE flask_pg_sse.retention SET "
+                 "pruned_through = (SELECT last_value FROM flask_pg_sse.event_id)")  # fmt: skip
+    base.execute("CHECKPOINT")
 
 
 # -- the cost of a publish
@@ -142,7 +84,7 @@ def compare(
     """Measure variants round by round, for each number of clients."""
     found: dict[int, dict[str, list[Round]]] = {}
     for count in args.clients:
-        base.empty()
+        empty(base)
         rounds: dict[str, list[Round]] = {name: [] for name, _, _ in variants}
         published = 0
         for name, _, _ in variants:  # connections open, caches fill
@@ -283,7 +225,7 @@ def percentiles(calls: Sequence[float]) -> str:
 
 
 def bloat(base: Database, clients: Clients, args: argparse.Namespace) -> None:
-    base.empty()
+    empty(base)
     base.execute("SELECT pg_stat_reset()")
     count, took, most = fill(base, clients, args.events, 4)
     # From here on everything is older than this many seconds when pruning begins.
@@ -406,6 +348,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     with database(args.fsync) as base, Clients(base.url, max(4, *args.clients)) as clients:
+        base.execute(TABLES)
         describe(base, args)
         parts = [
             ("One event", SINGLE, single),

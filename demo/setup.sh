@@ -1,4 +1,5 @@
-# Sourced by demo/run and tests/run, which have changed to the top of the checkout. POSIX sh only: dash, busybox, macOS.
+# Sourced by demo/run, tests/run and benchmarks/run, which have changed to the top of the checkout. POSIX sh only: dash,
+# busybox, macOS.
 
 # Sets $python to the newest Python that is new enough, or ends the script with the list of what was found.
 find_python() {

@@ -2,9 +2,10 @@
 
     python3 -I demo/setup_venv.py SET... [-- ARGUMENTS FOR .venv/bin/python]
 
-demo/run and tests/run call this with the newest Python they find. Standard library only, since nothing is installed
-yet. Each set of packages (``SETS``) has a stamp in ``.venv``: a hash of the interpreter, the place of the checkout and
-the set's requirement files, written after everything else. A stamp that matches costs one read: no pip, no network.
+demo/run, tests/run and benchmarks/run call this with the newest Python they find. Standard library only, since nothing
+is installed yet. Each set of packages (``SETS``) has a stamp in ``.venv``: a hash of the interpreter, the place of the
+checkout and the set's requirement files, written after everything else. A stamp that matches costs one read: no pip, no
+network.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ SETS: dict[str, tuple[str, list[list[str]]]] = {
         # --ignore-installed mends a half-copied package by itself, so that this set, which not every system can have,
         # never costs the rest.
         [["--no-deps", "--only-binary=:all:", "--ignore-installed", "-r", "demo/requirements-postgres.txt"]],
+    ),
+    "benchmarks": (
+        "matplotlib",
+        [["-r", "benchmarks/requirements.txt"]],
     ),
     "tests": (
         "the test tools",

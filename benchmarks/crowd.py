@@ -1,0 +1,235 @@
+"""Thousands of streams that one thread reads, and the check of every event on each of them.
+
+All streams of a channel are sent the same bytes. So what has been read is taken apart once and then looked up, which
+makes a client in Python fast enough to measure a server with.
+"""
+
+from __future__ import annotations
+
+import array
+import re
+import select
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+# Bytes of one read, and of what is worth remembering: large events come to few streams.
+_READ = 1 << 16
+# Pieces that are remembered: those of the events that are on their way at one time.
+_PIECES = 512
+# Streams that are being opened at once: below any server's backlog.
+_OPENING = 50
+# Seconds in which a server has to accept a connection, and to begin a stream.
+_PATIENCE = 60.0
+
+
+def data_of(number: int, published_at: int, padding: int) -> str:
+    """Return the data of an event: its number on its channel, and the monotonic clock in nanoseconds."""
+    return f'{{"n": {number}, "at": {published_at}, "pad": "{"x" * padding}"}}'
+
+
+def _pattern(padding: int) -> re.Pattern[bytes]:
+    return re.compile(rb'(?:id: \d+\n)?data: \{"n": (\d+), "at": (\d+), "pad": "x{%d}"\}' % padding)
+
+
+@dataclass
+class Heard:
+    """What the streams heard since `expect()`, and the CPU that was used for it."""
+
+    deliveries: int = 0  # of different events
+    missing: int = 0
+    repeated: int = 0
+    disordered: int = 0
+    torn: int = 0
+    ended: int = 0  # streams
+    signs: int = 0  # of life: heartbeats and cursors
+    # Seconds from publishing to reading, one for each read: of its oldest event. And how many events it brought.
+    latencies: array.array[float] = field(default_factory=lambda: array.array("d"))
+    brought: array.array[int] = field(default_factory=lambda: array.array("L"))
+    last_at: float = 0.0  # monotonic time of the last event
+    cpu: float = 0.0  # seconds
+    seconds: float = 0.0
+
+
+class _Stream:
+    __slots__ = ("channel", "following", "gaps", "rest", "sock")
+
+    def __init__(self, sock: socket.socket, channel: int) -> None:
+        self.sock = sock
+        self.channel = channel
+        self.following = 0  # the number of the next event
+        self.gaps: set[int] = set()  # lower ones that have not come
+        self.rest: tuple[bytes, bytes] | None = None  # of a block, and of a chunk, that have come in part
+
+
+class _Piece:
+    """What some bytes of a stream hold, the rest of earlier bytes before them."""
+
+    __slots__ = ("at", "broken", "events", "first", "last", "numbers", "rest", "signs", "torn")
+
+    def __init__(self, block: bytes, data: bytes, event: re.Pattern[bytes]) -> None:
+        self.broken = False  # by a chunk of another length than it says
+        blocks = [block]
+        at = 0
+        while (end := data.find(b"\r\n", at)) >= 0:
+            try:
+                size = int(data[at:end], 16)
+            except ValueError:
+                size = -1
+            if size >= 0 and len(data) < end + size + 4:
+                break
+            if size < 0 or data[end + size + 2 : end + size + 4] != b"\r\n":
+                self.broken = True
+                break
+            blocks.append(data[end + 2 : end + 2 + size])
+            at = end + size + 4
+        *whole, rest = b"".join(blocks).split(b"\n\n")
+        self.rest = (rest, data[at:]) if rest or at < len(data) else None
+        self.numbers: list[int] = []
+        self.signs = self.torn = 0
+        self.at = 0.0  # when the first event was published
+        for one in whole:
+            found = event.fullmatch(one)
+            if found:
+                self.numbers.append(int(found[1]))
+                self.at = self.at or int(found[2]) / 1e9
+            elif one.startswith((b": ", b"event: sse-", b"retry: ")):
+                self.signs += 1
+            else:
+                self.torn += 1
+        self.events = len(self.numbers)
+        self.first = self.numbers[0] if self.numbers else 0
+        self.last = self.first + self.events - 1
+        if self.torn or self.numbers != list(range(self.first, self.last + 1)):
+            self.first = -1  # never the one that follows, so that it is looked at event by event
+
+
+class Crowd:
+    """The streams of one server. Events of channel number k are numbered from 0, anew since each `expect()`."""
+
+    def __init__(self, padding: int) -> None:
+        self.heard = Heard()
+        self._event = _pattern(padding)
+        self._streams: dict[int, _Stream] = {}
+        self._ended: list[_Stream] = []
+        self._epoll = select.epoll()
+        self._pieces: dict[bytes, _Piece] = {}
+        self._begun: tuple[float, float] | None = None
+
+    def connect(self, port: int, path: str, first: int, clients: int, channels: int) -> None:
+        """Open streams number `first` to `clients`, some at a time; raise ConnectionError if one does not begin.
+
+        Each is on the next of so many channels.
+        """
+        for start in range(first, clients, _OPENING):
+            opening = []
+            for number in range(start, min(clients, start + _OPENING)):
+                sock = socket.socket()
+                sock.settimeout(_PATIENCE)
+                sock.connect(("127.0.0.1", port))
+                channel = number % channels
+                sock.sendall(f"GET {path.format(channel=channel)} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+                opening.append(_Stream(sock, channel))
+            try:
+                while opening:
+                    self._begin(opening[0])
+                    opening.pop(0)
+            finally:
+                for stream in opening:
+                    stream.sock.close()
+
+    def _begin(self, stream: _Stream) -> None:
+        """Read the head and the first block, which says that the channel is listened to."""
+        answer = b""
+        while b"\n\n\r\n" not in answer:
+            data = stream.sock.recv(_READ)
+            answer += data
+            if not data or not answer.startswith(b"HTTP/1.1 200"[: len(answer)]) or b"event: sse-end" in answer:
+                raise ConnectionError(f"The server did not begin a stream, it said: {answer.decode(errors='replace')}")
+        stream.sock.setblocking(False)
+        self._streams[stream.sock.fileno()] = stream
+        self._epoll.register(stream.sock.fileno(), select.EPOLLIN)
+        stream.rest = (b"", b"")
+        self._hear(stream, answer.partition(b"\r\n\r\n")[2], time.monotonic())
+
+    def expect(self) -> None:
+        """Begin to count: the next event of every channel is number 0."""
+        self.heard = Heard()
+        for stream in (*self._streams.values(), *self._ended):
+            stream.following = 0
+            stream.gaps.clear()
+        self._begun = (time.monotonic(), time.process_time())
+
+    def read(self, timeout: float) -> None:
+        """Read from those streams on which something has come, waiting for `timeout` seconds at the most."""
+        for number, _ in self._epoll.poll(timeout, 512):
+            stream = self._streams[number]
+            try:
+                data = stream.sock.recv(_READ)
+            except OSError:
+                data = b""
+            if data and self._hear(stream, data, time.monotonic()):
+                continue
+            self.heard.ended += 1
+            self._epoll.unregister(number)
+            self._streams.pop(number).sock.close()
+            self._ended.append(stream)
+
+    def _hear(self, stream: _Stream, data: bytes, now: float) -> bool:
+        """Count what has come; False if nothing can come after it."""
+        if stream.rest is None:
+            piece = self._pieces.get(data)
+            if piece is None:
+                if len(self._pieces) >= _PIECES:
+                    self._pieces.clear()
+                piece = self._pieces[data] = _Piece(b"", data, self._event)
+        else:
+            block, chunk = stream.rest
+            piece = _Piece(block, chunk + data, self._event)
+        stream.rest = piece.rest
+        heard = self.heard
+        heard.signs += piece.signs
+        if piece.first != stream.following or not piece.events:
+            heard.torn += piece.torn
+            if piece.numbers:
+                self._sort_out(stream, piece.numbers)
+        else:
+            stream.following = piece.last + 1
+            heard.deliveries += piece.events
+        if piece.events:
+            heard.latencies.append(now - piece.at)
+            heard.brought.append(piece.events)
+            heard.last_at = now
+        heard.torn += piece.broken
+        return not piece.broken
+
+    def _sort_out(self, stream: _Stream, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            if number >= stream.following:
+                stream.gaps.update(range(stream.following, number))
+                stream.following = number + 1
+                self.heard.deliveries += 1
+            elif number in stream.gaps:
+                stream.gaps.remove(number)
+                self.heard.disordered += 1
+                self.heard.deliveries += 1
+            else:
+                self.heard.repeated += 1
+
+    def finish(self, published: Sequence[int]) -> Heard:
+        """Return what was heard of so many events of each channel; what has not come by now is missing."""
+        heard = self.heard
+        for stream in (*self._streams.values(), *self._ended):
+            heard.missing += len(stream.gaps) + max(0, published[stream.channel] - stream.following)
+        if self._begun is not None:
+            at, cpu = self._begun
+            heard.seconds, heard.cpu = time.monotonic() - at, time.process_time() - cpu
+        self.heard = Heard()
+        return heard
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.sock.close()
+        self._streams.clear()
+        self._epoll.close()
