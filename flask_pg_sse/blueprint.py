@@ -7,7 +7,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -15,6 +15,7 @@ from flask import Response, current_app, request
 from flask.blueprints import BlueprintSetupState
 from flask.typing import ResponseReturnValue
 from flask_cors import cross_origin
+from flask_cors.core import FLASK_CORS_EVALUATED
 
 from . import access, event, guard, shutdown
 from .channels import check_channel
@@ -94,7 +95,7 @@ def _answer(names: list[str]) -> ResponseReturnValue:
     _mask_token(request.environ)
     state = current_state()
     runtime, settings = state.runtime, state.runtime.settings
-    shutdown.watch()
+    shutdown.watch_here()
     reason = why_no_stream(request.environ, shutdown.gunicorn_worker())
     if reason is not None:
         logger.error("%s", reason)
@@ -260,6 +261,16 @@ def _cross_origin(response: Response) -> Response:
     except ConfigurationError:  # the view has failed with it already
         return response
     origin = request.headers.get("Origin", "").lower()
+    if not origin and "*" not in origins:  # the site's own pages ask for no leave: spare the way through flask-cors
+        setattr(response, FLASK_CORS_EVALUATED, True)
+    else:
+        _decide(response, origin, origins)
+    if origins:
+        response.vary.add("Origin")
+    return response
+
+
+def _decide(response: Response, origin: str, origins: Collection[str]) -> None:
     listed = bool(origin) and origin in origins
     # As a pattern of its own: flask-cors takes any text with brackets, an IPv6 origin say, for a regular expression.
     exactly = re.compile(re.escape(origin) + r"\Z", re.IGNORECASE)
@@ -276,7 +287,4 @@ def _cross_origin(response: Response) -> Response:
         max_age=None,
         allow_private_network=False,
     )
-    response = decide(lambda: response)()
-    if origins:
-        response.vary.add("Origin")
-    return response
+    decide(lambda: response)()

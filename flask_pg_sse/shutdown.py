@@ -12,6 +12,7 @@ itself. gunicorn has no hook that an app could use without a configuration file,
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import weakref
@@ -22,6 +23,7 @@ from .wakeup import Wakeup
 
 _requested = False
 _worker: Any = None
+_watched_in = 0  # the process whose first stream has asked for it
 # Replaced, never changed: the signal handler may read it between any two bytecodes of whoever adds to it.
 _wakeups: tuple[weakref.ref[Wakeup], ...] = ()
 
@@ -62,6 +64,14 @@ def watch() -> None:
         return  # the arbiter, which loads the app itself under --preload
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, _Handler(handler))
+
+
+def watch_here() -> None:
+    """Watch, once in each process: under --preload, or beside a handler of the app's, it could not be done before."""
+    global _watched_in
+    if _watched_in != os.getpid():
+        watch()
+        _watched_in = os.getpid()
 
 
 def gunicorn_worker() -> Any:

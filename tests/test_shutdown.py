@@ -77,9 +77,10 @@ def test_the_apps_own_handler_still_runs(
 
 def test_what_was_sent_before_the_end_still_arrives(database_url: str, start_server: Start) -> None:
     server = start_server(database_url)
-    with open_stream(server.port, "orders") as stream:
+    with open_stream(server.port, "orders") as stream, open_stream(server.port, "orders") as other:
         for number in range(100):
             server.post("/notify/orders", json.dumps({"data": number}).encode())
+        assert [other.event().json for _ in range(100)] == list(range(100))  # the server has heard them all
         server.terminate()
         assert [stream.event().json for _ in range(100)] == list(range(100))
         assert stream.event().event == "sse-end"
