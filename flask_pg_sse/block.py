@@ -15,7 +15,7 @@ _NEVER = 2**63  # above every id
 class Block:
     """Bytes for a stream, or for many, and the ids in the log between which they lie."""
 
-    __slots__ = ("_items", "_named", "chunk", "data", "first", "foreign", "last")
+    __slots__ = ("_items", "_named", "_next", "chunk", "data", "first", "foreign", "last")
 
     def __init__(self, data: bytes, first: int = _NEVER, last: int = 0) -> None:
         self.data = data
@@ -24,6 +24,7 @@ class Block:
         self.foreign = False  # whether the last id that a client finds in it is not the log's
         self._items: Sequence[Item] = ()
         self._named: Block | None = None
+        self._next: tuple[Standing, Block, Standing] | None = None
         self.chunk = b""  # the bytes as one chunk of an HTTP/1.1 body, once made
 
     def make_chunk(self) -> bytes:
@@ -39,6 +40,16 @@ class Block:
         block._items = items
         block.foreign = len(ids) < len(items) and _ends_with_a_foreign_id(items)
         return block
+
+    def next_for(self, before: Standing, now: float) -> tuple[Block, Standing]:
+        """Return what of it is for a stream that stands at `before`, and where that stands afterwards.
+
+        Most that do not stand with the others have come the same way too, and are given the same.
+        """
+        if self._next is None or self._next[0] is not before:
+            seen = self.seen_from(before.accepted)
+            self._next = before, seen, before.after(seen, now)
+        return self._next[1:]
 
     def seen_from(self, accepted: int) -> Block:
         """Return what of it is for a stream that has everything up to an id of the log; it may be empty.
@@ -61,7 +72,7 @@ class Block:
     def settle(self) -> None:
         """Keep the bytes alone: it has been offered to all, and may wait for a slow client for long."""
         self._items = ()
-        self._named = None
+        self._named = self._next = None
         self.chunk = b""
 
 

@@ -162,10 +162,9 @@ class Subscription:
         """
         if not self.live or self._closing is not None:
             return True
-        block = block.seen_from(self.standing.accepted)
+        block, where = block.next_for(self.standing, now)
         if not block.data:
             return True
-        where = self.standing.after(block, now)
         sent = self._write(block)
         if not sent:
             # Before the generator is woken; and not to where those stand to whom can be written directly.
@@ -201,7 +200,7 @@ class Subscription:
 
     def _write(self, block: Block) -> int:
         """Send a block past the parked generator; return the bytes of its chunk that left, 0 for none."""
-        if len(block.data) > _DIRECT_BYTES or self._has_work():
+        if self._send is _closed or len(block.data) > _DIRECT_BYTES or self._has_work():
             return 0
         try:
             return self._send(block.chunk or block.make_chunk(), NOW)

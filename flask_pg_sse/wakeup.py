@@ -183,20 +183,19 @@ class _ThreadSpot:
 class _GreenletSpot:
     """A greenlet switched to by a callback of the hub: half the price of any gevent queue or event."""
 
-    __slots__ = ("_greenlet", "_hub", "_woken")
+    __slots__ = ("_greenlet", "_hub", "_owner", "_woken")
 
     def __init__(self) -> None:
         import gevent
 
         self._hub: Any = gevent.get_hub()
-        self._greenlet: Any = None
+        self._owner: Any = gevent.getcurrent()
+        self._greenlet: Any = None  # the owner, while it is parked
         self._woken = False
 
     def park(self) -> None:
-        import gevent
-
         if not self._woken:
-            self._greenlet = gevent.getcurrent()
+            self._greenlet = self._owner
             try:
                 self._hub.switch()
             finally:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 from flask import Flask, current_app, jsonify, request
 from flask.typing import ResponseReturnValue
 
 from flask_pg_sse import notify, notify_many, sse_bp
+from flask_pg_sse.subscription import Subscription
 
 logging.basicConfig(level=logging.INFO)
 
@@ -33,6 +35,13 @@ def flood(channel: str, count: int, size: int) -> ResponseReturnValue:
     """Send `count` numbered events of `size` bytes in one transaction."""
     notify_many(channel, [f"{number} ".ljust(size, "x") for number in range(count)])
     return "", 204
+
+
+@app.get("/held")
+def held() -> ResponseReturnValue:
+    """How many streams' objects there are, whoever holds them."""
+    gc.collect()
+    return str(sum(isinstance(one, Subscription) for one in gc.get_objects()))
 
 
 @app.get("/state")
