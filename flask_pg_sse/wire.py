@@ -26,7 +26,7 @@ _WIRE_MARK = "\x1e"
 _WIRE_VERSION = "1"
 _LOGGED = _WIRE_MARK + _WIRE_VERSION + '{"i":'
 # What the log writes but for the large ones: id, signature, the other fields, and then the data.
-_LOGGED_FORM = re.compile(re.escape(_LOGGED) + r'([1-9][0-9]{0,18}),"s":"([0-9a-f]{16})"(.*)\}\n', re.ASCII)
+_LOGGED_FORM = re.compile(re.escape(_LOGGED) + r'([1-9][0-9]{0,18}),"s":"([0-9a-f]{16})"(|,".*)\}\n', re.ASCII)
 # PostgreSQL sends equal payloads of one transaction once. The number makes each payload unlike its predecessors; it
 # need not be unique beyond the process, because a transaction does not reach beyond it either. It always has twelve
 # digits, so that the room for data is always the same.
@@ -146,7 +146,7 @@ def _from_wire(payload: str) -> Message:
     if log_id is not None and not (type(log_id) is int and 0 < log_id <= MAX_NUMBER and type(signature) is str):
         raise _not_ours()
     if large:
-        if log_id is None:
+        if log_id is None or line_end:
             raise _not_ours()
         return Message(None, log_id, signature)
     if bool(line_end) == ("data" in fields):

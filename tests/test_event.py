@@ -21,7 +21,8 @@ from markupsafe import Markup
 from flask_pg_sse import testing
 from flask_pg_sse.errors import InvalidEvent, PayloadTooLarge
 from flask_pg_sse.event import HEARTBEAT, Event, control_block, encode, make_event
-from flask_pg_sse.wire import MAX_PAYLOAD_BYTES, from_payload, to_payload
+from flask_pg_sse.postgres.decode import Decoder
+from flask_pg_sse.wire import MAX_PAYLOAD_BYTES, from_payload, signature, to_payload, to_row
 
 MARK = to_payload(Event(), "c")[0]
 
@@ -590,3 +591,63 @@ def test_damaged_wire_forms_are_legal_or_refused(event: Event, data: st.DataObje
 def test_what_only_begins_like_the_wire_form_is_refused(rest: str) -> None:
     with pytest.raises(InvalidEvent, match=r"wire form"):
         from_payload(MARK + rest)
+
+
+# -- what the log sends, which is read the quick way
+
+KEY = b"k" * 32
+
+
+def as_the_log_sends(event: Event, log_id: int) -> str:
+    """Return the payload that postgres/sql/schema_1.sql makes of a row."""
+    fields, data = to_row(event)
+    rest = "}" if fields == "{}" else "," + fields[1:]
+    signed = signature(KEY, log_id)
+    return f'\x1e1{{"i":{log_id},"s":"{signed}"{rest}' + ("" if data is None else "\n" + data)
+
+
+def decoder() -> Decoder:
+    found = Decoder()
+    found.key = KEY
+    return found
+
+
+@given(events, st.integers(1, 2**63 - 1))
+def test_an_event_of_the_log_is_what_encode_makes_of_it(event: Event, log_id: int) -> None:
+    payload = as_the_log_sends(event, log_id)
+    known = decoder()
+    assert known.decode(payload) == (log_id, encode(event, log_id))
+    message = from_payload(payload)
+    assert (message.event, message.log_id) == (event, log_id) and known.malformed == 0
+
+
+def assert_read_alike(payload: str) -> None:
+    """Assert that the quick way gives what the general one does, whatever the payload is."""
+    got = decoder().decode(payload)
+    try:
+        message = from_payload(payload)
+    except InvalidEvent:
+        assert got == (0, None)
+        return
+    if message.log_id and message.signature != signature(KEY, message.log_id):
+        assert got == (0, None)
+    elif message.event is not None:
+        assert got == (message.log_id or 0, encode(message.event, message.log_id))
+    else:
+        assert got == (message.log_id, None)
+
+
+@given(events, st.integers(1, 2**63 - 1), st.data())
+def test_a_damaged_event_of_the_log_is_read_alike(event: Event, log_id: int, more: st.DataObject) -> None:
+    payload = as_the_log_sends(event, log_id)
+    begin = more.draw(st.integers(0, len(payload)))
+    end = more.draw(st.integers(begin, min(len(payload), begin + 3)))
+    odd = ["", "}", "\n", "}\n", '"', ",", '"data":"x"', '"f":true,', "\x1e1", "0"]
+    put = more.draw(st.sampled_from(odd))
+    assert_read_alike(payload[:begin] + put + payload[end:])
+
+
+@pytest.mark.parametrize("rest", ['"f":true,"comment":""}\nx', '"f":true}\n', "}\nx", ',"id":"1"}\nx'])
+def test_what_the_quick_way_once_read_otherwise_is_read_alike(rest: str) -> None:
+    whole = as_the_log_sends(Event("x", comment=""), 1)
+    assert_read_alike(whole[: whole.index('"comment"')] + rest)
