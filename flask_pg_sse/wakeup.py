@@ -27,6 +27,7 @@ class Wakeup:
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
+        self._number = self._reader.fileno()
         self._watched = -1
         self._waiting: _Waiting | None = None  # the descriptors stay registered from one wait to the next
 
@@ -49,15 +50,14 @@ class Wakeup:
         self._stop_waiting()
 
     def wait(self, timeout: float) -> None:
-        """Return when set, when what is watched is readable, or after `timeout` seconds; and clear.
+        """Return when set, when what is watched is readable, or after `timeout` seconds, if not before; and clear.
 
         Others have their turn in any case.
         """
-        reader = self._reader.fileno()
         if self._waiting is None:
-            descriptors = [reader, self._watched] if self._watched >= 0 else [reader]
+            descriptors = [self._number, self._watched] if self._watched >= 0 else [self._number]
             self._waiting = _GreenletWaiting(descriptors) if is_patched() else _ThreadWaiting(descriptors)
-        if reader in self._waiting.wait(timeout):
+        if self._number in self._waiting.wait(timeout):
             self.clear()
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class _Waiting(Protocol):
     """Waits until one of some descriptors is readable, again and again."""
 
     def wait(self, timeout: float) -> Collection[int]:
-        """Return descriptors that are readable; none after `timeout` seconds."""
+        """Return descriptors that are readable; none after `timeout` seconds, or earlier."""
 
     def stop(self) -> None: ...
 
@@ -101,6 +101,9 @@ class _GreenletWaiting:
 
         self._hub: Any = gevent.get_hub()
         self._greenlet: Any = None
+        # Kept too, and set anew only for an earlier time: nearly all waits end before their own, which lies far away.
+        self._timer: Any = None
+        self._rings_at = float("inf")
         self._watchers = [(self._hub.loop.io(descriptor, 1), descriptor) for descriptor in descriptors]  # 1: readable
         for watcher, descriptor in self._watchers:
             watcher.start(self._resume, (descriptor,))
@@ -108,14 +111,25 @@ class _GreenletWaiting:
     def wait(self, timeout: float) -> Collection[int]:
         import gevent
 
-        timer = self._hub.loop.timer(timeout)
-        timer.start(self._resume, ())
+        ring_at = time.monotonic() + timeout
+        if ring_at < self._rings_at:
+            self._stop_timer()
+            self._timer, self._rings_at = self._hub.loop.timer(timeout), ring_at
+            self._timer.start(self._ring)
         self._greenlet = gevent.getcurrent()
         try:
             found: Collection[int] = self._hub.switch()
             return found
         finally:
             self._greenlet = None
+
+    def _ring(self) -> None:
+        self._stop_timer()
+        self._resume(())
+
+    def _stop_timer(self) -> None:
+        timer, self._timer, self._rings_at = self._timer, None, float("inf")
+        if timer is not None:
             timer.stop()
             timer.close()
 
@@ -125,6 +139,7 @@ class _GreenletWaiting:
             self._greenlet.switch(readable)
 
     def stop(self) -> None:
+        self._stop_timer()
         for watcher, _ in self._watchers:
             watcher.stop()
             watcher.close()
