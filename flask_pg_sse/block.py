@@ -35,8 +35,13 @@ class Block:
     @classmethod
     def of(cls, items: Sequence[Item]) -> Block:
         """Join events, in their order."""
-        ids = [log_id for _, _, log_id in items if log_id]
-        block = cls(b"".join([data for _, data, _ in items]), min(ids, default=_NEVER), max(ids, default=0))
+        if len(items) == 1:  # as most turns are
+            [(_, data, log_id)] = items
+            ids = [log_id] if log_id else []
+            block = cls(data, log_id or _NEVER, log_id)
+        else:
+            ids = [log_id for _, _, log_id in items if log_id]
+            block = cls(b"".join([data for _, data, _ in items]), min(ids, default=_NEVER), max(ids, default=0))
         block._items = items
         block.foreign = len(ids) < len(items) and _ends_with_a_foreign_id(items)
         return block

@@ -147,8 +147,9 @@ class Head:
 
 def _lines(field: str, value: str) -> str:
     """Return the lines of a field. Split where the specification splits, and not where `str.splitlines` does too."""
-    prefix = f"{field}: "
-    return f"{prefix}{_LINE_END.sub(chr(10) + prefix, value)}\n"
+    if "\n" in value or "\r" in value:
+        value = _LINE_END.sub(f"\n{field}: ", value)
+    return f"{field}: {value}\n"
 
 
 def encode(event: Event, log_id: int | None = None) -> bytes:

@@ -52,6 +52,10 @@ def in_portions(work: Iterable[tuple[_T, Sequence[Subscription]]]) -> Iterator[t
     """Iterate, giving way to other greenlets or threads every few hundred streams: a large page must not stop them."""
     left = OFFERS_BETWEEN_YIELDS
     for what, streams in work:
+        if len(streams) < left:
+            left -= len(streams)
+            yield what, streams
+            continue
         at = 0
         while at < len(streams):
             portion = streams[at : at + left]

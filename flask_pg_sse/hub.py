@@ -18,7 +18,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
 from . import event
 from .block import Block, Standing
@@ -28,7 +27,7 @@ from .page import Item
 from .places import Places
 from .progress import ENOUGH_BYTES
 from .recent import Recent
-from .subscription import Subscription, offer_to_all
+from .subscription import Subscription, Ticket, offer_to_all
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +40,6 @@ FAREWELL = 1.0
 _LOOKS = 4
 # Orders to end streams that are remembered, for requests that were being decided on meanwhile.
 _DISCONNECTS = 10_000
-
-
-class Ticket(Protocol):
-    """The answer to come to a LISTEN."""
-
-    def wait(self, timeout: float) -> bool: ...
-
-    def cancel(self) -> None: ...
 
 
 class Hub:
@@ -74,19 +65,18 @@ class Hub:
         self._send_timeout = send_timeout
         self._heartbeat = heartbeat
         self._retry = retry
-        self._tables = threading.Lock()  # guards the three tables below
+        # Offers come one at a time, from the listener's turns or from the ticker, and the tables and what else is below
+        # change only between them. Held for a turn, not for a client.
+        self._dispatch = threading.Lock()
         self._groups: dict[frozenset[str], Group] = {}
         self._groups_of: dict[str, set[Group]] = {}
-        self._tickets: dict[Subscription, Ticket] = {}
-        # Offers come one at a time, from the listener's turns or from the ticker. Held for a turn, not for a client.
-        self._dispatch = threading.Lock()
-        self.position = 0  # in the log; 0 without one. Moved under the lock, as what is remembered
+        self.position = 0  # in the log; 0 without one
         self._recent = Recent()
         self._draining: str | None = None
         self._disconnects: deque[tuple[float, str | None, str | None]] = deque(maxlen=_DISCONNECTS)
         self._gone: deque[Subscription] = deque()  # closed, and still in the tables
         self.departures = Departures()
-        self._look_at = 0.0  # monotonic time until which no stream needs to be looked at; moved under `_tables`
+        self._look_at = 0.0  # monotonic time until which no stream needs to be looked at
 
     # -- streams come and go
 
@@ -99,8 +89,8 @@ class Hub:
             return "capacity"
         self.departures.watch(subscription)
         ticket = self._listen(subscription.channels)
-        with self._tables:
-            self._tickets[subscription] = ticket
+        with self._dispatch:
+            subscription.ticket = ticket
             self._look_at = min(self._look_at, subscription.due)
             group = self._groups.get(subscription.channels)
             if group is None:
@@ -116,7 +106,9 @@ class Hub:
     def _why_not(self, subscription: Subscription) -> str | None:
         if self._draining is not None:
             return self._draining
-        with self._tables:
+        if not self._disconnects:
+            return None
+        with self._dispatch:
             for at, subject, channel in reversed(self._disconnects):
                 if at < subscription.terms.asked_at:
                     break
@@ -204,10 +196,10 @@ class Hub:
 
     def _forget(self, subscription: Subscription) -> None:
         self.departures.forget(subscription)
-        with self._dispatch, self._tables:
-            ticket = self._tickets.pop(subscription, None)
-            if ticket is None:
+        with self._dispatch:
+            if subscription.ticket is None:
                 return
+            subscription.ticket = None
             group = self._groups[subscription.channels]
             group.remove(subscription)
             if not group:
@@ -222,7 +214,8 @@ class Hub:
 
     def __len__(self) -> int:
         """Number of streams."""
-        return len(self._tickets)
+        with self._dispatch:
+            return sum(map(len, self._groups.values()))
 
     def open_block(self, position: int | None) -> bytes:
         """Return the block that a stream begins with. `position` is its client's in the log, if it has one there."""
@@ -243,13 +236,14 @@ class Hub:
             work = []
             for group, streams, block in self._blocks_of(turn):
                 before = group.standing
-                group.standing = before.after(block.seen_from(before.accepted), now, shared=True)
-                work.append(((block, before, group.standing), streams))
-            for (block, before, after), portion in in_portions(work):
-                for slow in offer_to_all(portion, block, before, after):
+                seen = block.seen_from(before.accepted)
+                group.standing = before.after(seen, now, shared=True)
+                work.append(((block, seen, before, group.standing), streams))
+            for way, portion in in_portions(work):
+                for slow in offer_to_all(portion, *way):
                     self._fall_behind(slow)
-            for (block, _, _), _ in work:
-                block.settle()
+            for way, _ in work:
+                way[0].settle()
 
     def _fall_behind(self, subscription: Subscription) -> None:
         """Stop buffering for a client that reads slower than events come."""
@@ -265,13 +259,11 @@ class Hub:
         Groups whose channels have the same share in the turn get the same bytes: streams that have a channel of their
         own each, beside one for all, cost no more than if they had only that one.
         """
-        channels = {channel for channel, _, _ in turn}
-        with self._tables:
-            groups = {group for channel in channels for group in self._groups_of.get(channel, ())}
-            found = [(group, group.streams) for group in groups]
+        channels = {item[0] for item in turn}
         if len(channels) == 1:
             block = Block.of(turn)
-            return [(group, streams, block) for group, streams in found]
+            return [(group, group.streams, block) for group in self._groups_of.get(turn[0][0], ())]
+        groups = {group for channel in channels for group in self._groups_of.get(channel, ())}
         positions: dict[str, list[int]] = {channel: [] for channel in channels}
         for position, (channel, _, _) in enumerate(turn):
             positions[channel].append(position)
@@ -279,7 +271,7 @@ class Hub:
         for share in {group.channels & channels for group in groups}:
             wanted = sorted(position for channel in share for position in positions[channel])
             blocks[share] = Block.of([turn[position] for position in wanted])
-        return [(group, streams, blocks[group.channels & channels]) for group, streams in found]
+        return [(group, group.streams, blocks[group.channels & channels]) for group in groups]
 
     def gap(self, reason: str, position: int) -> None:
         """Tell every live stream that events may have been missed and cannot be had again.
@@ -292,9 +284,8 @@ class Hub:
             self.position = position
             self._recent.restart(position)
             after = Standing(position, position, now, now, shared=True)
-            with self._tables:
-                for group in self._groups.values():
-                    group.standing = after
+            for group in self._groups.values():
+                group.standing = after
             for _, streams in in_portions(self._everybody()):
                 for subscription in streams:
                     if subscription.live and not subscription.reset(block, position, now, after):
@@ -313,19 +304,16 @@ class Hub:
         with self._dispatch:
             self._recent.trim()
             cursor = Block(event.control_block("cursor", {}, id=self.position), last=self.position)
-            with self._tables:
-                groups = [(group, group.streams) for group in self._groups.values()]
-                self._look_at = math.inf
             # The next one: often enough to see that a client takes nothing for `send_timeout`.
             look_at = now + min(self._heartbeat, self._send_timeout) / _LOOKS
             work = []
-            for group, streams in groups:
+            for group in self._groups.values():
                 before = group.standing
                 sign = before.sign_of_life(now - self._heartbeat, cursor)
                 if sign is not None:
                     group.standing = before.after(sign, now, shared=True)
                 look_at = min(look_at, group.standing.sign_due_at(self._heartbeat, cursor))
-                work.append(((before, sign, group.standing), streams))
+                work.append(((before, sign, group.standing), group.streams))
             for (before, sign, after), portion in in_portions(work):
                 for subscription in portion:
                     progress = subscription.progress
@@ -340,11 +328,7 @@ class Hub:
                         look_at = min(look_at, standing.sign_due_at(self._heartbeat, cursor))
                     if own is not None and not subscription.waiting:  # what waits will do as one
                         subscription.offer(own, now, after)
-            self._look_by(look_at)
-
-    def _look_by(self, look_at: float) -> None:
-        with self._tables:
-            self._look_at = min(self._look_at, look_at)
+            self._look_at = look_at
 
     def _look_after(self, subscription: Subscription, now: float) -> None:
         if subscription.progress.stalled(now, self._send_timeout):
@@ -364,33 +348,31 @@ class Hub:
     def drain(self, reason: str) -> None:
         """End all streams, those that still wait for PostgreSQL too, and refuse new ones."""
         self._draining = reason
-        with self._tables:
-            tickets = list(self._tickets.items())
         cut_at = time.monotonic() + FAREWELL
-        self._look_by(cut_at)
         with self._dispatch:
-            for subscription, ticket in tickets:
-                subscription.end(self.end_block(reason), cut_at=cut_at)
-                ticket.cancel()
+            self._look_at = min(self._look_at, cut_at)
+            for _, streams in self._everybody():
+                for subscription in streams:
+                    subscription.end(self.end_block(reason), cut_at=cut_at)
+                    if subscription.ticket is not None:
+                        subscription.ticket.cancel()
 
     def disconnect(self, subject: str | None, channel: str | None) -> None:
         """End the streams of a subject, those on a channel or, where both are given, those that are both.
 
         What waits for them is dropped: they are not to have it.
         """
-        now = time.monotonic()
-        with self._tables:
-            self._disconnects.append((now, subject, channel))
-        self._look_by(now + FAREWELL)
         with self._dispatch:
+            now = time.monotonic()
+            self._disconnects.append((now, subject, channel))
+            self._look_at = min(self._look_at, now + FAREWELL)
             for _, streams in in_portions(self._everybody()):
                 for subscription in streams:
                     if _concerns(subscription, subject, channel):
                         subscription.end(self.end_block("revoked"), drop=True, cut_at=now + FAREWELL)
 
     def _everybody(self) -> list[tuple[None, Sequence[Subscription]]]:
-        with self._tables:
-            return [(None, tuple(self._tickets))]
+        return [(None, group.streams) for group in self._groups.values()]
 
 
 def _concerns(subscription: Subscription, subject: str | None, channel: str | None) -> bool:

@@ -45,16 +45,19 @@ class Recent:
 
     def __init__(self) -> None:
         self._rings: dict[str, _Ring] = {}
+        self.limit = RING_BYTES  # bytes of one channel
 
     def begin(self, channels: Iterable[str], position: int) -> None:
         """Keep, from now on, the events of `channels` that come after the log's `position`."""
         for channel in channels:
             if channel not in self._rings:
                 self._rings[channel] = _Ring(position)
+                self._share_out()
 
     def end(self, channel: str) -> None:
         """Forget a channel: what comes on it may not be heard any more."""
         self._rings.pop(channel, None)
+        self._share_out()
 
     def forget(self, through: int) -> None:
         """Forget all events up to an id."""
@@ -69,15 +72,12 @@ class Recent:
 
     def add(self, items: Iterable[Item]) -> None:
         """Keep what has just come."""
-        limit = self.limit
         for item in items:
-            channel, _, log_id = item
-            ring = self._rings.get(channel)
-            if ring is None or log_id <= (ring.items[-1][2] if ring.items else ring.after):
-                continue
-            ring.items.append(item)
-            ring.size += _size_of(item)
-            ring.trim(limit)
+            ring = self._rings.get(item[0])
+            if ring is not None and item[2] > (ring.items[-1][2] if ring.items else ring.after):
+                ring.items.append(item)
+                ring.size += _size_of(item)
+                ring.trim(self.limit)
 
     def missed(self, channels: Iterable[str], after: int) -> list[Item] | None:
         """Return what came on `channels` after an id, in order; None where that is not known."""
@@ -112,11 +112,8 @@ class Recent:
 
     def trim(self) -> None:
         """Keep to the limit for all together; quiet channels do not notice by themselves that others have come."""
-        limit = self.limit
         for ring in self._rings.values():
-            ring.trim(limit)
+            ring.trim(self.limit)
 
-    @property
-    def limit(self) -> int:
-        """Bytes of one channel."""
-        return min(RING_BYTES, TOTAL_BYTES // max(1, len(self._rings)))
+    def _share_out(self) -> None:
+        self.limit = min(RING_BYTES, TOTAL_BYTES // max(1, len(self._rings)))

@@ -34,11 +34,21 @@ PIECE_BYTES = ENOUGH_BYTES
 _DIRECT_BYTES = 65536
 # Where a stream stands that takes nothing: no other does.
 _NOWHERE = Standing()
+# The blocks of a stream for which nothing ever had to wait: most have no list of their own. Never filled.
+_NONE: list[Block] = []
 
 
 def _closed(chunk: bytes, flags: int) -> int:
     """Stand in for the way past a generator where there is none: nothing was sent."""
     return 0
+
+
+class Ticket(Protocol):
+    """The answer to come to a LISTEN."""
+
+    def wait(self, timeout: float) -> bool: ...
+
+    def cancel(self) -> None: ...
 
 
 class Connection(Protocol):
@@ -84,6 +94,7 @@ class Subscription:
         "progress",
         "standing",
         "terms",
+        "ticket",
         "watched_as",
     )
 
@@ -99,7 +110,8 @@ class Subscription:
         self.watched_as = -1  # the number of its socket, if it is watched for its end
         # Monotonic time at which it is to end or, once that has been decided, to lose its connection if that stands.
         self.due = terms.ends_at
-        self._blocks: list[Block] = []
+        self.ticket: Ticket | None = None  # while the stream stands in the hub's tables
+        self._blocks = _NONE
         self._rest = b""  # taken from the blocks, and from where on not sent; often shared by many streams, so not cut
         self._rest_from = 0
         self._offered = 0
@@ -193,6 +205,8 @@ class Subscription:
             self._large, self._large_until = size, self._offered + size
         if self._offered - self._taken + size > self.limit + self._large:
             return False
+        if self._blocks is _NONE:
+            self._blocks = []
         self._blocks.append(block)
         self._offered += size
         self._wake()
@@ -312,13 +326,13 @@ class Subscription:
 
 
 def offer_to_all(
-    streams: Iterable[Subscription], block: Block, before: Standing, after: Standing
+    streams: Iterable[Subscription], block: Block, shared: Block, before: Standing, after: Standing
 ) -> list[Subscription]:
     """Offer a block to streams, most of which stand at `before` and will at `after`; return those too slow for it.
 
+    `shared` is what of the block is for those.
     The hot path: no lock, no formatting, no log, and for a stream that waits idle at `before` no call but the send.
     """
-    shared = block.seen_from(before.accepted)
     direct = 0 < len(shared.data) <= _DIRECT_BYTES
     chunk = (shared.chunk or shared.make_chunk()) if direct else b""
     size = len(chunk)

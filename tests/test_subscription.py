@@ -306,7 +306,7 @@ def test_a_stream_may_be_closed_by_the_garbage_collector_at_any_moment() -> None
     hub.open(subscription)
 
     def close_within_locks() -> None:
-        with hub._tables, hub._dispatch:
+        with hub._dispatch:
             hub.close(subscription)
 
     thread = threading.Thread(target=close_within_locks, daemon=True)
