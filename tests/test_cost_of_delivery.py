@@ -59,6 +59,7 @@ def steps_of(work: Callable[[], None]) -> int:
 
     Of the second of two: CPython 3.12 tells of none at the first time.
     """
+    steps = 0
 
     def trace(frame: FrameType, kind: str, arg: Any) -> Any:
         nonlocal steps
