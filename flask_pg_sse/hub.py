@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +27,7 @@ from .places import Places
 from .progress import ENOUGH_BYTES
 from .recent import Recent
 from .subscription import Subscription, Ticket, offer_to_all
+from .wakeup import FairLock
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Hub:
         self._retry = retry
         # Offers come one at a time, from the listener's turns or from the ticker, and the tables and what else is below
         # change only between them. Held for a turn, not for a client.
-        self._dispatch = threading.Lock()
+        self._dispatch = FairLock()
         self._groups: dict[frozenset[str], Group] = {}
         self._groups_of: dict[str, set[Group]] = {}
         self.position = 0  # in the log; 0 without one

@@ -161,6 +161,32 @@ def give_way(pause: float = 0) -> None:
         time.sleep(pause)
 
 
+class FairLock:
+    """A lock that goes next to those who wait for it already.
+
+    gevent wakes them by a callback behind all others. On a busy worker whoever has released the lock comes back from
+    the event loop sooner, and would take it again and again. Between threads the system sees to it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting = 0  # exact between greenlets
+
+    def __enter__(self) -> None:
+        self._waiting += 1
+        try:
+            self._lock.acquire()
+        finally:
+            self._waiting -= 1
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+        if self._waiting and is_patched():
+            import gevent
+
+            gevent.sleep(0)  # behind the callback that wakes the first of them
+
+
 class Spot(Protocol):
     """Where one generator waits. A `wake()` before the `park()` counts: that park returns at once."""
 

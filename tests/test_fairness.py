@@ -1,9 +1,11 @@
-"""While one event goes out to thousands of streams, the worker answers others."""
+"""While one event goes out to thousands of streams, the worker answers others; and all have their turn."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+
+import pytest
 
 from flask_pg_sse.group import OFFERS_BETWEEN_YIELDS
 from tests import servers
@@ -61,3 +63,66 @@ def test_requests_are_answered_within_one_fan_out() -> None:
     assert done.returncode == 0, done.stderr
     looks = STREAMS // OFFERS_BETWEEN_YIELDS - 1
     assert int(done.stdout) >= looks // 3
+
+
+BUSY = """
+import gevent.monkey; gevent.monkey.patch_all()
+import sys, time, gevent
+from flask_pg_sse.hub import Hub
+from flask_pg_sse.subscription import Subscription
+
+class Heard:
+    def wait(self, timeout): return True
+    def cancel(self): ...
+
+hub = Hub(lambda channels: Heard(), lambda channels: None, heartbeat=0.001, retry=3000)
+turns = beats = 0
+
+def client(stream):  # whose generator takes longer for a block than it takes to hand it one
+    while stream.take() is not None:
+        until = time.perf_counter() + 0.0002
+        while time.perf_counter() < until:
+            pass
+
+def deliver():
+    global turns
+    turns += 1
+    hub.deliver([("a", b"data: x\\n\\n", 0)], 0)
+
+def beat():
+    global beats
+    beats += 1
+    hub._look_at = 0
+    hub.beat()
+
+def again_and_again(work):
+    while True:
+        work()
+        gevent.idle(2)
+
+for _ in range(1000):
+    stream = Subscription("a", 1_000_000)
+    assert hub.open(stream) is None
+    hub.go_live(stream)
+    gevent.spawn(client, stream)
+gevent.spawn(again_and_again, {"a turn": beat, "heartbeats": deliver}[sys.argv[1]])
+waited = []
+for _ in range(3):
+    before = turns + beats
+    while turns + beats < before + 5:  # until it is in the midst of its work
+        gevent.sleep(0.01)
+    before = turns + beats
+    {"a turn": deliver, "heartbeats": beat}[sys.argv[1]]()
+    waited.append(turns + beats - before - 1)
+print(max(waited))
+"""
+
+
+@pytest.mark.parametrize("who", ["a turn", "heartbeats"])
+def test_on_a_busy_worker_events_and_heartbeats_take_turns(who: str) -> None:
+    """Each waits for one round of the other at the most; it was thirty before, and with heartbeats alone no event."""
+    done = subprocess.run(
+        [sys.executable, "-c", BUSY, who], capture_output=True, text=True, timeout=60, cwd=servers.ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 2
