@@ -340,8 +340,9 @@ def offer_to_all(
     for stream in streams:
         # Those that stand at `before` are live, and nothing waits for them.
         if stream.standing is before and direct:
+            send = stream._send  # not called in one: CPython 3.11 takes it for a method then, and looks it up at length
             try:
-                sent = stream._send(chunk, NOW)
+                sent = send(chunk, NOW)
             except OSError:
                 sent = 0
             if sent == size:
