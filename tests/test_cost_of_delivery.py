@@ -23,7 +23,7 @@ from flask_pg_sse.group import OFFERS_BETWEEN_YIELDS
 from flask_pg_sse.hub import Hub
 from flask_pg_sse.subscription import Subscription, offer_to_all
 
-# Bytecode instructions of a delivery, the system call aside. It takes 28 on CPython 3.10, and 29, 27 and 26 on the next.
+# Bytecode instructions of a delivery, the system call aside. CPython 3.10 takes 28, and 29, 27 and 26 the next three.
 MOST_STEPS = 31 if sys.version_info < (3, 12) else 29
 FEW, MANY = 50, 150
 assert MANY < OFFERS_BETWEEN_YIELDS
