@@ -88,9 +88,8 @@ class Hub:
         if not self.places.take(subscription):
             return "capacity"
         self.departures.watch(subscription)
-        ticket = self._listen(subscription.channels)
-        with self._dispatch:
-            subscription.ticket = ticket
+        with self._dispatch:  # who is interrupted while waiting for it has not asked for a LISTEN
+            ticket = subscription.ticket = self._listen(subscription.channels)
             self._look_at = min(self._look_at, subscription.due)
             group = self._groups.get(subscription.channels)
             if group is None:

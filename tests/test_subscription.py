@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -296,6 +297,25 @@ def test_blocks_that_are_dropped_between_two_looks_lose_no_end() -> None:
         subscription._blocks = Dropped([Block(b"x")] * count)
         subscription.end(b"end")
         assert [subscription.take(), subscription.take()] == [b"end", None]
+
+
+def test_who_is_interrupted_on_the_way_into_the_tables_leaves_nothing_behind() -> None:
+    class Interrupted:
+        def __enter__(self) -> None:
+            raise TimeoutError
+
+        def __exit__(self, *error: object) -> None: ...
+
+    log: list[str] = []
+    hub = make_hub(log)
+    lock, hub._dispatch = hub._dispatch, cast(Any, Interrupted())
+    subscription = Subscription("a", 1000)
+    with pytest.raises(TimeoutError):
+        hub.open(subscription)
+    hub._dispatch = lock
+    hub.close(subscription)
+    hub.sweep()
+    assert not len(hub) and not hub.places._all and log == []
 
 
 def test_a_stream_may_be_closed_by_the_garbage_collector_at_any_moment() -> None:
