@@ -25,7 +25,9 @@ for _ in range(3):
     wakeup.wait(30)
     assert time.monotonic() - begun < 5, "it was not set"
     ours.recv(10)
+    begun = time.monotonic()
     wakeup.wait(0.01)
+    assert time.monotonic() - begun < 5, "it kept to the time of the wait before"
 wakeup.watch(-1)
 wakeup.close()
 print("fine")
