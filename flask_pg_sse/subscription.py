@@ -326,15 +326,15 @@ class Subscription:
 
 
 def offer_to_all(
-    streams: Iterable[Subscription], block: Block, shared: Block, before: Standing, after: Standing
+    streams: Iterable[Subscription], block: Block, seen: Block, before: Standing, after: Standing
 ) -> list[Subscription]:
-    """Offer a block to streams, most of which stand at `before` and will at `after`; return those too slow for it.
+    """Offer a block to streams, most of which stand at `before`, are to get `seen` of it, and will stand at `after`.
 
-    `shared` is what of the block is for those.
-    The hot path: no lock, no formatting, no log, and for a stream that waits idle at `before` no call but the send.
+    Returns those too slow for it. The hot path: no lock, no formatting, no log, and for a stream that waits idle at
+    `before` no call but the send.
     """
-    direct = 0 < len(shared.data) <= _DIRECT_BYTES
-    chunk = (shared.chunk or shared.make_chunk()) if direct else b""
+    direct = 0 < len(seen.data) <= _DIRECT_BYTES
+    chunk = (seen.chunk or seen.make_chunk()) if direct else b""
     size = len(chunk)
     slow = []
     for stream in streams:
@@ -350,7 +350,7 @@ def offer_to_all(
                 continue
             if sent:
                 stream.standing = after
-                stream._tear(len(shared.data), chunk[sent:])
+                stream._tear(len(seen.data), chunk[sent:])
                 continue
         if not stream.offer(block, after.active_at, after):
             slow.append(stream)

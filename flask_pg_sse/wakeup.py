@@ -1,4 +1,4 @@
-"""Waking a thread that waits in poll(), and parking one that waits for nothing but us.
+"""Waking a thread that waits in poll(), parking one that waits for nothing but us, and taking turns.
 
 All names of the standard library are looked up when they are used, never imported from their module: gunicorn
 monkey-patches after an app was imported under --preload, and only the look-up at use finds gevent's versions.

@@ -11,16 +11,17 @@ from flask_pg_sse.group import OFFERS_BETWEEN_YIELDS
 from tests import servers
 
 STREAMS = 5000
-SCRIPT = """
+BEGINNING = """
 import gevent.monkey; gevent.monkey.patch_all()
-import operator, socket, sys, threading, time
+import operator, socket, sys, threading, time, gevent
 from flask_pg_sse.hub import Hub
 from flask_pg_sse.subscription import Subscription
 
 class Heard:
     def wait(self, timeout): return True
     def cancel(self): ...
-
+"""
+FAN_OUT = """
 hub = Hub(lambda channels: Heard(), lambda channels: None, heartbeat=15, retry=3000)
 for _ in range(int(sys.argv[1])):
     stream = Subscription("a", 1000)
@@ -55,26 +56,21 @@ for thread in threads: thread.join()
 """
 
 
+def run(script: str, argument: str) -> int:
+    """Run a script of the above in a process of its own, and return the number that it prints."""
+    command = [sys.executable, "-c", BEGINNING + script, argument]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=servers.ROOT)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
 def test_requests_are_answered_within_one_fan_out() -> None:
     """Counted, not timed: a request and its answer need two looks at the sockets, and there is one for each portion."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(STREAMS)], capture_output=True, text=True, timeout=60, cwd=servers.ROOT
-    )
-    assert done.returncode == 0, done.stderr
     looks = STREAMS // OFFERS_BETWEEN_YIELDS - 1
-    assert int(done.stdout) >= looks // 3
+    assert run(FAN_OUT, str(STREAMS)) >= looks // 3
 
 
 BUSY = """
-import gevent.monkey; gevent.monkey.patch_all()
-import sys, time, gevent
-from flask_pg_sse.hub import Hub
-from flask_pg_sse.subscription import Subscription
-
-class Heard:
-    def wait(self, timeout): return True
-    def cancel(self): ...
-
 hub = Hub(lambda channels: Heard(), lambda channels: None, heartbeat=0.001, retry=3000)
 turns = beats = 0
 
@@ -121,8 +117,4 @@ print(max(waited))
 @pytest.mark.parametrize("who", ["a turn", "heartbeats"])
 def test_on_a_busy_worker_events_and_heartbeats_take_turns(who: str) -> None:
     """Each waits for one round of the other at the most; it was thirty before, and with heartbeats alone no event."""
-    done = subprocess.run(
-        [sys.executable, "-c", BUSY, who], capture_output=True, text=True, timeout=60, cwd=servers.ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 2
+    assert run(BUSY, who) <= 2
