@@ -38,18 +38,23 @@ sse_bp = SSEBlueprint("sse", __name__, url_prefix="/sse", cli_group="sse")
 class _StreamResponse(Response):
     """A response that tells its connection when the server has begun with it."""
 
-    def __init__(self, body: Iterable[bytes], connection: Connection) -> None:
+    def __init__(self, body: Iterable[bytes], connection: Connection, settings: Settings) -> None:
         # Passed through, so that what reads a whole body (a log, a compressor) fails or passes on, and does not wait
         # for the end of a stream.
         super().__init__(body, mimetype="text/event-stream", direct_passthrough=True)
         self._connection = connection
+        self._settings = settings
         # "no-transform" and nginx's own header keep proxies from collecting what should flow.
         self.headers["Cache-Control"] = "no-cache, no-transform"
         self.headers["X-Accel-Buffering"] = "no"
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
         body, status, headers = self.get_wsgi_response(environ)
-        self._connection.response_started(start_response(status, headers))
+        self._connection.response_started(
+            start_response(status, headers),
+            direct_write=self._settings.direct_write,
+            send_timeout=self._settings.send_timeout,
+        )
         return body
 
 
@@ -125,11 +130,12 @@ def _answer(names: list[str]) -> ResponseReturnValue:
         runtime.require_log()
     except EventLogMissing as error:
         return _refusal(500, str(error))
-    connection = Connection(request.environ, direct_write=settings.direct_write, send_timeout=settings.send_timeout)
+    connection = Connection(request.environ)
     if request.method == "HEAD":
-        return _StreamResponse(iter(()), connection)  # a tuple would get a Content-Length, which no stream has
+        # A tuple would get a Content-Length, which no stream has.
+        return _StreamResponse(iter(()), connection, settings)
     subscription = Subscription(channels, settings.buffer_bytes, terms)
-    response = _StreamResponse(stream(*runtime.streams, subscription, last_event_id, connection), connection)
+    response = _StreamResponse(stream(*runtime.streams, subscription, last_event_id, connection), connection, settings)
     if "flask_pg_sse.testing" in request.environ:
         request.environ["flask_pg_sse.testing"].append(subscription)
     return response
@@ -245,9 +251,10 @@ def _ended(reason: str, last_event_id: str) -> Response:
 
     The client's position goes back to it as the event's id: a page that fetches a new URL can go on from there.
     """
-    block = event.end_block(reason, current_state().runtime.settings.retry, id=event.to_log_id(last_event_id))
+    settings = current_state().runtime.settings
+    block = event.end_block(reason, settings.retry, id=event.to_log_id(last_event_id))
     body = () if request.method == "HEAD" else (block,)
-    return _StreamResponse(iter(body), Connection(request.environ))
+    return _StreamResponse(iter(body), Connection(request.environ), settings)
 
 
 @sse_bp.after_request

@@ -315,8 +315,9 @@ class Hub:
                 work.append(((before, sign, group.standing), group.streams))
             for (before, sign, after), portion in in_portions(work):
                 for subscription in portion:
-                    progress = subscription.progress
-                    if progress.in_flight or progress.judged or subscription.due <= now:
+                    connection = subscription.connection
+                    busy = connection is not None and (connection.in_flight or connection.judged)
+                    if busy or subscription.due <= now:
                         self._look_after(subscription, now)
                         look_at = now
                     elif subscription.due < look_at:
@@ -330,14 +331,15 @@ class Hub:
             self._look_at = look_at
 
     def _look_after(self, subscription: Subscription, now: float) -> None:
-        if subscription.progress.stalled(now, self._send_timeout):
+        connection = subscription.connection
+        if connection is not None and connection.stalled(now, self._send_timeout):
             logger.info("A stream was cut: its client took less than %d bytes in time.", ENOUGH_BYTES)
             subscription.end(b"", drop=True, cut_at=now)
         if subscription.due <= now:
             if not subscription.ended:
                 subscription.end(self.end_block(subscription.terms.ends_because))
-            elif subscription.connection is not None:
-                subscription.connection.cut()
+            elif connection is not None:
+                connection.cut()
 
     def pruned(self, through: int) -> None:
         """Forget what the log has lost: whether a stream may resume should not depend on the worker that it meets."""

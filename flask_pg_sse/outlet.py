@@ -9,13 +9,16 @@ from __future__ import annotations
 import _socket
 import contextlib
 import socket
-from collections.abc import Callable
 from typing import Any
 
 from .progress import ENOUGH_BYTES, Progress
 
-# For `Outlet.send`.
+# For `write()`.
 NOW = socket.MSG_DONTWAIT
+# To write to a socket that `Outlet.way()` returned: `write(way, chunk, NOW)` gives the bytes that left. Of the base
+# class, because gevent's waits, and wakes others. BlockingIOError where there is no room; any error is the generator's
+# to find out about.
+write = _socket.socket.send
 
 
 def frame(data: bytes) -> bytes:
@@ -23,38 +26,45 @@ def frame(data: bytes) -> bytes:
     return b"%X\r\n%b\r\n" % (len(data), data)
 
 
-class Outlet:
-    """A client's socket and gunicorn's response on it.
+class Outlet(Progress):
+    """A client's socket, how fast it takes what is sent and, where there is a way past the generator, gunicorn's
+    response on it.
 
-    The socket's own object is kept, never its number: that may be another client's by the time of a write. The base
-    class's `send` neither waits nor wakes anybody, as gevent's does.
+    The socket's own object is kept, never its number: that may be another client's by the time of a write.
     """
 
-    __slots__ = ("_beside", "_client", "_response", "send")
+    __slots__ = ("_beside", "_response", "_socket")
 
-    def __init__(self, client: Any, response: Any) -> None:
-        self._client = client
-        self._response = response
-        raw = getattr(client, "_sock", client)
-        # An attribute and not a method, which would cost as much again. BlockingIOError where there is no room; any
-        # error is the generator's to find out about.
-        self.send: Callable[[bytes, int], int] = _socket.socket.send.__get__(raw)
+    def __init__(self) -> None:
+        super().__init__()
+        self._socket: Any = None  # what lies below gevent's, which waits and wakes others in its methods
+        self._response: Any = None
         self._beside = 0  # bytes of the body that gunicorn counts and `Progress` does not
 
-    def open(self, progress: Progress) -> bool:
-        """Tell whether the response now stands between two chunks, with all in it that the generator has yielded.
+    def lead_past(self, response: Any) -> None:
+        """Open the way if it is gunicorn's own HTTP/1.1 response on a plain socket."""
+        if not is_gunicorns(response) or type(response.sock) is not socket.socket:
+            return
+        if not any(name.lower() == "content-encoding" for name, _ in response.headers):
+            self._response = response
+
+    def way(self) -> _socket.socket | None:
+        """Return the socket if the response now stands between two chunks, with all that the generator has yielded.
 
         It does not where middleware compresses, rewrites or holds back what it is given.
         """
         response = self._response
-        return bool(response.headers_sent and response.chunked and response.sent == progress.sent + self._beside)
+        if response is None or not (response.headers_sent and response.chunked):
+            return None
+        between: bool = response.sent == self.sent + self._beside
+        return self._socket if between else None
 
     def count(self, body_bytes: int) -> None:
         """Tell gunicorn, whose access log says how much was sent."""
         self._response.sent += body_bytes
         self._beside += body_bytes
 
-    def finish(self, rest: bytes, progress: Progress) -> None:
+    def finish(self, rest: bytes) -> None:
         """Send the rest of a chunk, however long it takes. Raises OSError; the chunk is then torn, and nothing follows.
 
         In pieces as small as `Progress` judges by.
@@ -63,14 +73,14 @@ class Outlet:
         try:
             for start in range(0, len(view), ENOUGH_BYTES):
                 piece = view[start : start + ENOUGH_BYTES]
-                progress.in_flight = len(piece)
-                self._client.sendall(piece)
-                progress.sent += len(piece)
-                progress.in_flight = 0
+                self.in_flight = len(piece)
+                self._response.sock.sendall(piece)
+                self.sent += len(piece)
+                self.in_flight = 0
                 self._beside -= len(piece)
         except BaseException:
             with contextlib.suppress(OSError):
-                _socket.socket.shutdown(getattr(self._client, "_sock", self._client), socket.SHUT_RDWR)
+                _socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
             raise
 
 
@@ -78,12 +88,3 @@ def is_gunicorns(response: Any) -> bool:
     """Tell whether it is a response of gunicorn's, over HTTP/1."""
     of = type(response)
     return (of.__module__, of.__qualname__) == ("gunicorn.http.wsgi", "Response")
-
-
-def outlet_of(client: Any, response: Any) -> Outlet | None:
-    """Return the outlet of gunicorn's own HTTP/1.1 response on a plain socket; None for anything else."""
-    if not is_gunicorns(response) or type(client) is not socket.socket:
-        return None
-    if any(name.lower() == "content-encoding" for name, _ in response.headers):
-        return None
-    return Outlet(client, response)

@@ -13,16 +13,12 @@ class Progress:
     The stream counts; `stalled()` is asked from time to time, and judges by what it saw then.
     """
 
-    __slots__ = ("_moved_at", "_seen", "_since", "_since_bytes", "in_flight", "judged", "sent")
+    __slots__ = ("in_flight", "judged", "sent")
 
     def __init__(self) -> None:
         self.in_flight = 0  # bytes of the piece that the server is sending
         self.sent = 0  # bytes of all pieces before it
-        self.judged = False  # whether `stalled()` has seen something in flight
-        self._seen = 0
-        self._moved_at = 0.0  # when the last piece was seen to have gone
-        self._since = 0.0  # beginning of the time in which `ENOUGH_BYTES` are to go, and what had gone by then
-        self._since_bytes = 0
+        self.judged: _Judged | None = None  # while `stalled()` sees something in flight, which it seldom does
 
     def stalled(self, now: float, timeout: float) -> bool:
         """Tell whether the socket took less than `ENOUGH_BYTES` in `timeout` seconds while there was something to send.
@@ -31,15 +27,29 @@ class Progress:
         one piece more than `timeout`.
         """
         sent, in_flight = self.sent, self.in_flight
-        if not in_flight or not self.judged:
-            self.judged = bool(in_flight)
-            self._moved_at = self._since = now
-            self._seen = self._since_bytes = sent
+        if not in_flight:
+            self.judged = None
             return False
-        if sent != self._seen:
-            self._seen, self._moved_at = sent, now
-        if sent - self._since_bytes >= ENOUGH_BYTES:
-            self._since, self._since_bytes = now, sent
-        if now - self._moved_at >= timeout:
+        judged = self.judged
+        if judged is None:
+            self.judged = _Judged(sent, now)
+            return False
+        if sent != judged.seen:
+            judged.seen, judged.moved_at = sent, now
+        if sent - judged.since_bytes >= ENOUGH_BYTES:
+            judged.since, judged.since_bytes = now, sent
+        if now - judged.moved_at >= timeout:
             return True
-        return now - self._since >= timeout and sent - self._since_bytes + in_flight < ENOUGH_BYTES
+        return now - judged.since >= timeout and sent - judged.since_bytes + in_flight < ENOUGH_BYTES
+
+
+class _Judged:
+    """What `stalled()` has seen of a piece that is on its way, and of those before it."""
+
+    __slots__ = ("moved_at", "seen", "since", "since_bytes")
+
+    def __init__(self, sent: int, now: float) -> None:
+        self.seen = sent
+        self.moved_at = now  # when the last piece was seen to have gone
+        self.since = now  # beginning of the time in which `ENOUGH_BYTES` are to go, and what had gone by then
+        self.since_bytes = sent

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import wakeup
-from .outlet import Outlet, is_gunicorns, outlet_of
-from .progress import Progress
+from .outlet import Outlet, is_gunicorns
 from .sharing import share
 
 
@@ -71,52 +70,46 @@ def room_for_streams(worker: Any) -> tuple[int, int | None]:
     return max(1, holds * 9 // 10), holds
 
 
-class Connection:
+class Connection(Outlet):
     """The client's connection, as far as the server shows it."""
 
-    __slots__ = ("_begun", "_direct_write", "_outlet", "_send_timeout", "_socket")
+    __slots__ = ("_begun",)
 
-    def __init__(
-        self, environ: dict[str, Any], *, direct_write: bool = False, send_timeout: float | None = None
-    ) -> None:
-        self._socket: Any = None
+    def __init__(self, environ: dict[str, Any]) -> None:
+        super().__init__()
         self._begun: tuple[dict[str, Any], Any] | None = (environ, None)  # environ and response, until shared
-        self._direct_write = direct_write
-        self._send_timeout = send_timeout
-        self._outlet: Outlet | None = None
         self._take_socket(environ.get("gunicorn.socket") or environ.get("werkzeug.socket"))
 
     def _take_socket(self, client: Any) -> None:
-        # gevent's sockets wait and wake others in their methods; what lies below does neither.
         self._socket = getattr(client, "_sock", client)
 
-    def response_started(self, write: Any) -> None:
+    def response_started(self, write: Any, *, direct_write: bool, send_timeout: float) -> None:
         """Have the server close the connection after this response. `write` is what `start_response` returned.
 
         Said before the headers leave, so that the client reads `Connection: close`: a stream ends only because it is to
         end, and a client that keeps its connection would hold up the worker's exit.
+
+        `direct_write` allows for writing past the generator; `send_timeout` is in seconds.
         """
         response: Any = getattr(write, "__self__", None)
         if hasattr(response, "force_close"):  # gunicorn
             response.force_close()
             if self._begun is not None and is_gunicorns(response):
                 self._begun = (self._begun[0], response)
-                if self._direct_write:
-                    self._outlet = outlet_of(self._begun[0]["gunicorn.socket"], response)
+            if direct_write:
+                self.lead_past(response)
         elif hasattr(response, "close_connection"):  # gevent's pywsgi
             response.close_connection = True
             self._take_socket(response.socket)
-        self._notice_silence()
+        self._notice_silence(send_timeout)
 
-    def _notice_silence(self) -> None:
+    def _notice_silence(self, send_timeout: float) -> None:
         """Have the kernel end the connection if the client's host has vanished, which heartbeats then find out.
 
         Linux has it (TCP_USER_TIMEOUT, RFC 5482; https://man7.org/linux/man-pages/man7/tcp.7.html).
         """
-        if self._send_timeout is None or not hasattr(socket, "TCP_USER_TIMEOUT"):
-            return
-        if isinstance(self._socket, _socket.socket):
-            milliseconds = int(min(2**31 - 1, self._send_timeout * 1000 * _UNACKNOWLEDGED))
+        if hasattr(socket, "TCP_USER_TIMEOUT") and isinstance(self._socket, _socket.socket):
+            milliseconds = int(min(2**31 - 1, send_timeout * 1000 * _UNACKNOWLEDGED))
             with contextlib.suppress(OSError):  # a Unix socket has none
                 _socket.socket.setsockopt(self._socket, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
@@ -125,10 +118,6 @@ class Connection:
         if self._begun is not None and self._begun[1] is not None:
             share(*self._begun)
         self._begun = None
-
-    def outlet(self, progress: Progress) -> Outlet | None:
-        """Return the way past the generator; None where there is none, or something stands in between."""
-        return self._outlet if self._outlet is not None and self._outlet.open(progress) else None
 
     def stop_reading(self) -> None:
         """Expect nothing more from the client, who may still read on.

@@ -26,21 +26,20 @@ def stream(
     times: no request, no other generator, no piece.
     """
     subscription.connection = connection
-    progress = subscription.progress
     try:
         for piece in _opening(hub, replay, subscription, last_event_id):
-            progress.in_flight = len(piece)
+            connection.in_flight = len(piece)
             yield piece
-            progress.sent += progress.in_flight
-            progress.in_flight = 0
+            connection.sent += connection.in_flight
+            connection.in_flight = 0
         connection.share()
         while (taken := subscription.take()) is not None:
             # Without a piece it has fallen behind.
             for piece in (taken,) if taken else replay.read(subscription):
-                progress.in_flight = len(piece)
+                connection.in_flight = len(piece)
                 yield piece
-                progress.sent += progress.in_flight
-                progress.in_flight = 0
+                connection.sent += connection.in_flight
+                connection.in_flight = 0
             taken = piece = b""  # or the last one would be held for as long as nothing comes
         connection.stop_reading()
     finally:

@@ -8,7 +8,7 @@ still listen, come one call at a time: the hub's lock sees to that. `take()` com
 Each side writes only its own counter and the list's operations are atomic under the interpreter's lock, so the hot path
 needs no lock of its own.
 
-A generator with nothing to send parks and leaves `_send` behind, the way to its client past it. It goes on only for
+A generator with nothing to send parks and leaves `_way` behind, the way to its client past it. It goes on only for
 something that comes from the hub's side (`_has_work()`), and the hub's side writes directly only while there is none of
 that: so never do both write at once, also with threads.
 
@@ -18,15 +18,16 @@ nothing else about them. What such a stream has been sent, and up to which id, i
 
 from __future__ import annotations
 
+import _socket
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Protocol
 
 from . import wakeup
 from .access import Terms
 from .block import Block, Standing
-from .outlet import NOW, Outlet
-from .progress import ENOUGH_BYTES, Progress
+from .outlet import NOW, write
+from .progress import ENOUGH_BYTES
 
 # What one send may hold. A page of several hundred kB in one piece would be copied again at every partial send.
 PIECE_BYTES = ENOUGH_BYTES
@@ -38,11 +39,6 @@ _NOWHERE = Standing()
 _NONE: list[Block] = []
 
 
-def _closed(chunk: bytes, flags: int) -> int:
-    """Stand in for the way past a generator where there is none: nothing was sent."""
-    return 0
-
-
 class Ticket(Protocol):
     """The answer to come to a LISTEN."""
 
@@ -52,7 +48,15 @@ class Ticket(Protocol):
 
 
 class Connection(Protocol):
-    """The way to a stream's client."""
+    """The way to a stream's client, and how fast that takes what is sent."""
+
+    in_flight: int
+    sent: int
+
+    @property
+    def judged(self) -> object: ...
+
+    def stalled(self, now: float, timeout: float) -> bool: ...
 
     def cut(self) -> None: ...
 
@@ -60,7 +64,11 @@ class Connection(Protocol):
 
     def fileno(self) -> int: ...
 
-    def outlet(self, progress: Progress) -> Outlet | None: ...
+    def way(self) -> _socket.socket | None: ...
+
+    def count(self, body_bytes: int) -> None: ...
+
+    def finish(self, rest: bytes) -> None: ...
 
 
 class Subscription:
@@ -80,18 +88,17 @@ class Subscription:
         "_past",
         "_rest",
         "_rest_from",
-        "_send",
         "_sent",
         "_since",
         "_spot",
         "_taken",
         "_torn",
+        "_way",
         "channels",
         "connection",
         "due",
         "limit",
         "live",
-        "progress",
         "standing",
         "terms",
         "ticket",
@@ -105,7 +112,6 @@ class Subscription:
         self.live = False
         self.standing = _NOWHERE
         self._sent = 0  # see `sent`
-        self.progress = Progress()
         self.connection: Connection | None = None  # once the stream has begun
         self.watched_as = -1  # the number of its socket, if it is watched for its end
         # Monotonic time at which it is to end or, once that has been decided, to lose its connection if that stands.
@@ -120,7 +126,7 @@ class Subscription:
         self._large = 0  # size of a block above the limit that waits or is in flight, and when it has been sent:
         self._large_until = 0  # once so many bytes have been taken
         self._closing: bytes | None = None
-        self._send: Callable[[bytes, int], int] = _closed
+        self._way: _socket.socket | None = None  # to the client past the generator, while that is parked
         # Bytes written past the generator since it parked: these, and what `standing` has grown by beyond `_since`.
         self._past = 0
         self._since = 0
@@ -214,10 +220,11 @@ class Subscription:
 
     def _write(self, block: Block) -> int:
         """Send a block past the parked generator; return the bytes of its chunk that left, 0 for none."""
-        if self._send is _closed or len(block.data) > _DIRECT_BYTES or self._has_work():
+        way = self._way
+        if way is None or len(block.data) > _DIRECT_BYTES or self._has_work():
             return 0
         try:
-            return self._send(block.chunk or block.make_chunk(), NOW)
+            return write(way, block.chunk or block.make_chunk(), NOW)
         except OSError:  # no room, or the client has gone, which is the generator's to find out
             return 0
 
@@ -227,7 +234,7 @@ class Subscription:
         self._offered += size
         if size > self.limit:
             self._large, self._large_until = size, self._offered
-        self._send = _closed
+        self._way = None
         self._torn = rest
         self._wake()
 
@@ -299,20 +306,21 @@ class Subscription:
     def _park(self) -> None:
         if self._spot is None:
             self._spot = wakeup.new_spot()
-        outlet = self.connection.outlet(self.progress) if self.connection is not None else None
-        self._send = outlet.send if outlet is not None else _closed
+        connection = self.connection
+        way = connection.way() if connection is not None else None
+        self._way = way
         try:
             # Looked at after the way has been laid open: what came before would otherwise wake nobody.
             while not self._has_work():
                 self._spot.park()
         finally:  # also if the greenlet is killed: its connection is not ours any more
-            self._send = _closed
-            if outlet is not None:
-                outlet.count(self._past + self.standing.size - self._since)
+            self._way = None
+            if connection is not None and way is not None:
+                connection.count(self._past + self.standing.size - self._since)
                 self._past, self._since = 0, self.standing.size
-        if self._torn and outlet is not None:
+        if self._torn and connection is not None:
             rest, self._torn = self._torn, b""
-            outlet.finish(rest, self.progress)
+            connection.finish(rest)
             self._taken += self._in_flight
             self._in_flight = 0
 
@@ -333,16 +341,17 @@ def offer_to_all(
     Returns those too slow for it. The hot path: no lock, no formatting, no log, and for a stream that waits idle at
     `before` no call but the send.
     """
-    direct = 0 < len(seen.data) <= _DIRECT_BYTES
-    chunk = (seen.chunk or seen.make_chunk()) if direct else b""
+    if not 0 < len(seen.data) <= _DIRECT_BYTES:
+        return [stream for stream in streams if not stream.offer(block, after.active_at, after)]
+    chunk = seen.chunk or seen.make_chunk()
     size = len(chunk)
     slow = []
+    send = write
     for stream in streams:
         # Those that stand at `before` are live, and nothing waits for them.
-        if stream.standing is before and direct:
-            send = stream._send  # not called in one: CPython 3.11 takes it for a method then, and looks it up at length
+        if stream.standing is before and (way := stream._way) is not None:
             try:
-                sent = send(chunk, NOW)
+                sent = send(way, chunk, NOW)
             except OSError:
                 sent = 0
             if sent == size:

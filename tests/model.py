@@ -10,6 +10,7 @@ from flask_pg_sse.errors import DatabaseUnavailable
 from flask_pg_sse.event import control_block
 from flask_pg_sse.hub import Hub
 from flask_pg_sse.page import Item, Page
+from flask_pg_sse.progress import Progress
 from flask_pg_sse.replay import Replay
 from flask_pg_sse.stream import stream
 from flask_pg_sse.subscription import Subscription
@@ -101,8 +102,8 @@ class ModelLog:
             raise DatabaseUnavailable("The model says no.")
 
 
-class _Connection:
-    def outlet(self, progress: object) -> None:
+class _Connection(Progress):
+    def way(self) -> None:
         return None
 
     def cut(self) -> None:

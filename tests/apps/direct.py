@@ -7,33 +7,25 @@ import socket
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 from flask import jsonify
 from flask.typing import ResponseReturnValue
 
-from flask_pg_sse import server
-from flask_pg_sse.outlet import Outlet, outlet_of
+from flask_pg_sse import subscription
+from flask_pg_sse.outlet import write
 from tests.apps.basic import app
 
 _seen: Counter[str] = Counter()
 
 
-def counting(client: Any, response: Any) -> Outlet | None:
-    outlet = outlet_of(client, response)
-    if outlet is not None:
-        outlet.send = partial(_send, outlet.send)
-    return outlet
-
-
-def _send(send: Callable[[bytes, int], int], chunk: bytes, flags: int) -> int:
+def counting(way: Any, chunk: bytes, flags: int) -> int:
     size = len(chunk)
     part = int(os.environ.get("TAKE_PART", "0"))
     if part and not sum(_seen.values()) % part:  # as a full socket does, which a test cannot have at will
         chunk = memoryview(chunk)[: len(chunk) // 2].tobytes()
     try:
-        sent = send(chunk, flags)
+        sent = write(way, chunk, flags)
     except OSError:
         _seen["none"] += 1
         raise
@@ -41,7 +33,7 @@ def _send(send: Callable[[bytes, int], int], chunk: bytes, flags: int) -> int:
     return sent
 
 
-vars(server)["outlet_of"] = counting
+vars(subscription)["write"] = counting
 
 
 @app.get("/writes")
