@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from . import event
+from .backlog import PIECE_BYTES
 from .errors import DatabaseUnavailable
 from .hub import Hub
 from .page import Item, Page
-from .subscription import PIECE_BYTES, Subscription
+from .subscription import Subscription
 
 logger = logging.getLogger(__name__)
 

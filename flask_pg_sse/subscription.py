@@ -1,12 +1,11 @@
-"""One stream's place between the fan-out and its client: a bounded buffer of blocks of bytes, and where it stands.
+"""One stream's place between the fan-out and its client: what it is offered, where it stands, and its way out.
 
 A stream is live, and takes what is offered, or it is behind, takes nothing, and reads the event log until it has caught
 up. Invariant: an event of the log is taken only if its id is above `standing.accepted`, and taking it moves that.
 
 Who calls what: `offer_to_all()`, `offer()`, `reset()`, `fall_behind()`, `go_live()`, and `end()` while the client may
 still listen, come one call at a time: the hub's lock sees to that. `take()` comes from the stream's generator alone.
-Each side writes only its own counter and the list's operations are atomic under the interpreter's lock, so the hot path
-needs no lock of its own.
+What waits between the two is a `Backlog`, which needs no lock, so that the hot path has none.
 
 A generator with nothing to send parks and leaves `_way` behind, the way to its client past it. It goes on only for
 something that comes from the hub's side (`_has_work()`), and the hub's side writes directly only while there is none of
@@ -25,18 +24,14 @@ from typing import Protocol
 
 from . import wakeup
 from .access import Terms
+from .backlog import Backlog
 from .block import Block, Standing
 from .outlet import NOW, write
-from .progress import ENOUGH_BYTES
 
-# What one send may hold. A page of several hundred kB in one piece would be copied again at every partial send.
-PIECE_BYTES = ENOUGH_BYTES
 # What is written past the generator at the most, by the greenlet that has others to serve.
 _DIRECT_BYTES = 65536
 # Where a stream stands that takes nothing: no other does.
 _NOWHERE = Standing()
-# The blocks of a stream for which nothing ever had to wait: most have no list of their own. Never filled.
-_NONE: list[Block] = []
 
 
 class Ticket(Protocol):
@@ -72,26 +67,15 @@ class Connection(Protocol):
 
 
 class Subscription:
-    """The blocks that wait for one stream.
-
-    `limit` bounds them in bytes, those in flight to the client included. Beside them there may be one block that is
-    larger than the limit, or it could never be sent.
-    """
+    """One stream, as the fan-out sees it. `limit` bounds in bytes what waits for its client (see `Backlog`)."""
 
     __slots__ = (
-        "_blocks",
+        "_backlog",
         "_closing",
-        "_in_flight",
-        "_large",
-        "_large_until",
-        "_offered",
         "_past",
-        "_rest",
-        "_rest_from",
         "_sent",
         "_since",
         "_spot",
-        "_taken",
         "_torn",
         "_way",
         "channels",
@@ -117,14 +101,7 @@ class Subscription:
         # Monotonic time at which it is to end or, once that has been decided, to lose its connection if that stands.
         self.due = terms.ends_at
         self.ticket: Ticket | None = None  # while the stream stands in the hub's tables
-        self._blocks = _NONE
-        self._rest = b""  # taken from the blocks, and from where on not sent; often shared by many streams, so not cut
-        self._rest_from = 0
-        self._offered = 0
-        self._taken = 0
-        self._in_flight = 0
-        self._large = 0  # size of a block above the limit that waits or is in flight, and when it has been sent:
-        self._large_until = 0  # once so many bytes have been taken
+        self._backlog: Backlog | None = None  # once something had to wait, which for most nothing ever has
         self._closing: bytes | None = None
         self._way: _socket.socket | None = None  # to the client past the generator, while that is parked
         # Bytes written past the generator since it parked: these, and what `standing` has grown by beyond `_since`.
@@ -136,7 +113,7 @@ class Subscription:
     @property
     def waiting(self) -> int:
         """Bytes that were offered and that the server has not yet sent."""
-        return self._offered - self._taken
+        return 0 if self._backlog is None else self._backlog.size
 
     @property
     def sent(self) -> int:
@@ -166,7 +143,7 @@ class Subscription:
         `like` is where others stand who have the same. Without it the client is taken not to know the id `after`: the
         log may have been read far beyond its last event.
         """
-        self._offered = self._taken = self._in_flight = self._large = 0
+        self._backlog = None
         self._sent = after
         self._stand((like or Standing(after, 0, now, now)) if self._closing is None else _NOWHERE)
         self.live = True
@@ -187,7 +164,10 @@ class Subscription:
         if not sent:
             # Before the generator is woken; and not to where those stand to whom can be written directly.
             self._stand(where)
-            return self._append(block)
+            if not self._wait_with().append(block):
+                return False
+            self._wake()
+            return True
         # Since when the client knows its id may differ by a little; that it is the same one is what counts.
         if like is not None and like.accepted == where.accepted and like.told == where.told:
             where = like
@@ -202,21 +182,10 @@ class Subscription:
         self._stand(Standing(position, self.standing.told, self.standing.told_at, now))
         return self.offer(block, now, like)
 
-    def _append(self, block: Block) -> bool:
-        """Keep a block for the generator; False if too much waits already."""
-        size = len(block.data)
-        if self._large and self._taken >= self._large_until:
-            self._large = 0
-        if size > self.limit and not self._large:
-            self._large, self._large_until = size, self._offered + size
-        if self._offered - self._taken + size > self.limit + self._large:
-            return False
-        if self._blocks is _NONE:
-            self._blocks = []
-        self._blocks.append(block)
-        self._offered += size
-        self._wake()
-        return True
+    def _wait_with(self) -> Backlog:
+        if self._backlog is None:
+            self._backlog = Backlog(self.limit)
+        return self._backlog
 
     def _write(self, block: Block) -> int:
         """Send a block past the parked generator; return the bytes of its chunk that left, 0 for none."""
@@ -230,10 +199,7 @@ class Subscription:
 
     def _tear(self, size: int, rest: bytes) -> None:
         """Leave the rest of a chunk to the generator, and until then all that comes."""
-        self._in_flight = size
-        self._offered += size
-        if size > self.limit:
-            self._large, self._large_until = size, self._offered
+        self._wait_with().count_in_flight(size)
         self._way = None
         self._torn = rest
         self._wake()
@@ -242,7 +208,7 @@ class Subscription:
         """Drop what waits. The stream is to read on from the log, from `sent`."""
         self._stand(_NOWHERE)
         self.live = False
-        self._blocks.clear()
+        self._drop()
         self._wake()
 
     def end(self, block: bytes, *, drop: bool = False, cut_at: float = math.inf) -> None:
@@ -257,8 +223,13 @@ class Subscription:
         self._closing = block
         self._stand(_NOWHERE)
         if drop:
-            self._blocks.clear()
+            self._drop()
         self._wake()
+
+    def _drop(self) -> None:
+        backlog = self._backlog  # read once: without the hub's lock it may be gone the next moment
+        if backlog is not None:
+            backlog.drop()
 
     def take(self) -> bytes | None:
         """Return the next piece for the client, waiting until there is one; None when the stream has ended.
@@ -266,13 +237,14 @@ class Subscription:
         All that waits goes in one piece, up to 16 kB: a client that fell behind catches up in few sends. An empty piece
         says that the stream is not live.
         """
-        self._taken += self._in_flight
-        self._in_flight = 0
+        if self._backlog is not None:
+            self._backlog.arrived()
         while True:
             closing, live = self._closing, self.live  # read first: what was offered before is then in sight
-            piece = self._next_piece()
-            if piece is not None:
-                self._in_flight = len(piece)
+            found = self._backlog.next_piece() if self._backlog is not None else None
+            if found is not None:
+                piece, last = found
+                self._sent = last or self._sent
                 return piece
             if closing is not None:
                 self._closing = b""
@@ -280,28 +252,6 @@ class Subscription:
             if not live:
                 return b""
             self._park()
-
-    def _next_piece(self) -> bytes | None:
-        if not self._rest:
-            blocks = self._blocks
-            count = len(blocks)
-            if not count:
-                return None
-            # Only as many as were counted: another thread may append, or drop them all, at any moment.
-            waiting = blocks[:count]
-            if not waiting:
-                return None
-            self._rest = waiting[0].data if len(waiting) == 1 else b"".join([block.data for block in waiting])
-            for block in waiting:
-                self._sent = block.last or self._sent
-            del blocks[:count]
-        start, end = self._rest_from, self._rest_from + PIECE_BYTES
-        piece = self._rest[start:end]
-        if end < len(self._rest):
-            self._rest_from = end
-        else:
-            self._rest, self._rest_from = b"", 0
-        return piece
 
     def _park(self) -> None:
         if self._spot is None:
@@ -321,12 +271,11 @@ class Subscription:
         if self._torn and connection is not None:
             rest, self._torn = self._torn, b""
             connection.finish(rest)
-            self._taken += self._in_flight
-            self._in_flight = 0
+            self._wait_with().arrived()
 
     def _has_work(self) -> bool:
         """Tell whether there is something for the generator, which then alone writes to the client."""
-        return bool(self._torn or self._blocks) or self._closing is not None or not self.live
+        return bool(self._torn or self._backlog) or self._closing is not None or not self.live
 
     def _wake(self) -> None:
         if self._spot is not None:

@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "event", "wire", "page", "channels", "settings", "tokens", "backoff", "wakeup", "progress"},
     {
         "hub", "places", "subscription", "recent", "access", "server", "shutdown", "outlet", "block", "group",
-        "departures", "sharing",
+        "departures", "sharing", "backlog",
     },
     {
         "postgres.dsn", "postgres.connect", "postgres.pool", "postgres.schema", "postgres.presence", "postgres.log",
@@ -29,7 +29,7 @@ ALLOWED_BESIDE = {
     ("event", "errors"), ("channels", "errors"), ("settings", "errors"),
     ("wire", "errors"), ("wire", "event"),
     ("block", "outlet"), ("subscription", "block"), ("hub", "block"), ("group", "block"), ("group", "subscription"),
-    ("hub", "group"),
+    ("hub", "group"), ("subscription", "backlog"), ("backlog", "block"),
     ("subscription", "access"), ("subscription", "outlet"), ("server", "outlet"), ("places", "subscription"),
     ("server", "sharing"),
     ("hub", "subscription"), ("hub", "recent"), ("hub", "places"), ("hub", "departures"),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from demo import postgres
-from flask_pg_sse import recent, replay, subscription
+from flask_pg_sse import backlog, recent, replay
 from tests.client import eventually
 from tests.conftest import execute
 from tests.crowd import Crowd, Reader, flood, install, logged, publish, resident, worker
@@ -25,7 +25,7 @@ BUFFER_BYTES = 262144
 KEPT = 1.25
 # What a stream has with the server beside its buffer: the piece in flight, and gunicorn's copy of it with the chunk's
 # frame; and Python's own for a greenlet, a request and a socket.
-IN_FLIGHT = 2 * subscription.PIECE_BYTES
+IN_FLIGHT = 2 * backlog.PIECE_BYTES
 PER_STREAM = 60_000
 
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from flask_pg_sse import event, wakeup
 from flask_pg_sse import hub as hub_module
 from flask_pg_sse.access import Terms
+from flask_pg_sse.backlog import PIECE_BYTES
 from flask_pg_sse.block import Block, Standing
 from flask_pg_sse.hub import Hub
-from flask_pg_sse.subscription import PIECE_BYTES, Subscription
+from flask_pg_sse.subscription import Subscription
 
 
 class Confirmed:
@@ -283,20 +284,22 @@ def test_a_stream_that_is_behind_is_ended_and_the_others_go_on() -> None:
     assert slow.take() is None
 
 
-def test_blocks_that_are_dropped_between_two_looks_lose_no_end() -> None:
+def test_blocks_that_are_dropped_while_they_are_taken_lose_no_end() -> None:
     class Dropped(list[Block]):
-        """As if another thread had cleared it behind the reader's back."""
+        """As if another thread had cleared it behind the taker's back."""
 
-        def __len__(self) -> int:
-            count = super().__len__()
+        def __getitem__(self, key: Any) -> Any:
+            found = super().__getitem__(key)
             self.clear()
-            return count
+            return found
 
     for count in (1, 2):
         subscription = live("a", 1000)
-        subscription._blocks = Dropped([Block(b"x")] * count)
+        assert subscription.offer(Block(b"x"), 0.0)
+        assert subscription._backlog is not None
+        subscription._backlog._blocks = Dropped([Block(b"x")] * count)
         subscription.end(b"end")
-        assert [subscription.take(), subscription.take()] == [b"end", None]
+        assert [subscription.take(), subscription.take(), subscription.take()] == [b"x" * count, b"end", None]
 
 
 def test_who_is_interrupted_on_the_way_into_the_tables_leaves_nothing_behind() -> None:
