@@ -22,7 +22,8 @@ class Departures:
     def __init__(self) -> None:
         self._epoll: Any = None
         self._table = threading.Lock()
-        self._streams: dict[int, Subscription] = {}  # a number is another connection's later
+        # By number, which is another connection's later. A list: descriptors are the lowest numbers that are free.
+        self._streams: list[Subscription | None] = []
 
     def start(self) -> None:
         epoll = _epoll()
@@ -45,6 +46,7 @@ class Departures:
         if number < 0:
             return
         with self._table:
+            self._streams += [None] * (number + 1 - len(self._streams))
             self._streams[number] = subscription
         subscription.watched_as = number
         # Said once: the socket stays readable while the stream takes its time to end.
@@ -57,9 +59,10 @@ class Departures:
 
     def forget(self, subscription: Subscription) -> None:
         """End with a stream, whose connection may have been closed long since."""
+        number = subscription.watched_as
         with self._table:
-            if self._streams.get(subscription.watched_as) is subscription:
-                del self._streams[subscription.watched_as]
+            if number >= 0 and self._streams[number] is subscription:
+                self._streams[number] = None
 
     def take(self) -> list[Subscription]:
         """Return the streams whose clients have left since the last call."""
@@ -67,7 +70,7 @@ class Departures:
             numbers = [number for number, _ in self._epoll.poll(0)] if self._epoll is not None else []
         except (OSError, ValueError):
             return []
-        found = [self._streams.get(number) for number in numbers]
+        found = [self._streams[number] for number in numbers]
         # Asked again: with threads the number may be another's by now.
         return [stream for stream in found if stream is not None and stream.connection and stream.connection.gone()]
 

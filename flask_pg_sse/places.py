@@ -18,7 +18,8 @@ class Places:
         self._most = most
         self._most_each = most_each
         self._taking = threading.Lock()
-        self._all: set[Subscription] = set()
+        # One for each place that is taken, counted by its length: append() and pop() are atomic, as += is not.
+        self._taken: list[None] = []
         self._of: dict[str, set[Subscription]] = {}
 
     def take(self, subscription: Subscription) -> bool:
@@ -26,7 +27,8 @@ class Places:
         with self._taking:
             if self.full(subscription.terms.clients):
                 return False
-            self._all.add(subscription)
+            self._taken.append(None)
+            subscription.place = None
             if self._most_each is not None:
                 for client in subscription.terms.clients:
                     self._of.setdefault(client, set()).add(subscription)
@@ -34,7 +36,11 @@ class Places:
 
     def give_back(self, subscription: Subscription) -> None:
         """Free the place of a stream, if it has one."""
-        self._all.discard(subscription)
+        try:
+            del subscription.place  # atomic too: who comes second finds none
+        except AttributeError:
+            return
+        self._taken.pop()
         for client in subscription.terms.clients:
             self._of.get(client, _NONE).discard(subscription)
 
@@ -44,7 +50,7 @@ class Places:
         A client that has vanished is noticed only when the next bytes cannot be sent. The streams of the same client
         are looked at here, so that a page which is loaded anew does not stand in its own way.
         """
-        if len(self._all) >= self._most:
+        if len(self._taken) >= self._most:
             return True
         if self._most_each is None:
             return False

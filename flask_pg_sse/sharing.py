@@ -25,7 +25,8 @@ def share(environ: dict[str, Any], response: Any) -> None:
     """Share what a request of gunicorn's has in common with others. Its response has begun."""
     request = response.req
     _share_objects(environ, request)
-    equal = {_shared(name): _text(value) for name, value in environ.items()}
+    # A port is each client's own.
+    equal = {shared(name): _text(value) if name != "REMOTE_PORT" else value for name, value in environ.items()}
     environ.clear()  # a dict gives up its old names only so
     environ.update(equal)
     for owner, texts in ((request, _REQUEST_TEXTS), (response, ("status",))):
@@ -44,18 +45,19 @@ def _share_objects(environ: dict[str, Any], request: Any) -> None:
     errors = environ["wsgi.errors"]
     streams = getattr(errors, "streams", None)
     if isinstance(streams, list):  # others once the log's files have been opened anew
-        environ["wsgi.errors"] = _shared(("wsgi.errors", type(errors), *streams), errors)
+        environ["wsgi.errors"] = shared(("wsgi.errors", type(errors), *streams), errors)
 
 
 def _pairs(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [_shared(pair) if len(pair[0]) + len(pair[1]) <= _LONGEST else pair for pair in headers]
+    return [shared(pair) if len(pair[0]) + len(pair[1]) <= _LONGEST else pair for pair in headers]
 
 
 def _text(value: Any) -> Any:
-    return _shared(value) if type(value) is str and len(value) <= _LONGEST else value
+    return shared(value) if type(value) is str and len(value) <= _LONGEST else value
 
 
-def _shared(key: Any, value: Any = None) -> Any:
+def shared(key: Any, value: Any = None) -> Any:
+    """Return what was first given for an equal key: `value`, or the key itself."""
     if len(_known) >= _MOST:
         _known.clear()
     return _known.setdefault(key, key if value is None else value)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from . import event
 from .errors import DatabaseUnavailable
 from .hub import Hub
 from .replay import Replay
 from .server import Connection
+from .sharing import shared
 from .subscription import Subscription
 
 
@@ -33,6 +36,8 @@ def stream(
             connection.sent += connection.in_flight
             connection.in_flight = 0
         connection.share()
+        # Nobody asks any more when it was asked for; without that most have the same.
+        subscription.terms = shared(replace(subscription.terms, asked_at=-math.inf))
         while (taken := subscription.take()) is not None:
             # Without a piece it has fallen behind.
             for piece in (taken,) if taken else replay.read(subscription):

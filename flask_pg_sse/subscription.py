@@ -83,11 +83,14 @@ class Subscription:
         "due",
         "limit",
         "live",
+        "place",
         "standing",
         "terms",
         "ticket",
         "watched_as",
     )
+
+    place: None  # there while it has one of `Places`
 
     def __init__(self, channels: Iterable[str], limit: int, terms: Terms = Terms()) -> None:  # noqa: B008
         self.channels = frozenset(channels)

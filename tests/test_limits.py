@@ -14,7 +14,9 @@ import pytest
 from flask import Flask
 
 from flask_pg_sse.access import counted_under
+from flask_pg_sse.places import Places
 from flask_pg_sse.server import room_for_streams
+from flask_pg_sse.subscription import Subscription
 from flask_pg_sse.testing import stream
 from flask_pg_sse.tokens import Token, sign_token
 from tests.client import eventually, open_stream, request
@@ -109,7 +111,7 @@ def test_a_refused_stream_leaves_nothing_behind(database_url: str, make_app: Mak
     for _ in range(100):
         events = stream(app.test_client(), "/sse?channel=b")
         assert [(event.event, event.json) for event in events] == [FULL]
-    assert len(hub) == 1 and len(hub.places._all) == 1
+    assert len(hub) == 1 and len(hub.places._taken) == 1
     first.close()
     opened(app, "/sse?channel=b").close()
 
@@ -186,6 +188,17 @@ def test_what_counts_as_one_address(one: str, other: str | None, same: bool) -> 
 def test_an_address_is_no_subject() -> None:
     assert set(counted_under(["10.0.0.1"], None)).isdisjoint(counted_under([], "10.0.0.1"))
     assert counted_under(["7", "8"], "10.0.0.1") == counted_under(["8", "7"], "10.0.0.2")
+
+
+def test_a_place_is_given_back_once() -> None:
+    places = Places(1, None)
+    one, other = Subscription("a", 1000), Subscription("a", 1000)
+    assert places.take(one) and not places.take(other)
+    places.give_back(other)  # which has none
+    assert not places.take(other)
+    places.give_back(one)
+    places.give_back(one)
+    assert places.take(other) and not places.take(one)
 
 
 def test_many_at_once_get_as_many_as_there_are_places(database_url: str, start_server: Start) -> None:

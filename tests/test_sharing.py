@@ -13,6 +13,9 @@ from gunicorn.http.parser import RequestParser
 from gunicorn.http.wsgi import create
 
 from flask_pg_sse import sharing
+from flask_pg_sse.access import Terms
+from flask_pg_sse.subscription import Subscription
+from tests.model import ModelLog, World
 
 REQUEST = (
     b"GET /sse?channel=orders HTTP/1.1\r\nHost: example.org\r\nUser-Agent: a browser\r\nAccept: text/event-stream\r\n"
@@ -55,7 +58,7 @@ def test_what_is_equal_is_one_object() -> None:
     for _, response, environ in (one, other):
         sharing.share(environ, response)
     apart = {name for name, value in one[2].items() if other[2][name] is not value}
-    assert apart == {"gunicorn.socket", "HTTP_COOKIE"}
+    assert apart == {"gunicorn.socket", "HTTP_COOKIE", "REMOTE_PORT"}
     assert all(name is theirs for name, theirs in zip(one[2], other[2], strict=True))
     assert [pair is theirs for pair, theirs in zip(one[0].headers, other[0].headers, strict=True)] == [
         True, True, True, False,
@@ -100,3 +103,17 @@ def test_what_clients_choose_is_not_remembered_without_end(monkeypatch: pytest.M
         assert environ["HTTP_COOKIE"] == f"session={number}"
     assert len(sharing._known) <= 4096
     assert max(len(key) for key in sharing._known if isinstance(key, str)) <= 256
+
+
+def test_streams_that_are_open_on_equal_terms_have_the_same() -> None:
+    world = World(ModelLog(1))
+    subscriptions = [Subscription("a", 1000, Terms(clients=("address 10.0.0.1",), asked_at=at)) for at in (1.0, 2.0)]
+    streams = [iter(world.stream(subscription, None)) for subscription in subscriptions]
+    for stream in streams:
+        next(stream)
+    world.log.append("a", 20)
+    world.deliver(1)
+    for stream in streams:
+        next(stream)
+    one, other = subscriptions
+    assert one.terms is other.terms and one.terms == Terms(clients=("address 10.0.0.1",))
