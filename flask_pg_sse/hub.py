@@ -314,6 +314,7 @@ class Hub:
                 look_at = min(look_at, group.standing.sign_due_at(self._heartbeat, cursor))
                 work.append(((before, sign, group.standing), group.streams))
             for (before, sign, after), portion in in_portions(work):
+                together = []
                 for subscription in portion:
                     connection = subscription.connection
                     busy = connection is not None and (connection.in_flight or connection.judged)
@@ -322,12 +323,16 @@ class Hub:
                         look_at = now
                     elif subscription.due < look_at:
                         look_at = subscription.due
-                    standing, own = subscription.standing, sign
-                    if standing is not before:
-                        own = standing.sign_of_life(now - self._heartbeat, cursor)
-                        look_at = min(look_at, standing.sign_due_at(self._heartbeat, cursor))
+                    standing = subscription.standing
+                    if standing is before:
+                        together.append(subscription)
+                        continue
+                    own = standing.sign_of_life(now - self._heartbeat, cursor)
+                    look_at = min(look_at, standing.sign_due_at(self._heartbeat, cursor))
                     if own is not None and not subscription.waiting:  # what waits will do as one
                         subscription.offer(own, now, after)
+                if sign is not None:
+                    offer_to_all(together, sign, sign, before, after)  # none is too slow: nothing waits for them
             self._look_at = look_at
 
     def _look_after(self, subscription: Subscription, now: float) -> None:
