@@ -226,7 +226,7 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., WebServer]]:
 
     yield start
     for server in servers:
-        server.stop()
+        server.kill()
 
 
 BROWSERS = (

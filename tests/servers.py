@@ -24,7 +24,7 @@ def free_port() -> int:
 
 
 class WebServer:
-    """One server process on 127.0.0.1, with its log in a file; `stop()` ends it and all it started."""
+    """One server process on 127.0.0.1, with its log in a file; `stop()` and `kill()` end it and all it started."""
 
     def __init__(
         self,
@@ -94,14 +94,16 @@ class WebServer:
     def stop(self) -> None:
         """End the process, gently at first, and all that is left of its session."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
+            self.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        self.kill()
+
+    def kill(self) -> None:
+        """End all of its session at once: a worker of gevent takes up to a second to notice that it is to stop."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def gunicorn(app: str, port: int, *options: str) -> list[str]:

@@ -73,7 +73,7 @@ class Demo:
             server.wait_ready()
             yield AnotherHost(port)
         finally:
-            server.stop()
+            server.kill()
 
     def _console(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
@@ -86,7 +86,7 @@ class Demo:
     def close(self) -> None:
         for context in self._contexts:
             context.close()
-        self.server.stop()
+        self.server.kill()
 
 
 @pytest.fixture

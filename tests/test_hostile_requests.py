@@ -34,7 +34,7 @@ def start(database_url: str, log: Path) -> WebServer:
     try:
         server.wait_ready()
     except BaseException:
-        server.stop()
+        server.kill()
         raise
     return server
 
@@ -48,14 +48,14 @@ def server(postgres_server: postgres.Server, tmp_path_factory: pytest.TempPathFa
             yield server
             assert_well(server)
         finally:
-            server.stop()
+            server.kill()
 
 
 @pytest.fixture(scope="module")
 def server_without_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
     server = start(f"postgresql://127.0.0.1:{free_port()}/nowhere", tmp_path_factory.mktemp("alone") / "server.log")
     yield server
-    server.stop()
+    server.kill()
 
 
 def assert_well(server: WebServer) -> None:
