@@ -23,9 +23,9 @@ REQUEST = (
 )
 
 
-def begun(cookie: bytes, rest: bytes = b"") -> tuple[Any, Any, Any]:
+def begun(cookie: bytes, rest: bytes = b"", config: Config | None = None) -> tuple[Any, Any, Any]:
     """Return request, response and environ as gunicorn has them when a response has begun."""
-    config = Config()
+    config = config or Config()
     request = next(RequestParser(config, [REQUEST % cookie + rest], ("10.0.0.1", 1234)))
     ours, theirs = socket.socketpair()
     theirs.close()
@@ -96,8 +96,9 @@ def test_a_log_that_was_opened_anew_is_not_taken_for_the_old_one() -> None:
 
 def test_what_clients_choose_is_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "_known", {})
+    config = Config()  # one, as a worker has: to make it takes longer than all the rest
     for number in range(3000):
-        _, response, environ = begun(b"%d" % number)
+        _, response, environ = begun(b"%d" % number, config=config)
         environ["HTTP_X"] = "x" * 10_000
         sharing.share(environ, response)
         assert environ["HTTP_COOKIE"] == f"session={number}"
