@@ -161,7 +161,8 @@ def test_what_is_remembered_is_all_there_was_or_nothing(chooser: random.Random, 
                 assert sum(ring.size for ring in rings) <= 3 * limit
             for _ in range(3):
                 wanted = chooser.sample(CHANNELS, chooser.choice([1, 2]))
-                after = chooser.choice([0, FIRST, position, *(one[2] + chooser.choice([-1, 0]) for one in log.items)])
+                near = [one[2] + distance for one in log.items for distance in (-1, 0)]
+                after = chooser.choice([0, 0, FIRST, FIRST, position, position, *near])
                 found = recent.missed(wanted, after)
                 assert found is None or found == log.on(wanted, after)
                 if found is None:
