@@ -7,10 +7,11 @@ import os
 import shutil
 import socket
 import ssl
+import subprocess
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +26,47 @@ from flask_pg_sse.postgres.schema import drop_schema_sql, schema_sql
 from tests.client import eventually
 from tests.servers import WebServer, free_port, gunicorn
 
+Running = Callable[..., AbstractContextManager[postgres.Server]]
 _OPTIONS = {"fsync": "off", "max_connections": "200", "log_min_messages": "fatal"}
 
 
 @contextmanager
-def running_postgres(*, bin_dir: Path | None = None, **options: str) -> Iterator[postgres.Server]:
-    scratch = postgres.scratch()
+def scratch() -> Iterator[Path]:
+    path = postgres.scratch()
     try:
-        with postgres.Server(scratch / "data", options={**_OPTIONS, **options}, bin_dir=bin_dir) as server:
-            yield server
+        yield path
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def postgres_server() -> Iterator[postgres.Server]:
+def running_postgres() -> Iterator[Running]:
+    """Runs servers on data of their own: initdb's, once for each PostgreSQL, and copies of it."""
+    with scratch() as made:
+
+        @contextmanager
+        def run(*, bin_dir: Path | None = None, **options: str) -> Iterator[postgres.Server]:
+            new = made / ("wheel" if bin_dir is None else bin_dir.parent.name)
+            if not new.exists():
+                with postgres.Server(new, options=_OPTIONS, bin_dir=bin_dir):
+                    pass
+            with scratch() as folder:
+                subprocess.run(["cp", "-Rp", new, folder / "data"], check=True)
+                with postgres.Server(folder / "data", options={**_OPTIONS, **options}, bin_dir=bin_dir) as server:
+                    yield server
+
+        yield run
+
+
+@pytest.fixture(scope="session")
+def postgres_server(running_postgres: Running) -> Iterator[postgres.Server]:
     """The server of the run. A test that stops servers takes `own_postgres`."""
     with running_postgres() as server:
         yield server
 
 
 @pytest.fixture
-def own_postgres() -> Iterator[postgres.Server]:
+def own_postgres(running_postgres: Running) -> Iterator[postgres.Server]:
     """A server of this test's own, to be stopped and started at will."""
     with running_postgres() as server:
         yield server
@@ -124,7 +144,7 @@ def log_binaries(request: pytest.FixtureRequest) -> Path | None:
 
 
 @pytest.fixture(scope="session")
-def log_server(log_binaries: Path | None) -> Iterator[postgres.Server]:
+def log_server(running_postgres: Running, log_binaries: Path | None) -> Iterator[postgres.Server]:
     with running_postgres(bin_dir=log_binaries) as server:
         yield server
 
@@ -138,7 +158,7 @@ def log_url(log_server: postgres.Server) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def _crashing_server(log_binaries: Path | None) -> Iterator[postgres.Server]:
+def _crashing_server(running_postgres: Running, log_binaries: Path | None) -> Iterator[postgres.Server]:
     # What is not waited for stays in memory for up to three times wal_writer_delay.
     options = {"synchronous_commit": "off", "wal_writer_delay": "10s"}
     with running_postgres(bin_dir=log_binaries, **options) as server:

@@ -23,7 +23,7 @@ from flask_pg_sse.postgres.prune import prune
 from flask_pg_sse.postgres.schema import schema_sql
 from flask_pg_sse.testing import Received, stream
 from tests.client import open_stream, request
-from tests.conftest import connect, execute, running_postgres
+from tests.conftest import Running, connect, execute
 from tests.documents import Document
 from tests.log import NOTIFY, PUBLISH, listening, logged, run
 from tests.servers import WebServer, gunicorn
@@ -209,7 +209,9 @@ def test_a_publication_of_all_tables(log_url: str) -> None:
     connection.close()
 
 
-def test_a_transaction_that_has_notified_cannot_be_prepared(log_binaries: Path | None) -> None:
+def test_a_transaction_that_has_notified_cannot_be_prepared(
+    running_postgres: Running, log_binaries: Path | None
+) -> None:
     said = " ".join(PAGE.text.split())
     with running_postgres(bin_dir=log_binaries, max_prepared_transactions="2") as server:
         execute(server.url(), schema_sql())
