@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import time
@@ -10,6 +11,9 @@ from contextlib import ExitStack
 
 import pytest
 
+from flask_pg_sse.departures import Departures
+from flask_pg_sse.server import Connection
+from flask_pg_sse.subscription import Subscription
 from tests.client import eventually, open_stream
 from tests.crowd import worker
 from tests.servers import WebServer
@@ -77,3 +81,30 @@ def test_bytes_that_a_client_sends_do_not_keep_the_worker_busy(
         assert cpu(worker(server)) - before < 10, "ticks of 10 ms"
         server.post("/notify/a", b'{"data": "hello"}')
         assert stream.event().data == "hello"
+
+
+def watched(departures: Departures, sock: socket.socket) -> Subscription:
+    subscription = Subscription("a", 1000)
+    subscription.connection = Connection({"gunicorn.socket": sock})
+    departures.watch(subscription)
+    return subscription
+
+
+def test_a_descriptor_that_is_another_streams_by_now_stays_watched() -> None:
+    """A stream is forgotten some time after its end; its socket's number may have been given out again."""
+    departures = Departures()
+    departures.start()
+    with ExitStack() as sockets:
+        ours, theirs, new, far = map(sockets.enter_context, (*socket.socketpair(), *socket.socketpair()))
+        number = ours.fileno()
+        one = watched(departures, ours)
+        ours.close()
+        theirs.close()
+        other = watched(departures, sockets.enter_context(socket.socket(fileno=os.dup2(new.fileno(), number))))
+        departures.forget(one)
+        new.close()
+        far.close()
+        assert departures.take() == [other]
+        departures.forget(other)
+        assert departures.take() == []
+    departures.stop()
