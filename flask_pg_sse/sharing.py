@@ -17,6 +17,8 @@ _MOST = 4096
 _LONGEST = 256
 
 _REQUEST_TEXTS = ("method", "uri", "path", "query", "fragment", "scheme")
+# Made anew for each request, and out of few numbers.
+_REQUEST_NUMBERS = ("version", "max_buffer_headers")
 
 _known: dict[Any, Any] = {}
 
@@ -33,6 +35,8 @@ def share(environ: dict[str, Any], response: Any) -> None:
         for name in texts:  # not by vars(), which makes a dict that the object has not had
             setattr(owner, name, _text(getattr(owner, name)))
         owner.headers[:] = _pairs(owner.headers)
+    for name in _REQUEST_NUMBERS:
+        setattr(request, name, shared(getattr(request, name)))
 
 
 def _share_objects(environ: dict[str, Any], request: Any) -> None:

@@ -65,6 +65,8 @@ def test_what_is_equal_is_one_object() -> None:
     ]  # fmt: skip
     assert all(pair is theirs for pair, theirs in zip(one[1].headers, other[1].headers, strict=True))
     assert one[0].uri is other[0].uri is one[2]["RAW_URI"]
+    assert one[0].version is other[0].version and one[0].version == (1, 1)
+    assert one[0].max_buffer_headers is other[0].max_buffer_headers
 
 
 def test_the_body_that_is_none_stays_readable_and_open() -> None:
