@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from . import event
+from .access import Terms
 from .errors import DatabaseUnavailable
 from .hub import Hub
 from .replay import Replay
@@ -36,8 +37,7 @@ def stream(
             connection.sent += connection.in_flight
             connection.in_flight = 0
         connection.share()
-        # Nobody asks any more when it was asked for; without that most have the same.
-        subscription.terms = shared(replace(subscription.terms, asked_at=-math.inf))
+        subscription.terms = _settled(subscription.terms)
         while (taken := subscription.take()) is not None:
             # Without a piece it has fallen behind.
             for piece in (taken,) if taken else replay.read(subscription):
@@ -49,6 +49,17 @@ def stream(
         connection.stop_reading()
     finally:
         hub.close(subscription)
+
+
+def _settled(terms: Terms) -> Terms:
+    """Return the terms of a stream that has begun, without when it was asked for, which nobody asks any more.
+
+    Most streams have the same then, but for those with an end of their own.
+    """
+    if terms.ends_at < math.inf:
+        return terms
+    settled: Terms = shared(replace(terms, asked_at=-math.inf))
+    return settled
 
 
 def _opening(hub: Hub, replay: Replay, subscription: Subscription, last_event_id: str) -> Iterator[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -109,8 +110,21 @@ def test_what_clients_choose_is_not_remembered_without_end(monkeypatch: pytest.M
 
 
 def test_streams_that_are_open_on_equal_terms_have_the_same() -> None:
+    one, other = terms_of_streams([Terms(clients=("address 10.0.0.1",), asked_at=at) for at in (1.0, 2.0)])
+    assert one is other and one == Terms(clients=("address 10.0.0.1",))
+
+
+def test_terms_with_an_end_of_their_own_push_no_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "_known", {})
+    ending = Terms(ends_at=1e9, ends_because="expired")
+    assert terms_of_streams([ending]) == [ending]
+    assert not sharing._known
+
+
+def terms_of_streams(terms: Sequence[Terms]) -> list[Terms]:
+    """Return what the streams have that were opened on these terms and have had an event."""
     world = World(ModelLog(1))
-    subscriptions = [Subscription("a", 1000, Terms(clients=("address 10.0.0.1",), asked_at=at)) for at in (1.0, 2.0)]
+    subscriptions = [Subscription("a", 1000, opened_on) for opened_on in terms]
     streams = [iter(world.stream(subscription, None)) for subscription in subscriptions]
     for stream in streams:
         next(stream)
@@ -118,5 +132,4 @@ def test_streams_that_are_open_on_equal_terms_have_the_same() -> None:
     world.deliver(1)
     for stream in streams:
         next(stream)
-    one, other = subscriptions
-    assert one.terms is other.terms and one.terms == Terms(clients=("address 10.0.0.1",))
+    return [subscription.terms for subscription in subscriptions]
