@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+import operator
 import socket
 from typing import Any
 
@@ -19,6 +20,9 @@ NOW = socket.MSG_DONTWAIT
 # class, because gevent's waits, and wakes others. BlockingIOError where there is no room; any error is the generator's
 # to find out about.
 write = _socket.socket.send
+
+# Of gunicorn's response.
+_what_is_used = operator.attrgetter("chunked", "headers", "headers_sent", "req", "sent", "sock")
 
 
 def frame(data: bytes) -> bytes:
@@ -42,8 +46,8 @@ class Outlet(Progress):
         self._beside = 0  # bytes of the body that gunicorn counts and `Progress` does not
 
     def lead_past(self, response: Any) -> None:
-        """Open the way if it is gunicorn's own HTTP/1.1 response on a plain socket."""
-        if not is_gunicorns(response) or type(response.sock) is not socket.socket:
+        """Open the way if gunicorn's response is on a plain socket, and goes out as it is."""
+        if type(response.sock) is not socket.socket:
             return
         if not any(name.lower() == "content-encoding" for name, _ in response.headers):
             self._response = response
@@ -85,6 +89,12 @@ class Outlet(Progress):
 
 
 def is_gunicorns(response: Any) -> bool:
-    """Tell whether it is a response of gunicorn's, over HTTP/1."""
+    """Tell whether it is a response of gunicorn's over HTTP/1, and has all that is used of it. A later one may not."""
     of = type(response)
-    return (of.__module__, of.__qualname__) == ("gunicorn.http.wsgi", "Response")
+    if (of.__module__, of.__qualname__) != ("gunicorn.http.wsgi", "Response"):
+        return False
+    try:
+        _what_is_used(response)
+    except AttributeError:
+        return False
+    return True

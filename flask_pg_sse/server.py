@@ -96,8 +96,8 @@ class Connection(Outlet):
             response.force_close()
             if self._begun is not None and is_gunicorns(response):
                 self._begun = (self._begun[0], response)
-            if direct_write:
-                self.lead_past(response)
+                if direct_write:
+                    self.lead_past(response)
         elif hasattr(response, "close_connection"):  # gevent's pywsgi
             response.close_connection = True
             self._take_socket(response.socket)
@@ -116,7 +116,9 @@ class Connection(Outlet):
     def share(self) -> None:
         """Let go of what gunicorn keeps of the request in as far as others have the same. The response has begun."""
         if self._begun is not None and self._begun[1] is not None:
-            share(*self._begun)
+            # A gunicorn to come may keep it otherwise. It then stays as it is: the stream matters more.
+            with contextlib.suppress(AttributeError, KeyError, TypeError):
+                share(*self._begun)
         self._begun = None
 
     def stop_reading(self) -> None:

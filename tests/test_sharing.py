@@ -15,6 +15,7 @@ from gunicorn.http.wsgi import create
 
 from flask_pg_sse import sharing
 from flask_pg_sse.access import Terms
+from flask_pg_sse.server import Connection
 from flask_pg_sse.subscription import Subscription
 from tests.model import ModelLog, World
 
@@ -95,6 +96,32 @@ def test_a_log_that_was_opened_anew_is_not_taken_for_the_old_one() -> None:
     sharing.share(environ, first)
     sharing.share(another, second)
     assert another["wsgi.errors"] is errors is not environ["wsgi.errors"]
+
+
+def test_a_gunicorn_that_lacks_some_of_it_keeps_the_rest() -> None:
+    request, response, environ = begun(b"a")
+    before = dict(environ)
+    del request.fragment
+    connection = Connection(environ)
+    connection.response_started(response.write, direct_write=True, send_timeout=1)
+    connection.share()
+    assert request.method == "GET" and before["HTTP_COOKIE"] == environ["HTTP_COOKIE"] == "session=a"
+    assert list(environ) == list(before)
+
+
+@pytest.mark.parametrize("lacks", ["sent", "chunked", "sock"])
+def test_a_gunicorn_whose_response_lacks_some_of_it_sends_by_itself(lacks: str) -> None:
+    ways = []
+    for lacking in (False, True):
+        _, response, environ = begun(b"a")
+        response.headers_sent = True
+        if lacking:
+            delattr(response, lacks)
+        connection = Connection(environ)
+        connection.response_started(response.write, direct_write=True, send_timeout=1)
+        connection.share()
+        ways.append(connection.way())
+    assert ways[0] is not None and ways[1] is None
 
 
 def test_what_clients_choose_is_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
