@@ -9,13 +9,14 @@ import re
 import time
 from collections.abc import Collection, Iterable
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import unquote_to_bytes
 
-from flask import Response, current_app, request
+from flask import Request, Response, current_app, request
 from flask.blueprints import BlueprintSetupState
 from flask.typing import ResponseReturnValue
 from flask_cors import cross_origin
 from flask_cors.core import FLASK_CORS_EVALUATED
+from werkzeug.datastructures import Headers
 
 from . import access, event, guard, shutdown
 from .channels import check_channel
@@ -35,18 +36,27 @@ logger = logging.getLogger(__name__)
 sse_bp = SSEBlueprint("sse", __name__, url_prefix="/sse", cli_group="sse")
 
 
+_HEADERS = (
+    ("Content-Type", "text/event-stream; charset=utf-8"),
+    # "no-transform" and nginx's own header keep proxies from collecting what should flow.
+    ("Cache-Control", "no-cache, no-transform"),
+    ("X-Accel-Buffering", "no"),
+)
+
+
 class _StreamResponse(Response):
     """A response that tells its connection when the server has begun with it."""
 
     def __init__(self, body: Iterable[bytes], connection: Connection, settings: Settings) -> None:
         # Passed through, so that what reads a whole body (a log, a compressor) fails or passes on, and does not wait
         # for the end of a stream.
-        super().__init__(body, mimetype="text/event-stream", direct_passthrough=True)
+        super().__init__(body, headers=_HEADERS, direct_passthrough=True)
         self._connection = connection
         self._settings = settings
-        # "no-transform" and nginx's own header keep proxies from collecting what should flow.
-        self.headers["Cache-Control"] = "no-cache, no-transform"
-        self.headers["X-Accel-Buffering"] = "no"
+
+    def get_wsgi_headers(self, environ: Any) -> Headers:
+        """Return the headers as they are. Werkzeug would copy them, for what it may have to do to those of others."""
+        return self.headers
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
         body, status, headers = self.get_wsgi_response(environ)
@@ -84,29 +94,32 @@ _BLUEPRINT_OPTIONS = frozenset(
 
 @sse_bp.get("", endpoint="stream", strict_slashes=False)
 def _stream() -> ResponseReturnValue:
-    return _answer([])
+    return _answer(request._get_current_object(), [])  # type: ignore[attr-defined]
 
 
 @sse_bp.get("/<path:channel>", endpoint="channel")
 def _channel(channel: str) -> ResponseReturnValue:
+    here = request._get_current_object()  # type: ignore[attr-defined]
     try:
-        request.environ["PATH_INFO"].encode("latin-1").decode()
+        here.environ["PATH_INFO"].encode("latin-1").decode()
     except UnicodeDecodeError:  # werkzeug has put U+FFFD for it; here too it becomes what no channel's name may hold
         channel = channel.replace("\ufffd", "\udcff")
-    return _answer([channel])
+    return _answer(here, [channel])
 
 
-def _answer(names: list[str]) -> ResponseReturnValue:
-    _mask_token(request.environ)
+def _answer(request: Request, names: list[str]) -> ResponseReturnValue:
+    """Answer a request, given as the object itself: each look through Flask's proxy takes its time."""
+    environ = request.environ
+    _mask_token(environ)
     state = current_state()
     runtime, settings = state.runtime, state.runtime.settings
     shutdown.watch_here()
-    reason = why_no_stream(request.environ, shutdown.gunicorn_worker())
+    reason = why_no_stream(environ, shutdown.gunicorn_worker())
     if reason is not None:
         logger.error("%s", reason)
         return _refusal(500, reason)
     try:
-        query = _query(settings.max_channels)
+        query = _query(request.query_string, settings.max_channels)
         channels = tuple(dict.fromkeys(check_channel(name) for name in names + query.get("channel", [])))
     except InvalidChannel as error:
         return _refusal(400, str(error))
@@ -119,9 +132,9 @@ def _answer(names: list[str]) -> ResponseReturnValue:
         return _refusal(400, f"The URL names {len(channels)} channels, and one stream has {most} at the most.")
 
     # Last-Event-ID of an EventSource that reconnects; the query is for clients that cannot set a header.
-    last_event_id = request.headers.get("Last-Event-ID") or query.get("last_event_id", [""])[0]
+    last_event_id = environ.get("HTTP_LAST_EVENT_ID") or query.get("last_event_id", [""])[0]
     try:
-        terms = _terms(state, channels, query.get("token", [""])[0])
+        terms = _terms(request, state, channels, query.get("token", [""])[0])
     except _Refused as refused:
         return _refusal(403, str(refused))
     except _Ended as ended:
@@ -130,14 +143,14 @@ def _answer(names: list[str]) -> ResponseReturnValue:
         runtime.require_log()
     except EventLogMissing as error:
         return _refusal(500, str(error))
-    connection = Connection(request.environ)
+    connection = Connection(environ)
     if request.method == "HEAD":
         # A tuple would get a Content-Length, which no stream has.
         return _StreamResponse(iter(()), connection, settings)
     subscription = Subscription(channels, settings.buffer_bytes, terms)
     response = _StreamResponse(stream(*runtime.streams, subscription, last_event_id, connection), connection, settings)
-    if "flask_pg_sse.testing" in request.environ:
-        request.environ["flask_pg_sse.testing"].append(subscription)
+    if "flask_pg_sse.testing" in environ:
+        environ["flask_pg_sse.testing"].append(subscription)
     return response
 
 
@@ -153,7 +166,7 @@ class _Ended(Exception):
         self.reason = reason
 
 
-def _terms(state: State, channels: Iterable[str], signed: str) -> access.Terms:
+def _terms(request: Request, state: State, channels: Iterable[str], signed: str) -> access.Terms:
     """Ask for each channel whether the client may listen. Raises `_Refused`, `_Ended`, and HTTP errors of the app's."""
     asked_at = time.monotonic()
     runtime, settings = state.runtime, state.runtime.settings
@@ -189,13 +202,11 @@ _QUERY_BYTES_EACH = 1200
 _OTHER_PARAMETERS = 100
 
 
-def _query(max_channels: int) -> dict[str, list[str]]:
-    """Return the query's parameters. ValueError where it is larger than any that could be answered.
+def _query(raw: bytes, max_channels: int) -> dict[str, list[str]]:
+    """Return the parameters of a query. ValueError where it is larger than any that could be answered.
 
-    Looked at before it is taken apart, which for a million parameters takes a second. Bytes that are not UTF-8 become
-    lone surrogates, which no channel's name may hold.
+    Looked at before it is taken apart, which for a million parameters takes a second.
     """
-    raw = request.query_string
     most = _QUERY_BYTES + max_channels * _QUERY_BYTES_EACH
     if len(raw) > most:
         raise ValueError(f"The URL's query has {len(raw)} bytes, and {most} at the most are read.")
@@ -204,10 +215,15 @@ def _query(max_channels: int) -> dict[str, list[str]]:
             f"The URL's query has {raw.count(b'&') + 1} parameters; one stream has {max_channels} channels."
         )
     found: dict[str, list[str]] = {}
-    for name, value in parse_qsl(raw.decode("latin-1"), keep_blank_values=True, encoding="latin-1"):
-        text = value.encode("latin-1").decode("utf-8", "surrogateescape")
-        found.setdefault(name, []).append(text)
+    for parameter in raw.split(b"&"):
+        name, _, value = parameter.replace(b"+", b" ").partition(b"=")
+        found.setdefault(_unquoted(name), []).append(_unquoted(value))
     return found
+
+
+def _unquoted(raw: bytes) -> str:
+    """Return a name or a value. Bytes that are not UTF-8 become lone surrogates, which no channel's name may hold."""
+    return unquote_to_bytes(raw).decode("utf-8", "surrogateescape")
 
 
 def _mask_token(environ: dict[str, Any]) -> None:
@@ -267,7 +283,7 @@ def _cross_origin(response: Response) -> Response:
         origins = current_state().runtime.settings.allowed_origins
     except ConfigurationError:  # the view has failed with it already
         return response
-    origin = request.headers.get("Origin", "").lower()
+    origin = request.environ.get("HTTP_ORIGIN", "").lower()
     if not origin and "*" not in origins:  # the site's own pages ask for no leave: spare the way through flask-cors
         setattr(response, FLASK_CORS_EVALUATED, True)
     else:
