@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 # Values that are remembered, and the longest text among them: clients choose most of them, so that together they must
@@ -17,6 +18,7 @@ _MOST = 4096
 _LONGEST = 256
 
 _REQUEST_TEXTS = ("method", "uri", "path", "query", "fragment", "scheme")
+_texts_of = attrgetter(*_REQUEST_TEXTS)
 # Made anew for each request, and out of few numbers.
 _REQUEST_NUMBERS = ("version", "max_buffer_headers")
 
@@ -27,16 +29,16 @@ def share(environ: dict[str, Any], response: Any) -> None:
     """Share what a request of gunicorn's has in common with others. Its response has begun."""
     request = response.req
     _share_objects(environ, request)
-    # A port is each client's own.
-    equal = {shared(name): _text(value) if name != "REMOTE_PORT" else value for name, value in environ.items()}
+    names, values = _texts(environ), _texts(environ.values())
     environ.clear()  # a dict gives up its old names only so
-    environ.update(equal)
-    for owner, texts in ((request, _REQUEST_TEXTS), (response, ("status",))):
-        for name in texts:  # not by vars(), which makes a dict that the object has not had
-            setattr(owner, name, _text(getattr(owner, name)))
-        owner.headers[:] = _pairs(owner.headers)
+    environ.update(zip(names, values, strict=True))
+    for name, text in zip(_REQUEST_TEXTS, _texts(_texts_of(request)), strict=True):
+        setattr(request, name, text)  # not by vars(), which makes a dict that the object has not had
+    [response.status] = _texts([response.status])
     for name in _REQUEST_NUMBERS:
         setattr(request, name, shared(getattr(request, name)))
+    request.headers[:] = _pairs(request.headers)
+    response.headers[:] = _pairs(response.headers)
 
 
 def _share_objects(environ: dict[str, Any], request: Any) -> None:
@@ -52,19 +54,27 @@ def _share_objects(environ: dict[str, Any], request: Any) -> None:
         environ["wsgi.errors"] = shared(("wsgi.errors", type(errors), *streams), errors)
 
 
+def _texts(values: Iterable[Any]) -> list[Any]:
+    """Return values, with those texts that are known in place of equal ones."""
+    # No call but one of C for each: there are fifty in a request, and a storm of reconnects has thousands of those.
+    keep = _known_with_room().setdefault
+    return [keep(value, value) if type(value) is str and len(value) <= _LONGEST else value for value in values]
+
+
 def _pairs(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [shared(pair) if len(pair[0]) + len(pair[1]) <= _LONGEST else pair for pair in headers]
-
-
-def _text(value: Any) -> Any:
-    return shared(value) if type(value) is str and len(value) <= _LONGEST else value
+    keep = _known_with_room().setdefault
+    return [keep(pair, pair) if len(pair[0]) + len(pair[1]) <= _LONGEST else pair for pair in headers]
 
 
 def shared(key: Any, value: Any = None) -> Any:
     """Return what was first given for an equal key: `value`, or the key itself."""
+    return _known_with_room().setdefault(key, key if value is None else value)
+
+
+def _known_with_room() -> dict[Any, Any]:
     if len(_known) >= _MOST:
         _known.clear()
-    return _known.setdefault(key, key if value is None else value)
+    return _known
 
 
 def _too_late(headers: object) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 from . import event
 from .access import Terms
@@ -58,7 +57,7 @@ def _settled(terms: Terms) -> Terms:
     """
     if terms.ends_at < math.inf:
         return terms
-    settled: Terms = shared(replace(terms, asked_at=-math.inf))
+    settled: Terms = shared(Terms(terms.subjects, terms.clients))
     return settled
 
 
