@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from . import event
+from .attention import Attention
 from .block import Block, Standing
 from .departures import Departures
 from .group import Group, in_portions
@@ -76,6 +77,7 @@ class Hub:
         self._disconnects: deque[tuple[float, str | None, str | None]] = deque(maxlen=_DISCONNECTS)
         self._gone: deque[Subscription] = deque()  # closed, and still in the tables
         self.departures = Departures()
+        self._attention = Attention()
         self._look_at = 0.0  # monotonic time until which no stream needs to be looked at
 
     # -- streams come and go
@@ -97,6 +99,7 @@ class Hub:
                 for channel in subscription.channels:
                     self._groups_of.setdefault(channel, set()).add(group)
             group.add(subscription)
+            self._attention.begin(subscription)
         # Asked after the stream stands in the tables: drain() sets the reason first and then reads the tables, and so
         # does disconnect().
         heard = not self._why_not(subscription) and ticket.wait(OPEN_TIMEOUT)
@@ -123,8 +126,10 @@ class Hub:
                 self._recent.begin(subscription.channels, position)
             now = time.monotonic()
             group = self._groups[subscription.channels]
-            if group.standing.accepted != position:  # so that streams can meet there, also if no event has an id
-                group.standing = Standing(position, position, now, now, shared=True)
+            before = group.standing
+            if before.accepted != position:  # so that streams can meet there, also if no event has an id
+                # With the old times: signs of life are due for those who have been there since.
+                group.standing = Standing(position, position, before.told_at, before.active_at, shared=True)
             subscription.go_live(position, Block(b""), now, like=group.standing)
             return position
 
@@ -199,6 +204,7 @@ class Hub:
             if subscription.ticket is None:
                 return
             subscription.ticket = None
+            self._attention.end(subscription)
             group = self._groups[subscription.channels]
             group.remove(subscription)
             if not group:
@@ -302,38 +308,35 @@ class Hub:
             return
         with self._dispatch:
             self._recent.trim()
-            cursor = Block(event.control_block("cursor", {}, id=self.position), last=self.position)
             # The next one: often enough to see that a client takes nothing for `send_timeout`.
-            look_at = now + min(self._heartbeat, self._send_timeout) / _LOOKS
-            work = []
-            for group in self._groups.values():
-                before = group.standing
-                sign = before.sign_of_life(now - self._heartbeat, cursor)
-                if sign is not None:
-                    group.standing = before.after(sign, now, shared=True)
-                look_at = min(look_at, group.standing.sign_due_at(self._heartbeat, cursor))
-                work.append(((before, sign, group.standing), group.streams))
-            for (before, sign, after), portion in in_portions(work):
-                together = []
+            self._look_at = now + min(self._heartbeat, self._send_timeout) / _LOOKS
+            for _, portion in in_portions([(None, tuple(self._attention.take(now)))]):
                 for subscription in portion:
-                    connection = subscription.connection
-                    busy = connection is not None and (connection.in_flight or connection.judged)
-                    if busy or subscription.due <= now:
-                        self._look_after(subscription, now)
-                        look_at = now
-                    elif subscription.due < look_at:
-                        look_at = subscription.due
-                    standing = subscription.standing
-                    if standing is before:
-                        together.append(subscription)
-                        continue
-                    own = standing.sign_of_life(now - self._heartbeat, cursor)
-                    look_at = min(look_at, standing.sign_due_at(self._heartbeat, cursor))
-                    if own is not None and not subscription.waiting:  # what waits will do as one
-                        subscription.offer(own, now, after)
-                if sign is not None:
-                    offer_to_all(together, sign, sign, before, after)  # none is too slow: nothing waits for them
-            self._look_at = look_at
+                    self._look_after(subscription, now)
+            self._look_at = min(self._look_at, self._attention.next_end)
+            self._give_signs(now)
+
+    def _give_signs(self, now: float) -> None:
+        cursor = Block(event.control_block("cursor", {}, id=self.position), last=self.position)
+        work = []
+        for group in self._groups.values():
+            before = group.standing
+            sign = before.sign_of_life(now - self._heartbeat, cursor)
+            if sign is not None:
+                group.standing = before.after(sign, now, shared=True)
+                work.append(((before, sign, group.standing), group.streams))
+            self._look_at = min(self._look_at, group.standing.sign_due_at(self._heartbeat, cursor))
+        for (before, sign, after), portion in in_portions(work):
+            together = []
+            for subscription in portion:
+                if subscription.standing is before:
+                    together.append(subscription)
+                    continue
+                # Somewhat early: that it may be due is asked of the group alone, whose times are those of its oldest.
+                own = subscription.standing.sign_of_life(now, cursor)
+                if own is not None and not subscription.waiting:  # what waits will do as one
+                    subscription.offer(own, now, after)
+            offer_to_all(together, sign, sign, before, after)  # none is too slow: nothing waits for them
 
     def _look_after(self, subscription: Subscription, now: float) -> None:
         connection = subscription.connection
@@ -345,6 +348,8 @@ class Hub:
                 subscription.end(self.end_block(subscription.terms.ends_because))
             elif connection is not None:
                 connection.cut()
+        busy = connection is not None and (connection.in_flight or connection.judged)
+        self._look_at = min(self._look_at, now if busy else subscription.due)
 
     def pruned(self, through: int) -> None:
         """Forget what the log has lost: whether a stream may resume should not depend on the worker that it meets."""

@@ -78,6 +78,7 @@ class Subscription:
         "_spot",
         "_torn",
         "_way",
+        "awake",
         "channels",
         "connection",
         "due",
@@ -100,6 +101,7 @@ class Subscription:
         self.standing = _NOWHERE
         self._sent = 0  # see `sent`
         self.connection: Connection | None = None  # once the stream has begun
+        self.awake: set[Subscription] = set()  # where it stands while its generator is not parked: the hub's, once open
         self.watched_as = -1  # the number of its socket, if it is watched for its end
         # Monotonic time at which it is to end or, once that has been decided, to lose its connection if that stands.
         self.due = terms.ends_at
@@ -262,11 +264,13 @@ class Subscription:
         connection = self.connection
         way = connection.way() if connection is not None else None
         self._way = way
+        self.awake.discard(self)
         try:
             # Looked at after the way has been laid open: what came before would otherwise wake nobody.
             while not self._has_work():
                 self._spot.park()
         finally:  # also if the greenlet is killed: its connection is not ours any more
+            self.awake.add(self)
             self._way = None
             if connection is not None and way is not None:
                 connection.count(self._past + self.standing.size - self._since)

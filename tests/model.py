@@ -102,7 +102,7 @@ class ModelLog:
             raise DatabaseUnavailable("The model says no.")
 
 
-class _Connection(Progress):
+class Connection(Progress):
     def way(self) -> None:
         return None
 
@@ -140,7 +140,7 @@ class World:
 
     def stream(self, subscription: Subscription, last_event_id: int | None) -> Iterable[bytes]:
         known = "" if last_event_id is None else str(last_event_id)
-        return stream(self.hub, self.replay, subscription, known, _Connection())  # type: ignore[arg-type]
+        return stream(self.hub, self.replay, subscription, known, Connection())  # type: ignore[arg-type]
 
 
 def opening_id(output: bytes) -> int:

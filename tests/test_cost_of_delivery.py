@@ -19,6 +19,7 @@ import pytest
 
 from flask_pg_sse import hub as hub_module
 from flask_pg_sse import subscription as subscription_module
+from flask_pg_sse.access import Terms
 from flask_pg_sse.group import OFFERS_BETWEEN_YIELDS
 from flask_pg_sse.hub import Hub
 from flask_pg_sse.subscription import Subscription, offer_to_all
@@ -47,15 +48,16 @@ def sink() -> Iterator[socket.socket]:
         yield this
 
 
-def make_hub(streams: int, sink: socket.socket) -> Hub:
+def make_hub(streams: int, sink: socket.socket, heartbeat: float = 0, terms: Terms = Terms()) -> Hub:  # noqa: B008
     """Return a hub with idle streams that have all had the same."""
-    hub = Hub(lambda channels: Heard(), lambda channels: None, heartbeat=0, retry=3000)
+    hub = Hub(lambda channels: Heard(), lambda channels: None, heartbeat=heartbeat, retry=3000)
     hub.position = 1
     for _ in range(streams):
-        subscription = Subscription(["a"], 1000)
+        subscription = Subscription(["a"], 1000, terms)
         assert hub.open(subscription) is None
         hub.go_live(subscription)
-        subscription._way = sink
+        subscription._way = sink  # it is parked
+        subscription.awake.discard(subscription)
     deliver(hub)
     return hub
 
@@ -99,6 +101,19 @@ def test_a_delivery_is_few_steps(sink: socket.socket) -> None:
 
 def test_a_heartbeat_is_few_steps(sink: socket.socket) -> None:
     assert 0 < steps_each(Hub.beat, sink) <= MOST_STEPS_OF_A_HEARTBEAT
+
+
+@pytest.mark.parametrize("terms", [Terms(), Terms(ends_at=sys.float_info.max)], ids=["endless", "ending"])
+def test_to_look_after_idle_streams_is_no_step_for_any(terms: Terms, sink: socket.socket) -> None:
+    """Between two heartbeats the ticker looks often, and would find ten thousand streams that need nothing."""
+
+    def look(hub: Hub) -> None:
+        hub._look_at = 0
+        hub.beat()
+        assert hub._look_at > 0
+
+    few, many = (steps_of(look, make_hub(streams, sink, 1000, terms)) for streams in (FEW, MANY))
+    assert few == many > 0
 
 
 @pytest.mark.parametrize(

@@ -259,18 +259,41 @@ def test_a_stream_is_told_of_a_gap_only_once_it_was_promised_something() -> None
     assert not waiting.waiting
 
 
+def quiet_for(hub: Hub, subscriptions: Iterable[Subscription], seconds: float) -> None:
+    """Make it so long since streams that share one standing got something."""
+    for subscription in subscriptions:
+        group = hub._groups[subscription.channels]
+        if group.standing is subscription.standing:
+            at = time.monotonic() - seconds
+            group.standing = Standing(group.standing.accepted, group.standing.told, at, at, shared=True)
+        subscription.standing = group.standing
+
+
 def test_heartbeats_go_to_streams_that_are_quiet_and_have_nothing_waiting() -> None:
     hub = make_hub(heartbeat=10)
-    now = time.monotonic()
-    quiet, busy, stuck = (opened(hub, "a") for _ in range(3))
-    for subscription in (quiet, busy, stuck):
-        subscription.standing = Standing(active_at=now - 11)
-    busy.standing = Standing(active_at=now - 5)
-    stuck.offer(Block(b"waits"), now - 11)
+    quiet, stuck, apart, busy = (opened(hub, channel) for channel in "aaab")
+    quiet_for(hub, (quiet, stuck, apart), 11)
+    quiet_for(hub, [busy], 5)
+    stuck.offer(Block(b"waits"), time.monotonic() - 11)
+    apart.standing = Standing(active_at=time.monotonic() - 5)
     hub.beat()
-    assert quiet.take() == event.HEARTBEAT
+    assert quiet.waiting and quiet.take() == event.HEARTBEAT
+    assert apart.waiting and apart.take() == event.HEARTBEAT, "early, with the others of its channels"
     assert not busy.waiting
     assert drain(stuck) == [b"waits"]
+
+
+def test_who_comes_puts_off_no_heartbeat_of_those_that_are_there() -> None:
+    """Not even where the log has moved on, so that the streams of a channel do not stand together any more."""
+    hub = make_hub(heartbeat=10)
+    hub.deliver((), 1)
+    first = opened(hub, "a")
+    quiet_for(hub, [first], 11)
+    hub.deliver((), 5)
+    second = opened(hub, "a")
+    hub.beat()
+    assert first.waiting and first.take() == b"event: sse-cursor\nid: 5\ndata: {}\n\n"
+    assert second.waiting and second.take() == event.HEARTBEAT
 
 
 def test_a_stream_that_is_behind_is_ended_and_the_others_go_on() -> None:
@@ -372,7 +395,8 @@ def test_nobody_is_looked_at_before_something_is_due(monkeypatch: pytest.MonkeyP
         return 0
 
     monkeypatch.setattr(Subscription, "waiting", property(waiting))
-    for stream in streams:  # due, but a look was had a moment ago
+    quiet_for(hub, streams, 200)  # due, but a look was had a moment ago
+    for stream in streams:
         stream.standing = Standing(active_at=time.monotonic() - 200)
     hub.beat()
     assert not looked
@@ -387,10 +411,12 @@ def test_a_stream_that_is_to_end_is_looked_at_in_time() -> None:
     opened(hub, "a")
     hub.beat()
     ends_at = time.monotonic() + 0.05
-    soon = Subscription("a", 1000, Terms(ends_at=ends_at, ends_because="max_age"))
-    hub.open(soon)
-    hub.go_live(soon)
+    for at in (ends_at, ends_at + 0.05):
+        soon = Subscription("a", 1000, Terms(ends_at=at, ends_because="max_age"))
+        hub.open(soon)
+        hub.go_live(soon)
+        soon.awake.discard(soon)  # as if its generator were parked
     while not soon.ended:
         assert time.monotonic() < ends_at + 10
         hub.beat()
-    assert time.monotonic() >= ends_at
+    assert time.monotonic() >= ends_at + 0.05
