@@ -31,6 +31,7 @@ class Ticker:
 
     def start(self) -> None:
         shutdown.subscribe(self._wakeup)
+        self._hub.departures.start()  # not in the thread, which the first stream may overtake
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
@@ -47,7 +48,6 @@ class Ticker:
 
     def _run(self) -> None:
         try:
-            self._hub.departures.start()
             self._wakeup.watch(self._hub.departures.fileno())
             self._keep_time()
         finally:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,10 +14,13 @@ from contextlib import ExitStack
 import pytest
 
 from flask_pg_sse.departures import Departures
+from flask_pg_sse.hub import Hub
 from flask_pg_sse.server import Connection
 from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.ticker import Ticker
 from tests.client import eventually, open_stream
 from tests.crowd import worker
+from tests.model import Granted
 from tests.servers import WebServer
 from tests.test_hostile_requests import cpu
 from tests.test_limits import streams
@@ -108,3 +113,19 @@ def test_a_descriptor_that_is_another_streams_by_now_stays_watched() -> None:
         departures.forget(other)
         assert departures.take() == []
     departures.stop()
+
+
+def test_the_first_stream_is_watched_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may open before the ticker's thread has run at all."""
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
+    hub = Hub(lambda channels: Granted(), lambda channels: None, heartbeat=15, retry=3000)
+    ticker = Ticker(hub, 15)
+    ticker.start()
+    try:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            watched(hub.departures, ours)
+            theirs.close()
+            assert select.select([hub.departures.fileno()], [], [], 0)[0]
+    finally:
+        ticker.stop(0)
