@@ -8,7 +8,7 @@ same behaviour.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Collection
 from operator import attrgetter
 from typing import Any
 
@@ -54,25 +54,25 @@ def _share_objects(environ: dict[str, Any], request: Any) -> None:
         environ["wsgi.errors"] = shared(("wsgi.errors", type(errors), *streams), errors)
 
 
-def _texts(values: Iterable[Any]) -> list[Any]:
+def _texts(values: Collection[Any]) -> list[Any]:
     """Return values, with those texts that are known in place of equal ones."""
     # No call but one of C for each: there are fifty in a request, and a storm of reconnects has thousands of those.
-    keep = _known_with_room().setdefault
+    keep = _known_with_room(len(values)).setdefault
     return [keep(value, value) if type(value) is str and len(value) <= _LONGEST else value for value in values]
 
 
-def _pairs(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    keep = _known_with_room().setdefault
+def _pairs(headers: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+    keep = _known_with_room(len(headers)).setdefault
     return [keep(pair, pair) if len(pair[0]) + len(pair[1]) <= _LONGEST else pair for pair in headers]
 
 
 def shared(key: Any, value: Any = None) -> Any:
     """Return what was first given for an equal key: `value`, or the key itself."""
-    return _known_with_room().setdefault(key, key if value is None else value)
+    return _known_with_room(1).setdefault(key, key if value is None else value)
 
 
-def _known_with_room() -> dict[Any, Any]:
-    if len(_known) >= _MOST:
+def _known_with_room(more: int) -> dict[Any, Any]:
+    if len(_known) + more > _MOST:
         _known.clear()
     return _known
 

@@ -136,6 +136,13 @@ def test_what_clients_choose_is_not_remembered_without_end(monkeypatch: pytest.M
     assert max(len(key) for key in sharing._known if isinstance(key, str)) <= 256
 
 
+@pytest.mark.parametrize("remember", [sharing._texts, lambda names: sharing._pairs([(name, "") for name in names])])
+def test_what_comes_together_is_within_the_bound_too(remember: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "_known", {number: number for number in range(4096 - 10)})
+    remember([f"HTTP_X_{number}" for number in range(90)])
+    assert len(sharing._known) <= 4096
+
+
 def test_streams_that_are_open_on_equal_terms_have_the_same() -> None:
     one, other = terms_of_streams([Terms(clients=("address 10.0.0.1",), asked_at=at) for at in (1.0, 2.0)])
     assert one is other and one == Terms(clients=("address 10.0.0.1",))
