@@ -94,22 +94,22 @@ _BLUEPRINT_OPTIONS = frozenset(
 
 @sse_bp.get("", endpoint="stream", strict_slashes=False)
 def _stream() -> ResponseReturnValue:
-    return _answer(request._get_current_object(), [])  # type: ignore[attr-defined]
+    return _answer([])
 
 
 @sse_bp.get("/<path:channel>", endpoint="channel")
 def _channel(channel: str) -> ResponseReturnValue:
-    here = request._get_current_object()  # type: ignore[attr-defined]
     try:
-        here.environ["PATH_INFO"].encode("latin-1").decode()
+        request.environ["PATH_INFO"].encode("latin-1").decode()
     except UnicodeDecodeError:  # werkzeug has put U+FFFD for it; here too it becomes what no channel's name may hold
         channel = channel.replace("\ufffd", "\udcff")
-    return _answer(here, [channel])
+    return _answer([channel])
 
 
-def _answer(request: Request, names: list[str]) -> ResponseReturnValue:
-    """Answer a request, given as the object itself: each look through Flask's proxy takes its time."""
-    environ = request.environ
+def _answer(names: list[str]) -> ResponseReturnValue:
+    # The object itself: each look through Flask's proxy takes its time.
+    here: Request = request._get_current_object()  # type: ignore[attr-defined]
+    environ = here.environ
     _mask_token(environ)
     state = current_state()
     runtime, settings = state.runtime, state.runtime.settings
@@ -119,7 +119,7 @@ def _answer(request: Request, names: list[str]) -> ResponseReturnValue:
         logger.error("%s", reason)
         return _refusal(500, reason)
     try:
-        query = _query(request.query_string, settings.max_channels)
+        query = _query(here.query_string, settings.max_channels)
         channels = tuple(dict.fromkeys(check_channel(name) for name in names + query.get("channel", [])))
     except InvalidChannel as error:
         return _refusal(400, str(error))
@@ -134,7 +134,7 @@ def _answer(request: Request, names: list[str]) -> ResponseReturnValue:
     # Last-Event-ID of an EventSource that reconnects; the query is for clients that cannot set a header.
     last_event_id = environ.get("HTTP_LAST_EVENT_ID") or query.get("last_event_id", [""])[0]
     try:
-        terms = _terms(request, state, channels, query.get("token", [""])[0])
+        terms = _terms(here, state, channels, query.get("token", [""])[0])
     except _Refused as refused:
         return _refusal(403, str(refused))
     except _Ended as ended:
@@ -144,7 +144,7 @@ def _answer(request: Request, names: list[str]) -> ResponseReturnValue:
     except EventLogMissing as error:
         return _refusal(500, str(error))
     connection = Connection(environ)
-    if request.method == "HEAD":
+    if here.method == "HEAD":
         # A tuple would get a Content-Length, which no stream has.
         return _StreamResponse(iter(()), connection, settings)
     subscription = Subscription(channels, settings.buffer_bytes, terms)
@@ -166,7 +166,7 @@ class _Ended(Exception):
         self.reason = reason
 
 
-def _terms(request: Request, state: State, channels: Iterable[str], signed: str) -> access.Terms:
+def _terms(here: Request, state: State, channels: Iterable[str], signed: str) -> access.Terms:
     """Ask for each channel whether the client may listen. Raises `_Refused`, `_Ended`, and HTTP errors of the app's."""
     asked_at = time.monotonic()
     runtime, settings = state.runtime, state.runtime.settings
@@ -179,12 +179,12 @@ def _terms(request: Request, state: State, channels: Iterable[str], signed: str)
         if subjects is None:
             raise _Refused("This site cannot tell whose stream this would be. Ask who runs it to look at its log.")
         each = settings.max_streams_per_client is not None
-        clients = access.counted_under(subjects, request.remote_addr) if each else ()
+        clients = access.counted_under(subjects, here.remote_addr) if each else ()
         if runtime.full(clients):  # before the app has been given work; it is decided when the stream opens
             raise _Ended("capacity")
         opened = token.channels if token is not None else frozenset[str]()
         to_ask = [name for name in channels if name not in opened and not access.is_public(name, settings.channels)]
-        if to_ask and authorize is not None and request.method != "HEAD" and not runtime.hears_orders(OPEN_TIMEOUT):
+        if to_ask and authorize is not None and here.method != "HEAD" and not runtime.hears_orders(OPEN_TIMEOUT):
             raise _Ended("unavailable")
         for channel in to_ask:
             if not guard.may_listen(authorize, channel):
