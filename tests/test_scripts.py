@@ -496,6 +496,15 @@ def running(root: Path, output: Path, port: int) -> Iterator[subprocess.Popen[by
         process.wait()
 
 
+@pytest.fixture
+def no_nohup() -> Iterator[None]:
+    """Start nothing that ignores SIGHUP, as it would in a run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("no_nohup")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda each: each.name)
 def test_a_signal_stops_everything_the_demo_started(stub: Path, tmp_path: Path, signum: signal.Signals) -> None:
     port, output = free_port(), tmp_path / "output"
