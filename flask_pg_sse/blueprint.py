@@ -92,6 +92,22 @@ _BLUEPRINT_OPTIONS = frozenset(
 )
 
 
+@sse_bp.app_url_value_preprocessor
+def _mask_token(endpoint: str | None, values: dict[str, Any] | None) -> None:
+    """Keep tokens out of access logs: gunicorn writes the request's line from these when the response has ended.
+
+    Flask calls this before any `before_request`, which may answer in the view's place, and also where no view will be
+    asked: for a CORS preflight, and for what leads nowhere, as one of our URLs with another method does.
+    """
+    environ = request.environ
+    if "token=" not in environ.get("QUERY_STRING", ""):
+        return
+    if endpoint is None or current_app.blueprints.get(request.blueprint or "") is sse_bp:
+        for name in ("RAW_URI", "REQUEST_URI", "QUERY_STRING"):  # Flask's request has its own copy
+            if name in environ:
+                environ[name] = re.sub(r"((?:^|[?&])token=)[^&#]*", r"\1***", environ[name])
+
+
 @sse_bp.get("", endpoint="stream", strict_slashes=False)
 def _stream() -> ResponseReturnValue:
     return _answer([])
@@ -110,7 +126,6 @@ def _answer(names: list[str]) -> ResponseReturnValue:
     # The object itself: each look through Flask's proxy takes its time.
     here: Request = request._get_current_object()  # type: ignore[attr-defined]
     environ = here.environ
-    _mask_token(environ)
     state = current_state()
     runtime, settings = state.runtime, state.runtime.settings
     shutdown.watch_here()
@@ -224,13 +239,6 @@ def _query(raw: bytes, max_channels: int) -> dict[str, list[str]]:
 def _unquoted(raw: bytes) -> str:
     """Return a name or a value. Bytes that are not UTF-8 become lone surrogates, which no channel's name may hold."""
     return unquote_to_bytes(raw).decode("utf-8", "surrogateescape")
-
-
-def _mask_token(environ: dict[str, Any]) -> None:
-    """Keep tokens out of access logs: gunicorn writes the request's line from these when the stream ends."""
-    for name in ("RAW_URI", "REQUEST_URI", "QUERY_STRING"):  # Flask's request has its own copy
-        if "token=" in environ.get(name, ""):
-            environ[name] = re.sub(r"((?:^|[?&])token=)[^&#]*", r"\1***", environ[name])
 
 
 def _end_of(token: Token | None, max_age: float | None) -> tuple[float, str]:

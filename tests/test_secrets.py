@@ -79,7 +79,13 @@ def test_answers_and_logs(name: str, debug: str, database_url: str, start_server
     answers.append(ask(server, f"channel=&token={TOKEN}", 400))
     answers.append(ask(server, f"channel=failing&token={TOKEN}", 200))
     answers.append(ask(server, f"token={TOKEN}" + "&x" * 200, 414))
+    # These never reach the view.
+    answers.append(ask(server, f"channel=mine&token={TOKEN}", 200, method="OPTIONS"))
+    answers.append(ask(server, f"channel=mine&token={TOKEN}", 405, method="POST"))
+    answers.append(ask(server, f"channel=mine&gated&token={TOKEN}", 401))
     assert "expired" in answers[1] and "unavailable" in answers[5]
+    with request(server.port, "/ping?token=the-apps-own") as response:
+        assert response.status == 200
     server.stop()
     for secret in (*SECRETS, *TOKENS, OF_ANOTHER, "Traceback", str(ROOT), urlsplit(database_url).path):
         assert not [answer for answer in answers if secret in answer]
@@ -88,7 +94,7 @@ def test_answers_and_logs(name: str, debug: str, database_url: str, start_server
     if name in ("flask run", "pywsgi"):  # they have read the request's line themselves; docs/security.md says so
         assert TOKEN in log
     else:
-        assert "token=***" in log
+        assert "token=***" in log and "token=the-apps-own" in log
         assert not [token for token in TOKENS if token in log or token.rpartition(".")[2] in log]
 
 

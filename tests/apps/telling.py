@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from flask import Flask
+from flask import Flask, abort, request
 from flask.typing import ResponseReturnValue
 
 from flask_pg_sse import notify, sse_bp
@@ -22,6 +22,12 @@ def may_listen(channel: str) -> bool:
 
 
 app.register_blueprint(sse_bp, authorize=may_listen)
+
+
+@app.before_request
+def gate() -> None:
+    if "gated" in request.args:
+        abort(401)
 
 
 @app.get("/ping")
