@@ -30,7 +30,7 @@ class Event:
 
     data:    text; may have several lines (CRLF, CR and LF all end one) and may be empty.
     event:   the name that `addEventListener` waits for; none means `message`.
-    id:      becomes the browser's `Last-Event-ID`.
+    id:      what the page sees; without the event log also the browser's `Last-Event-ID`.
     retry:   the browser's reconnection time in milliseconds.
     comment: text that browsers ignore.
 

@@ -90,7 +90,7 @@ class _CurrentApp:
 
         data:        a `str` as it is, `bytes` as UTF-8, anything else as JSON through the app's JSON provider.
         event:       the event's name in the browser; `message` without one.
-        id:          the browser's `Last-Event-ID`.
+        id:          the event's id as the page sees it; without the event log also the browser's `Last-Event-ID`.
         retry:       the browser's reconnection time, in milliseconds.
         comment:     text that browsers ignore.
         sse_payload: the five above as one dict, the call of sse_relay_server; alone or not at all.
@@ -100,9 +100,10 @@ class _CurrentApp:
                      The event then belongs to its transaction: it leaves on commit, and never after a rollback. Without
                      it the event leaves at once, on a connection of the package's own.
 
-        Returns the event's id in the log; None without a log, and with `connection`, where it gets one on commit.
-        Raises `InvalidChannel` and `InvalidEvent` (both `ValueError`) for what cannot be sent, `PayloadTooLarge` for
-        what does not fit PostgreSQL's NOTIFY and goes to no log, `DatabaseUnavailable` (a `ConnectionError`),
+        Returns the event's id in the log; None where it goes to none, and with `connection`, where it gets one on
+        commit. Raises `InvalidChannel` and `InvalidEvent` (both `ValueError`) for what cannot be sent,
+        `PayloadTooLarge` for what does not fit PostgreSQL's NOTIFY and goes to no log, the JSON provider's own error
+        (TypeError as a rule) for data that it cannot write, `DatabaseUnavailable` (a `ConnectionError`),
         `DatabaseNotConfigured`, and `EventLogMissing` where the configuration requires a log and there is none.
         """
         fields: Mapping[str, Any] = {"event": event, "id": id, "retry": retry, "comment": comment}
@@ -136,7 +137,8 @@ class _CurrentApp:
         """Return the event log's head: whoever reads data after this call has all events up to it in them.
 
         For `sse_url(…, cursor=…)`: the page's stream then begins where its data end. None without a log. Read on a
-        connection of the package's own. Raises `DatabaseUnavailable`, `DatabaseNotConfigured`.
+        connection of the package's own. Raises `DatabaseUnavailable`, `DatabaseNotConfigured`, and `EventLogMissing`
+        where the configuration requires a log and there is none.
         """
         return self._runtime().cursor()
 
@@ -148,7 +150,8 @@ class _CurrentApp:
         moment obeys when it is back, if there is an event log, and otherwise not at all.
 
         Raises TypeError and ValueError for what is no subject, `InvalidChannel`, `ConfigurationError` without a secret
-        key (any role of the database could otherwise do the same), `DatabaseUnavailable`, `DatabaseNotConfigured`.
+        key (any role of the database could otherwise do the same), `DatabaseUnavailable`, `DatabaseNotConfigured`,
+        `EventLogMissing` as `sse_cursor()`.
         """
         if subject is None and channel is None:
             raise TypeError("disconnect() needs a subject, a channel, or both.")
@@ -207,7 +210,8 @@ class PgSSE(_CurrentApp):
     authorize, subject: the functions that decide who may listen, as `sse_bp.authorize` and `sse_bp.subject` say.
 
     Within an app context the methods work on the current app, as the module's functions do; elsewhere on the one app
-    that this object was given, or without any app on a runtime of its own.
+    that this object was given, or without any app on a runtime of its own, which has no secret key: it can neither sign
+    nor `disconnect()`. `sse_url()` needs an app context, unless `SSE_SERVER_URL` says where the streams are.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from .subscription import Subscription
 
 _T = TypeVar("_T")
 
-# After so many offers other greenlets get their turn: about one millisecond of work.
+# After so many offers other greenlets get their turn: a few milliseconds of work.
 OFFERS_BETWEEN_YIELDS = 250
 
 

@@ -37,7 +37,7 @@ OPEN_TIMEOUT = 10.0
 # Seconds; a client that has not read its farewell by then is cut off. gunicorn would wait 30 s for it at its own end,
 # and who has lost the right to listen is to hear no more.
 FAREWELL = 1.0
-# Looks at all streams in the shorter of heartbeat and send timeout.
+# Looks at the streams that need it in the shorter of heartbeat and send timeout.
 _LOOKS = 4
 # Orders to end streams that are remembered, for requests that were being decided on meanwhile.
 _DISCONNECTS = 10_000

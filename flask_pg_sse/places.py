@@ -47,8 +47,8 @@ class Places:
     def full(self, clients: Collection[str]) -> bool:
         """Tell whether one more stream of a client would be too many.
 
-        A client that has vanished is noticed only when the next bytes cannot be sent. The streams of the same client
-        are looked at here, so that a page which is loaded anew does not stand in its own way.
+        That a client has vanished may be noticed late. Its other streams are looked at here, so that a page which is
+        loaded anew does not stand in its own way.
         """
         if len(self._taken) >= self._most:
             return True
