@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -17,6 +18,7 @@ from flask import Config, Flask
 from flask_pg_sse.tokens import Token, sign_token
 from tests.client import open_stream, request
 from tests.servers import ROOT, WebServer, free_port, gunicorn
+from tests.test_cli import extension, nested, renamed, twice
 
 Start = Callable[..., WebServer]
 MakeApp = Callable[..., Flask]
@@ -149,3 +151,31 @@ def test_what_a_debugger_or_an_error_tracker_prints(
         things = [state, state.runtime, state.runtime.settings, *vars(state).values(), *vars(state.runtime).values()]
     shown = "".join(repr(thing) for thing in things if not isinstance(thing, Config)) + caplog.text
     assert not [secret for secret in SECRETS if secret in shown]
+
+
+@pytest.mark.parametrize(
+    ("register", "paths"),
+    [(renamed, ["/live"]), (twice, ["/sse", "/live"]), (nested, ["/parent/sse"]), (extension, ["/sse"])],
+)
+def test_tokens_are_masked_wherever_the_streams_are(register: Callable[[Flask], None], paths: list[str]) -> None:
+    """In what gunicorn logs from; an app's own `token=` is its own."""
+    app = Flask("tests")
+    register(app)
+    app.get("/own")(lambda: "pong")
+    inner, seen = app.wsgi_app, []
+
+    def wsgi(environ: Any, start_response: Any) -> Any:
+        environ["RAW_URI"] = f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}"
+        answer = inner(environ, start_response)
+        seen.append((environ["RAW_URI"], environ["QUERY_STRING"]))
+        return answer
+
+    app.wsgi_app = wsgi  # type: ignore[method-assign]
+    client = app.test_client()
+    for path in paths:
+        assert client.options(f"{path}?a=b&token={TOKEN}").status_code == 200
+        assert client.delete(f"{path}/mine?token={TOKEN}").status_code == 405
+        assert seen == [(f"{path}?a=b&token=***", "a=b&token=***"), (f"{path}/mine?token=***", "token=***")]
+        seen.clear()
+    assert client.get("/own?token=mine").text == "pong"
+    assert seen == [("/own?token=mine", "token=mine")]
