@@ -194,8 +194,11 @@ class Subscription:
 
     def _write(self, block: Block) -> int:
         """Send a block past the parked generator; return the bytes of its chunk that left, 0 for none."""
+        if self._way is None or len(block.data) > _DIRECT_BYTES or self._has_work():
+            return 0
+        # Read again, after the look at the work: a generator that has taken that since has closed the way before.
         way = self._way
-        if way is None or len(block.data) > _DIRECT_BYTES or self._has_work():
+        if way is None:
             return 0
         try:
             return write(way, block.chunk or block.make_chunk(), NOW)

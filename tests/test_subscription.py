@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -420,3 +421,30 @@ def test_a_stream_that_is_to_end_is_looked_at_in_time() -> None:
         assert time.monotonic() < ends_at + 10
         hub.beat()
     assert time.monotonic() >= ends_at + 0.05
+
+
+def test_who_asks_whether_there_is_work_writes_only_if_the_generator_waits_after_that() -> None:
+    """With threads a generator may leave its spot, and have taken all that waited, at any moment of an offer."""
+
+    class Overtaken(Subscription):
+        """Whose generator takes what waits while the hub asks for it."""
+
+        __slots__ = ()
+
+        def _has_work(self) -> bool:
+            if self._backlog is not None and self._way is not None:
+                self._way = None
+                assert self._backlog.next_piece() is not None
+            return super()._has_work()
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        subscription = Overtaken(["a"], 1_000_000)
+        subscription.go_live(0, Block(b""), 0.0)
+        subscription._way = ours  # it is parked
+        assert subscription.offer(Block(b"x" * 100_000), 0.0)  # too large to be written past the generator
+        assert subscription.offer(Block(b"data: next\n\n"), 0.0)
+        with pytest.raises(BlockingIOError):
+            theirs.recv(1)  # in the midst of what the generator sends
+        assert subscription.waiting == 100_000 + len(b"data: next\n\n")
