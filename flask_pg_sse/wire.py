@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +74,19 @@ def to_row(event: Event) -> tuple[str, str | None]:
     return _compact_json(fields), data
 
 
-def from_row(fields: Mapping[str, Any], data: str | None) -> Event:
+def from_row(fields: str, data: str | None) -> Event:
     """Return the event of a row of the log. Raises `InvalidEvent` if that is no legal event."""
-    return _from_fields({**fields, "data": data} if data is not None else dict(fields))
+    found = _load_object(fields)
+    if found is None or not found.keys() <= FIELDS:
+        raise _not_ours()
+    return _from_head(found, data)
+
+
+def _from_head(fields: dict[str, Any], data: str | None) -> Event:
+    """Return the event with these fields, and data; None where the data are among the fields, and only there."""
+    if (data is None) != ("data" in fields):
+        raise _not_ours()
+    return _from_fields(fields if data is None else {**fields, "data": data})
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +138,9 @@ def from_log(payload: str) -> tuple[int, str, str, str] | None:
 def head_of(fields: str) -> Head:
     """Return the head of events with these fields, as `from_log()` gives them. Raises `InvalidEvent`."""
     found = _load_object("{" + fields.removeprefix(",") + "}")
-    if found is None or not found.keys() < FIELDS or "data" in found:
+    if found is None or not found.keys() <= FIELDS:
         raise _not_ours()
-    return Head.of(from_row(found, ""))
+    return Head.of(_from_head(found, ""))
 
 
 def _from_wire(payload: str) -> Message:
@@ -149,13 +158,11 @@ def _from_wire(payload: str) -> Message:
         if log_id is None or line_end:
             raise _not_ours()
         return Message(None, log_id, signature)
-    if bool(line_end) == ("data" in fields):
-        raise _not_ours()
-    return Message(from_row(fields, data if line_end else None), log_id, signature or "")
+    return Message(_from_head(fields, data if line_end else None), log_id, signature or "")
 
 
 def _not_ours() -> InvalidEvent:
-    return InvalidEvent("The payload begins like the package's wire form and is not: damaged or forged.")
+    return InvalidEvent("It is not in the wire form of this package: damaged or forged.")
 
 
 def signature(key: bytes, log_id: int) -> str:

@@ -618,7 +618,7 @@ def test_an_event_of_the_log_is_what_encode_makes_of_it(event: Event, log_id: in
     known = decoder()
     assert known.decode(payload) == (log_id, encode(event, log_id))
     message = from_payload(payload)
-    assert (message.event, message.log_id) == (event, log_id) and known.malformed == 0
+    assert (message.event, message.log_id) == (event, log_id) and known.dropped.count == 0
 
 
 def assert_read_alike(payload: str) -> None:

@@ -37,7 +37,7 @@ ALLOWED_BESIDE = {
     ("stream", "replay"),
     ("postgres.connect", "postgres.dsn"), ("postgres.pool", "postgres.connect"), ("postgres.pool", "postgres.dsn"),
     ("postgres.schema", "postgres.connect"), ("postgres.presence", "postgres.schema"),
-    ("postgres.log", "postgres.pool"), ("postgres.publish", "postgres.pool"),
+    ("postgres.log", "postgres.pool"), ("postgres.log", "postgres.decode"), ("postgres.publish", "postgres.pool"),
     ("postgres.prune", "postgres.pool"), ("postgres.prune", "postgres.presence"),
     ("postgres.listener", "postgres.connect"), ("postgres.listener", "postgres.dsn"),
     ("postgres.listener", "postgres.decode"), ("postgres.listener", "postgres.control"),

@@ -1,4 +1,4 @@
-"""From the payload of a NOTIFY to the bytes that go out to streams."""
+"""From the payload of a NOTIFY, or a row of the log, to the bytes that go out to streams."""
 
 from __future__ import annotations
 
@@ -11,16 +11,28 @@ from ..errors import InvalidEvent
 logger = logging.getLogger(__name__)
 
 
-class Decoder:
-    """Encodes payloads, once for all streams, and counts those that are no legal event.
+class Dropped:
+    """Counts what is no legal event, and says so in the log once a minute at the most: anybody may send more."""
 
-    `key` is the event log's, None where none is used.
-    """
+    def __init__(self) -> None:
+        self.count = 0
+        self._said_at = float("-inf")
+
+    def add(self, what: str, error: Exception) -> None:
+        self.count += 1
+        now = time.monotonic()
+        if now - self._said_at >= 60:
+            self._said_at = now
+            reason = error if isinstance(error, InvalidEvent) else type(error).__name__
+            logger.warning("Dropped %s, number %d so far: %s", what, self.count, reason)
+
+
+class Decoder:
+    """Encodes payloads, once for all streams. `key` is the event log's, None where none is used."""
 
     def __init__(self) -> None:
         self.key: bytes | None = None
-        self.malformed = 0
-        self._said_at = float("-inf")
+        self.dropped = Dropped()
 
     def decode(self, payload: str) -> tuple[int, bytes | None]:
         """Return an event's id in the log, 0 without one, and its bytes.
@@ -45,18 +57,9 @@ class Decoder:
                 return log_id, None
             raise InvalidEvent("It is too large for NOTIFY, and the event log is not used here.")
         except Exception as error:  # whatever anybody may have sent, it ends neither the listener nor a stream
-            self._count(error)
+            self.dropped.add("a NOTIFY payload", error)
             return 0, None
 
     def _check(self, log_id: int, signed: str) -> None:
         if self.key is None or signed != wire.signature(self.key, log_id):
             raise InvalidEvent("It claims an id of the event log, and is not signed: damaged or forged.")
-
-    def _count(self, error: Exception) -> None:
-        """Say it in the log once a minute at the most."""
-        self.malformed += 1
-        now = time.monotonic()
-        if now - self._said_at >= 60:
-            self._said_at = now
-            reason = error if isinstance(error, InvalidEvent) else type(error).__name__
-            logger.warning("Dropped a NOTIFY payload, number %d so far: %s", self.malformed, reason)

@@ -374,7 +374,7 @@ class Listener:
         def run(query: str, args: Sequence[Any]) -> Any:
             return execute(connection, query, tuple(args), timeout=_READ_WITHIN)
 
-        return read_page(run, channels, after, _TURN_BYTES, _ANY_SIZE)
+        return read_page(run, channels, after, _TURN_BYTES, _ANY_SIZE, self._decoder.dropped)
 
     def _follow_log(self, connection: Any) -> None:
         """Serve without LISTEN: look at the log from time to time."""

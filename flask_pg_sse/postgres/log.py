@@ -5,31 +5,37 @@ The functions that are called here are explained in sql/schema_1.sql.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import event, wire
-from ..errors import InvalidEvent
 from ..page import Item, Page
+from .decode import Dropped
 from .pool import Pool
-
-logger = logging.getLogger(__name__)
 
 # In a database whose default is SERIALIZABLE, what we read would make publishers fail. Sent together, both statements
 # are one transaction.
 _READ_COMMITTED = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; "
-_PAGE = _READ_COMMITTED + "SELECT * FROM flask_pg_sse.page_v1(%s::text[], %s, %s, %s)"
-_TAILS = _READ_COMMITTED + "SELECT * FROM flask_pg_sse.tail_v1(%s::text[], %s::bigint[], %s)"
+# The fields as text: what psycopg2 cannot read as JSON would be an error of all rows.
+_PAGE = (
+    _READ_COMMITTED + "SELECT pruned_through, head, upto, id, channel, fields::text, data, size "
+    "FROM flask_pg_sse.page_v1(%s::text[], %s, %s, %s)"
+)
+_TAILS = (
+    _READ_COMMITTED + "SELECT channel, complete_after, id, fields::text, data "
+    "FROM flask_pg_sse.tail_v1(%s::text[], %s::bigint[], %s)"
+)
 _HEAD = _READ_COMMITTED + "SELECT flask_pg_sse.head_v1()"
 
 Execute = Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]]
 
 
-def read_page(execute: Execute, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
+def read_page(
+    execute: Execute, channels: Sequence[str], after: int, max_bytes: int, max_event: int, dropped: Dropped
+) -> Page:
     """Return the events on `channels` after an id: `max_bytes` of them, or a larger one alone, up to `max_event` bytes.
 
-    `execute` runs a query on the database.
+    `execute` runs a query on the database. What cannot be sent is passed over, and counted in `dropped`.
     """
     rows = execute(_PAGE, (list(channels), after, max_bytes, max_event))
     pruned_through, head, upto = rows[0][:3]
@@ -39,15 +45,15 @@ def read_page(execute: Execute, channels: Sequence[str], after: int, max_bytes: 
             break
         if size > max(max_bytes, max_event):
             return Page(pruned_through, head, after, items, (log_id, size))
-        items += _items(channel, log_id, fields, data)
+        items += _items(channel, log_id, fields, data, dropped)
     return Page(pruned_through, head, upto, items)
 
 
-def _items(channel: str, log_id: int, fields: Mapping[str, Any], data: str | None) -> list[Item]:
+def _items(channel: str, log_id: int, fields: str, data: str | None, dropped: Dropped) -> list[Item]:
     try:
         return [(channel, event.encode(wire.from_row(fields, data), log_id), log_id)]
-    except InvalidEvent as error:  # notify() lets none in; the tables' owner may
-        logger.warning("Passed over event %d of the log, which cannot be sent: %s", log_id, error)
+    except Exception as error:  # notify() lets none in; whatever others write, it keeps no other event away
+        dropped.add(f"event {log_id} of the log", error)
         return []
 
 
@@ -56,9 +62,10 @@ class EventLog:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        self._dropped = Dropped()
 
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
-        return read_page(self._pool.execute, channels, after, max_bytes, max_event)
+        return read_page(self._pool.execute, channels, after, max_bytes, max_event, self._dropped)
 
     def tails(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[tuple[str, int, Sequence[Item]]]:
         found: dict[str, tuple[int, list[Item]]] = {}
@@ -66,7 +73,7 @@ class EventLog:
         for channel, after, log_id, fields, data in rows:
             _, items = found.setdefault(channel, (after, []))
             if log_id is not None:
-                items += _items(channel, log_id, fields, data)
+                items += _items(channel, log_id, fields, data, self._dropped)
         return [(channel, after, items) for channel, (after, items) in found.items()]
 
     def head(self) -> int:

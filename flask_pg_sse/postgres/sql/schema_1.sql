@@ -66,6 +66,13 @@ DECLARE
     payload text;
     utf8 bytea;
 BEGIN
+    -- What cannot be read would keep all that comes after it from who reads the log.
+    IF json_typeof(fields) <> 'object' THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = 'The fields of an event are a JSON object.';
+    END IF;
+    IF getdatabaseencoding() <> 'UTF8' THEN
+        PERFORM convert_to(concat(channel, fields, data), 'UTF8');
+    END IF;
     -- From here to the end of the transaction no other can number: ids are in the order of commits. The key is the text
     -- "flaskpgs" as a number.
     PERFORM pg_advisory_xact_lock(7380381037705062259);
@@ -173,6 +180,7 @@ BEGIN
     IF wrong IS NOT NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = wrong;
     END IF;
+    PERFORM convert_to(concat(data, event, id, comment), 'UTF8');  -- number_v1() would refuse it, at the commit
     INSERT INTO flask_pg_sse.pending (channel, fields, data) VALUES (
         channel,
         json_strip_nulls(json_build_object('event', nullif(event, ''), 'id', id, 'retry', retry, 'comment', comment)),
