@@ -104,13 +104,15 @@ class _GreenletWaiting:
         # Kept too, and set anew only for an earlier time: nearly all waits end before their own, which lies far away.
         self._timer: Any = None
         self._rings_at = float("inf")
-        self._watchers = [(self._hub.loop.io(descriptor, 1), descriptor) for descriptor in descriptors]  # 1: readable
-        for watcher, descriptor in self._watchers:
-            watcher.start(self._resume, (descriptor,))
+        self._watchers = {descriptor: self._hub.loop.io(descriptor, 1) for descriptor in descriptors}  # 1: readable
+        self._stopped = set(self._watchers)
 
     def wait(self, timeout: float) -> Collection[int]:
         import gevent
 
+        while self._stopped:
+            descriptor = self._stopped.pop()
+            self._watchers[descriptor].start(self._resume, (descriptor,))
         ring_at = time.monotonic() + timeout
         if ring_at < self._rings_at:
             self._stop_timer()
@@ -134,13 +136,17 @@ class _GreenletWaiting:
             timer.close()
 
     def _resume(self, readable: Collection[int]) -> None:
-        # What stays readable is said again and again, also while nobody waits.
         if self._greenlet is not None:
             self._greenlet.switch(readable)
+            return
+        # What stays readable is said in every round of the event loop, which would not rest until somebody waits here.
+        for descriptor in readable:
+            self._watchers[descriptor].stop()
+            self._stopped.add(descriptor)
 
     def stop(self) -> None:
         self._stop_timer()
-        for watcher, _ in self._watchers:
+        for watcher in self._watchers.values():
             watcher.stop()
             watcher.close()
 

@@ -1,4 +1,4 @@
-"""The descriptor that a wakeup watches sets it, under greenlets and threads, and costs nothing while it waits."""
+"""The descriptor that a wakeup watches sets it, under greenlets and threads, and costs nothing while nobody waits."""
 
 from __future__ import annotations
 
@@ -37,4 +37,35 @@ print("fine")
 @pytest.mark.parametrize("kind", ["gevent", "threads"])
 def test_a_watched_descriptor_sets_it(kind: str) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, kind], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "fine\n", done.stderr
+
+
+BUSY = """
+import gevent.monkey; gevent.monkey.patch_all()
+import gevent, socket, time
+from flask_pg_sse.wakeup import Wakeup
+loop = gevent.get_hub().loop
+ours, theirs = socket.socketpair()
+wakeup = Wakeup()
+wakeup.watch(ours.fileno())
+for _ in range(3):
+    wakeup.wait(0.01)
+    # The listener waits elsewhere now, for an answer of PostgreSQL, and something comes that it does not take.
+    wakeup.set()
+    theirs.send(b"x")
+    before = loop.iteration
+    gevent.sleep(0.3)
+    assert loop.iteration - before < 50, f"{loop.iteration - before} rounds of the event loop"
+    for what in ("set", "readable"):
+        begun = time.monotonic()
+        wakeup.wait(30)
+        assert time.monotonic() - begun < 5, f"{what} before the wait"
+    ours.recv(10)
+wakeup.close()
+print("fine")
+"""
+
+
+def test_what_comes_while_nobody_waits_leaves_the_event_loop_at_rest() -> None:
+    done = subprocess.run([sys.executable, "-c", BUSY], capture_output=True, text=True, timeout=60)
     assert done.stdout == "fine\n", done.stderr
