@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from . import event
@@ -56,7 +56,7 @@ class Replay:
         self._log = log
         self._heartbeat = heartbeat
         self._readers: set[object] = set()
-        self._filling = threading.Lock()
+        self._filling = _Attempts()
         self._unfilled: dict[str, None] = {}  # channels whose last events streams wait for, in order
         self._large = _LargeEvents(LARGE_BYTES)
 
@@ -84,6 +84,8 @@ class Replay:
                 if self._hub.join(subscription, exists=exists):
                     return
                 page = self._log.page(channels, subscription.sent, self._page_bytes(), 0)
+                if subscription.ended:  # meanwhile, and who has lost the right to listen is to hear no more
+                    return
                 opening, exists = False, True
                 reason = page.why_not_from(subscription.sent)
                 if reason is not None:
@@ -114,7 +116,7 @@ class Replay:
             if page is None:
                 logger.info("A stream was ended: too many large events wait for clients that read slowly.")
                 subscription.end(self._hub.end_block("behind"))
-            elif page.why_not_from(after) is None and not page.too_large:
+            elif page.why_not_from(after) is None and not page.too_large and not subscription.ended:
                 # The page may be another stream's, and what it says beyond this event is of that one's channels.
                 subscription.sent = log_id
                 yield from (data for _, data, item_id in page.items if item_id == log_id)
@@ -129,23 +131,53 @@ class Replay:
         if not missing:
             return
         self._unfilled.update(dict.fromkeys(missing))
-        with self._filling:
-            if not self._hub.unremembered(channels):
-                return
-            each = self._hub.memory
-            most = max(1, min(_FILL, FILL_BYTES // each))
-            batch = list(dict.fromkeys([*missing, *list(self._unfilled)]))[: max(most, len(missing))]
-            uptos = self._hub.unremembered(batch)
-            names = list(uptos)
-            for start in range(0, len(names), most):
-                part = {name: uptos[name] for name in names[start : start + most]}
-                for channel, after, items in self._log.tails(part, each):
-                    self._hub.remember(channel, after, items, part[channel])
-            for channel in batch:
+        try:
+            with self._filling.attempt():
+                self._fill_with_others(channels, missing)
+        finally:
+            for channel in missing:
                 self._unfilled.pop(channel, None)
+
+    def _fill_with_others(self, channels: Sequence[str], missing: Collection[str]) -> None:
+        if not self._hub.unremembered(channels):
+            return
+        each = self._hub.memory
+        most = max(1, min(_FILL, FILL_BYTES // each))
+        batch = list(dict.fromkeys([*missing, *list(self._unfilled)]))[: max(most, len(missing))]
+        uptos = self._hub.unremembered(batch)
+        names = list(uptos)
+        for start in range(0, len(names), most):
+            part = {name: uptos[name] for name in names[start : start + most]}
+            for channel, after, items in self._log.tails(part, each):
+                self._hub.remember(channel, after, items, part[channel])
+        for channel in batch:  # those who wait for them have others in their next batch
+            self._unfilled.pop(channel, None)
 
     def _page_bytes(self) -> int:
         return max(PAGE_BYTES_LEAST, min(PAGE_BYTES, PAGES_BYTES // max(1, len(self._readers))))
+
+
+class _Attempts:
+    """One reads the log for many, one after the other; where that fails, it has failed for all who waited meanwhile.
+
+    Each of them would wait as long again, for a database that does not answer: the last of many for minutes.
+    """
+
+    def __init__(self) -> None:
+        self._one = threading.Lock()
+        self._failed = 0
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        failed = self._failed
+        with self._one:
+            if self._failed != failed:
+                raise DatabaseUnavailable("The event log did not answer a stream that asked for this one too.")
+            try:
+                yield
+            except DatabaseUnavailable:
+                self._failed += 1
+                raise
 
 
 class _LargeEvents:
@@ -168,7 +200,7 @@ class _LargeEvents:
             yield None
             return
         try:
-            with large.loading:
+            with large.loading.attempt():
                 if large.page is None:
                     large.page = load()
             yield large.page
@@ -198,4 +230,4 @@ class _Large:
         self.size = size
         self.holders: set[object] = set()
         self.page: Page | None = None
-        self.loading = threading.Lock()
+        self.loading = _Attempts()

@@ -1,0 +1,119 @@
+"""Streams that want something of an event log that does not answer: each hears so in its time, and leaves nothing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+from flask import Flask
+
+from flask_pg_sse import schema_sql
+from flask_pg_sse.errors import DatabaseUnavailable
+from flask_pg_sse.event import end_block
+from flask_pg_sse.page import Item, Page
+from flask_pg_sse.postgres import log, pool
+from flask_pg_sse.replay import _LargeEvents
+from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.testing import stream
+from tests.client import eventually
+from tests.conftest import execute
+from tests.log import InThread
+from tests.model import FIRST, ModelLog, World
+
+MakeApp = Callable[..., Flask]
+
+
+def test_streams_that_resume_do_not_wait_one_behind_the_other(
+    database_url: str, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On channels of their own each, of whose last events the log has to be asked; LISTEN stands."""
+    execute(database_url, schema_sql())
+    monkeypatch.setattr(pool, "TIMEOUT", 1.0)
+    monkeypatch.setattr(log, "_TAILS", "SELECT pg_sleep(3); " + log._TAILS)
+    app = make_app(database_url)
+    begun = next(stream(app.test_client(), "/sse?channel=a"))
+    heard: list[str] = []
+
+    def resume(number: int) -> None:
+        [event] = stream(app.test_client(), f"/sse?channel=room-{number}&last_event_id={begun.id}", timeout=60)
+        heard.append(event.data)
+
+    since = time.monotonic()
+    for thread in [InThread(resume, number) for number in range(20)]:
+        thread.join()
+    # One attempt for which they have waited, and one for those who came when it had begun; it was one for each.
+    assert time.monotonic() - since < 10
+    assert heard == ['{"reason": "unavailable"}'] * 20
+    assert not app.extensions["pg_sse"].runtime.streams[1]._unfilled
+
+
+class StandingStill(ModelLog):
+    """Answers its `question`-th question, or fails, when it is let go on."""
+
+    def __init__(self, question: int = 1) -> None:
+        super().__init__(0)
+        self._question = question
+        self.asked = threading.Event()
+        self.let = threading.Event()
+        self.fails = False
+
+    def _fail(self) -> None:
+        if self.pages < self._question:
+            return
+        self.asked.set()
+        assert self.let.wait(20)
+        if self.fails:
+            raise DatabaseUnavailable("The model says no.")
+
+    def tails(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[tuple[str, int, Sequence[Item]]]:
+        return []
+
+
+@pytest.mark.parametrize(("size", "question"), [(10, 1), (10_000, 2)], ids=["a page", "a large event"])
+def test_who_is_ended_while_the_log_is_read_is_not_sent_what_it_had(size: int, question: int) -> None:
+    model = StandingStill(question)
+    world = World(model)
+    model.append("a", size)
+    world.deliver(1)
+    subscription = Subscription(["a"], 1000)
+    assert world.hub.open(subscription) is None
+    subscription.sent = FIRST
+    output: list[bytes] = []
+    reading = InThread(lambda: output.extend(world.replay.read(subscription)))
+    assert model.asked.wait(20)
+    subscription.end(end_block("revoked", 1000), drop=True)
+    model.let.set()
+    reading.join()
+    assert output == []
+    world.hub.close(subscription)
+
+
+def test_a_large_event_that_cannot_be_read_is_not_asked_for_by_each_who_waits_for_it() -> None:
+    large = _LargeEvents(10**9)
+    model = StandingStill()
+    model.fails = True
+    loads = 0
+    failures: list[DatabaseUnavailable] = []
+
+    def load() -> Page:
+        nonlocal loads
+        loads += 1
+        return model.page(["a"], FIRST, 0, 10**6)
+
+    def hold() -> None:
+        try:
+            with large.hold(1, 10**6, load):
+                pass
+        except DatabaseUnavailable as error:
+            failures.append(error)
+
+    threads = [InThread(hold) for _ in range(10)]
+    eventually(lambda: 1 in large._held and len(large._held[1].holders) == 10)
+    model.let.set()
+    for thread in threads:
+        thread.join()
+    assert len(failures) == 10
+    assert loads <= 2, "and one of a thread that had not yet come to wait"
+    assert not large._held
