@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from . import event
 from .attention import Attention
-from .block import Block, Standing
+from .block import HEARTBEAT, Block, Standing
 from .departures import Departures
-from .group import Group, in_portions
+from .group import Group, Signs, in_portions
 from .page import Item
 from .places import Places
 from .progress import ENOUGH_BYTES
@@ -78,6 +78,7 @@ class Hub:
         self._gone: deque[Subscription] = deque()  # closed, and still in the tables
         self.departures = Departures()
         self._attention = Attention()
+        self._signs = Signs(heartbeat)
         self._look_at = 0.0  # monotonic time until which no stream needs to be looked at
 
     # -- streams come and go
@@ -96,6 +97,7 @@ class Hub:
             group = self._groups.get(subscription.channels)
             if group is None:
                 group = self._groups[subscription.channels] = Group(subscription.channels)
+                self._signs.begin(group)
                 for channel in subscription.channels:
                     self._groups_of.setdefault(channel, set()).add(group)
             group.add(subscription)
@@ -130,6 +132,7 @@ class Hub:
             if before.accepted != position:  # so that streams can meet there, also if no event has an id
                 # With the old times: signs of life are due for those who have been there since.
                 group.standing = Standing(position, position, before.told_at, before.active_at, shared=True)
+                group.scattered = True
             subscription.go_live(position, Block(b""), now, like=group.standing)
             return position
 
@@ -151,6 +154,7 @@ class Hub:
                 return False
             missed.settle()
             subscription.go_live(subscription.sent, missed, time.monotonic())
+            self._groups[subscription.channels].scattered = True
             return True
 
     @property
@@ -318,25 +322,22 @@ class Hub:
 
     def _give_signs(self, now: float) -> None:
         cursor = Block(event.control_block("cursor", {}, id=self.position), last=self.position)
-        work = []
-        for group in self._groups.values():
-            before = group.standing
-            sign = before.sign_of_life(now - self._heartbeat, cursor)
-            if sign is not None:
-                group.standing = before.after(sign, now, shared=True)
-                work.append(((before, sign, group.standing), group.streams))
-            self._look_at = min(self._look_at, group.standing.sign_due_at(self._heartbeat, cursor))
+        work = [(way, group.streams) for way, group in self._signs.take(now, cursor)]
+        self._look_at = min(self._look_at, self._signs.next_at)
         for (before, sign, after), portion in in_portions(work):
             together = []
             for subscription in portion:
                 if subscription.standing is before:
                     together.append(subscription)
                     continue
-                # Somewhat early: that it may be due is asked of the group alone, whose times are those of its oldest.
+                # Somewhat early, with the others. Of a heartbeat, what waits will do as one.
                 own = subscription.standing.sign_of_life(now, cursor)
-                if own is not None and not subscription.waiting:  # what waits will do as one
-                    subscription.offer(own, now, after)
-            offer_to_all(together, sign, sign, before, after)  # none is too slow: nothing waits for them
+                if own is HEARTBEAT and (sign is None or subscription.waiting):
+                    continue
+                if own is not None and not subscription.offer(own, now, after):
+                    self._fall_behind(subscription)
+            if sign is not None:
+                offer_to_all(together, sign, sign, before, after)  # none is too slow: nothing waits for them
 
     def _look_after(self, subscription: Subscription, now: float) -> None:
         connection = subscription.connection

@@ -260,41 +260,108 @@ def test_a_stream_is_told_of_a_gap_only_once_it_was_promised_something() -> None
     assert not waiting.waiting
 
 
-def quiet_for(hub: Hub, subscriptions: Iterable[Subscription], seconds: float) -> None:
-    """Make it so long since streams that share one standing got something."""
-    for subscription in subscriptions:
-        group = hub._groups[subscription.channels]
-        if group.standing is subscription.standing:
-            at = time.monotonic() - seconds
-            group.standing = Standing(group.standing.accepted, group.standing.told, at, at, shared=True)
-        subscription.standing = group.standing
+def sent(subscription: Subscription) -> bytes | None:
+    """Return what there is to send, as by a generator that has sent it and looks for more."""
+    if not subscription._has_work():
+        return None
+    piece = subscription.take()
+    if subscription._backlog is not None:
+        subscription._backlog.arrived()
+    return piece
 
 
-def test_heartbeats_go_to_streams_that_are_quiet_and_have_nothing_waiting() -> None:
+class Clock:
+    """The monotonic time, which stands still until it is moved."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_heartbeats_go_to_streams_that_are_quiet_and_have_nothing_waiting(clock: Clock) -> None:
     hub = make_hub(heartbeat=10)
     quiet, stuck, apart, busy = (opened(hub, channel) for channel in "aaab")
-    quiet_for(hub, (quiet, stuck, apart), 11)
-    quiet_for(hub, [busy], 5)
-    stuck.offer(Block(b"waits"), time.monotonic() - 11)
-    apart.standing = Standing(active_at=time.monotonic() - 5)
+    stuck.offer(Block(b"waits"), clock.now)
+    clock.now += 6
+    hub.deliver([("b", b"x", 0)], 0)
+    assert sent(busy) == b"x"
+    apart.standing = Standing(active_at=clock.now)
+    clock.now += 5
     hub.beat()
-    assert quiet.waiting and quiet.take() == event.HEARTBEAT
-    assert apart.waiting and apart.take() == event.HEARTBEAT, "early, with the others of its channels"
-    assert not busy.waiting
+    assert sent(quiet) == event.HEARTBEAT
+    assert sent(apart) == event.HEARTBEAT, "early, with the others of its channels"
     assert drain(stuck) == [b"waits"]
+    assert sent(busy) is None
+    clock.now += 6
+    hub.beat()
+    assert sent(busy) == event.HEARTBEAT, "ten seconds after its last event"
+    assert sent(quiet) is None
 
 
-def test_who_comes_puts_off_no_heartbeat_of_those_that_are_there() -> None:
+def test_who_comes_puts_off_no_heartbeat_of_those_that_are_there(clock: Clock) -> None:
     """Not even where the log has moved on, so that the streams of a channel do not stand together any more."""
     hub = make_hub(heartbeat=10)
     hub.deliver((), 1)
     first = opened(hub, "a")
-    quiet_for(hub, [first], 11)
+    clock.now += 11
     hub.deliver((), 5)
     second = opened(hub, "a")
     hub.beat()
     assert first.waiting and first.take() == b"event: sse-cursor\nid: 5\ndata: {}\n\n"
     assert second.waiting and second.take() == event.HEARTBEAT
+
+
+def test_a_channel_that_was_left_and_is_wanted_again_is_asked_by_its_new_time(clock: Clock) -> None:
+    hub = make_hub(heartbeat=10)
+    first = opened(hub, "a")
+    hub.close(first)
+    hub.sweep()
+    clock.now += 5
+    second = opened(hub, "a")
+    for seconds, sign in ((6, None), (5, event.HEARTBEAT), (9, None), (1, event.HEARTBEAT)):
+        clock.now += seconds
+        hub.beat()
+        assert sent(second) == sign
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_whoever_comes_keeps_no_position_from_those_that_are_there(clock: Clock, stuck: bool) -> None:
+    """Though what is not in the log keeps the channel from being quiet, and the position does not move on again."""
+    hub = make_hub(heartbeat=10)
+    hub.deliver((), 1)
+    first = opened(hub, "a")
+    hub.deliver((), 5)
+    second = opened(hub, "a")
+    if stuck:
+        first.offer(Block(b"waits"), clock.now)
+    got: dict[Subscription, bytes] = {first: b"", second: b""}
+    for _ in range(4):
+        clock.now += 5
+        hub.deliver([("a", b"raw", 0)], 5)
+        hub.beat()
+        for stream in (second,) if stuck else (first, second):
+            while (piece := sent(stream)) is not None:
+                got[stream] += piece
+    if stuck:
+        got[first] = b"".join(drain(first))
+    assert got[second] == b"raw" * 4
+    assert got[first].replace(b"waits", b"").replace(b"raw", b"") == b"event: sse-cursor\nid: 5\ndata: {}\n\n"
+
+
+def test_a_position_that_does_not_fit_any_more_is_read_in_the_log(clock: Clock) -> None:
+    hub = make_hub(heartbeat=10)
+    hub.deliver((), 1)
+    slow = opened(hub, "a", limit=40)
+    assert slow.offer(Block(b"x" * 35), clock.now)
+    clock.now += 11
+    hub.deliver((), 5)
+    hub.beat()
+    assert not slow.live and slow.sent == 1 and not slow.ended
 
 
 def test_a_stream_that_is_behind_is_ended_and_the_others_go_on() -> None:
@@ -385,26 +452,19 @@ def test_a_large_page_lets_others_work_between(monkeypatch: pytest.MonkeyPatch) 
     assert len(pauses) == 4
 
 
-def test_nobody_is_looked_at_before_something_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_is_looked_at_before_something_is_due(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     hub = make_hub(heartbeat=100)
     streams = [opened(hub, "a") for _ in range(3)]
     hub.beat()
     looked: list[Subscription] = []
-
-    def waiting(stream: Subscription) -> int:
-        looked.append(stream)
-        return 0
-
-    monkeypatch.setattr(Subscription, "waiting", property(waiting))
-    quiet_for(hub, streams, 200)  # due, but a look was had a moment ago
-    for stream in streams:
-        stream.standing = Standing(active_at=time.monotonic() - 200)
+    monkeypatch.setattr(hub, "_look_after", lambda stream, now: looked.append(stream))
+    clock.now += 20
     hub.beat()
     assert not looked
     hub.disconnect("nobody", None)  # whoever is ended then has to be cut off in time
-    hub._look_at -= hub_module.FAREWELL
+    clock.now += hub_module.FAREWELL
     hub.beat()
-    assert looked == streams
+    assert set(looked) == set(streams)
 
 
 def test_a_stream_that_is_to_end_is_looked_at_in_time() -> None:
