@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pytest
 from flask import Flask
 
-from flask_pg_sse import schema_sql
+from flask_pg_sse import notify, schema_sql, sse_cursor
 from flask_pg_sse.errors import DatabaseUnavailable
 from flask_pg_sse.event import end_block
 from flask_pg_sse.page import Item, Page
@@ -19,7 +19,7 @@ from flask_pg_sse.subscription import Subscription
 from flask_pg_sse.testing import stream
 from tests.client import eventually
 from tests.conftest import execute
-from tests.log import InThread
+from tests.log import InThread, connected, logged, run
 from tests.model import FIRST, ModelLog, World
 
 MakeApp = Callable[..., Flask]
@@ -31,7 +31,7 @@ def test_streams_that_resume_do_not_wait_one_behind_the_other(
     """On channels of their own each, of whose last events the log has to be asked; LISTEN stands."""
     execute(database_url, schema_sql())
     monkeypatch.setattr(pool, "TIMEOUT", 1.0)
-    monkeypatch.setattr(log, "_TAILS", "SELECT pg_sleep(3); " + log._TAILS)
+    monkeypatch.setattr(log, "_TAILS", "SELECT pg_sleep(60); " + log._TAILS)
     app = make_app(database_url)
     begun = next(stream(app.test_client(), "/sse?channel=a"))
     heard: list[str] = []
@@ -47,6 +47,28 @@ def test_streams_that_resume_do_not_wait_one_behind_the_other(
     assert time.monotonic() - since < 10
     assert heard == ['{"reason": "unavailable"}'] * 20
     assert not app.extensions["pg_sse"].runtime.streams[1]._unfilled
+
+
+def test_what_waits_for_a_lock_does_not_pile_up_in_postgresql(
+    database_url: str, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take all connections there are. And what notify() said has failed is not sent in the end."""
+    execute(database_url, schema_sql())
+    monkeypatch.setattr(pool, "TIMEOUT", 0.3)
+    app = make_app(database_url)
+    with app.app_context():
+        first = notify("orders", "first")
+        with connected(database_url) as holder:
+            run(holder, "LOCK TABLE flask_pg_sse.event IN ACCESS EXCLUSIVE MODE")
+            for _ in range(10):
+                with pytest.raises(DatabaseUnavailable):
+                    notify("orders", "not sent")
+                with pytest.raises(DatabaseUnavailable):
+                    sse_cursor()
+            query = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'flask_pg_sse %'"
+            eventually(lambda: execute(database_url, query)[0][0] <= 1, 5, "no session waits for nobody")
+        last = notify("orders", "last")
+    assert [(row[0], row[3]) for row in logged(database_url)] == [(first, "first"), (last, "last")]
 
 
 class StandingStill(ModelLog):

@@ -71,9 +71,14 @@ def wait(connection: Any, deadline: float) -> None:
 
 
 def execute(connection: Any, query: str, args: tuple[Any, ...] | None = None, *, timeout: float) -> list[Any]:
-    """Run a query and return its rows. After an error the connection may be in the midst of it: close it."""
+    """Run a query and return its rows. After an error the connection may be in the midst of it: close it.
+
+    `timeout` is in seconds. PostgreSQL gives up shortly before. It would not notice that we have gone: what waits for a
+    lock would pile up there, until no connection is left for anybody, and then publish what its caller was told has
+    failed. Sent together the statements are one transaction, and the setting ends with it, through a pooler too.
+    """
     with connection.cursor() as cursor:
-        cursor.execute(query, args or None)
+        cursor.execute(f"SET LOCAL statement_timeout = {timeout * 900:.0f}; {query}", args or None)
         wait(connection, time.monotonic() + timeout)
         return list(cursor.fetchall()) if cursor.description else []
 
