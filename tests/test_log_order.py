@@ -9,10 +9,16 @@ import os
 import random
 import threading
 from bisect import bisect_right
+from contextlib import closing
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
+from flask_pg_sse.postgres import listener, log, prune, publish
+from flask_pg_sse.postgres.connect import connect as own_connection
+from flask_pg_sse.postgres.connect import execute as own_execute
+from flask_pg_sse.postgres.dsn import to_dsn
 from tests.client import eventually
 from tests.conftest import execute
 from tests.log import (
@@ -258,3 +264,32 @@ def test_the_signature_of_an_id(log_url: str) -> None:
     signed = hashlib.sha256(bytes(key) + heard.id.to_bytes(8, "big")).hexdigest()[:16]
     assert heard.fields == {"s": signed}
     assert understand("orders", f'\x1e1{{"i":{heard.id},"s":"{signed}"}}\nx') == heard
+
+
+@pytest.mark.parametrize(
+    ("query", "args"),
+    [
+        (listener._BEAT_OF_LOG, ("1",)),
+        (prune._PRUNE, (60.0, 5000)),
+        (log._HEAD, ()),
+        (log._PAGE, (["orders"], 0, 1000, 0)),
+        (log._TAILS, (["orders"], [2**62], 1000)),
+        (publish._PUBLISH, ("orders", ["{}"], ["x"])),
+    ],
+    ids=["beat", "prune", "head", "page", "tails", "publish"],
+)
+def test_what_the_package_does_makes_no_serializable_publisher_fail(
+    log_url: str, query: str, args: tuple[Any, ...]
+) -> None:
+    """Where that is a database's default: what runs beside a publisher must not count as a reader that conflicts."""
+    name = urlsplit(log_url).path[1:]
+    execute(log_url, f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")
+    execute(log_url, "CREATE TABLE stock AS SELECT n AS id, 0 AS sold FROM generate_series(1, 2000) AS n")
+    execute(log_url, "ALTER TABLE stock ADD PRIMARY KEY (id)")
+    execute(log_url, NOTIFY, ("orders", "first"))
+    with closing(own_connection(to_dsn(log_url, "the test"), "own")) as own, connected(log_url) as publisher:
+        run(publisher, "SELECT sold FROM stock WHERE id = 1")
+        run(publisher, NOTIFY, ("orders", "second"))
+        execute(log_url, "UPDATE stock SET sold = 1 WHERE id = 1")
+        own_execute(own, query, args, timeout=5)
+        publisher.commit()

@@ -75,10 +75,13 @@ def execute(connection: Any, query: str, args: tuple[Any, ...] | None = None, *,
 
     `timeout` is in seconds. PostgreSQL gives up shortly before. It would not notice that we have gone: what waits for a
     lock would pile up there, until no connection is left for anybody, and then publish what its caller was told has
-    failed. Sent together the statements are one transaction, and the setting ends with it, through a pooler too.
+    failed. And where a database's default is SERIALIZABLE, what we read would make publishers fail.
+
+    Sent together the statements are one transaction, and the settings end with it, through a pooler too.
     """
+    settings = f"SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {timeout * 900:.0f}; "
     with connection.cursor() as cursor:
-        cursor.execute(f"SET LOCAL statement_timeout = {timeout * 900:.0f}; {query}", args or None)
+        cursor.execute(settings + query, args or None)
         wait(connection, time.monotonic() + timeout)
         return list(cursor.fetchall()) if cursor.description else []
 

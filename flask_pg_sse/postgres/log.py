@@ -1,4 +1,4 @@
-"""Reading the event log, on connections of its own: READ COMMITTED, and never in a transaction of the caller's.
+"""Reading the event log, on connections of its own, and never in a transaction of the caller's.
 
 The functions that are called here are explained in sql/schema_1.sql.
 """
@@ -13,19 +13,15 @@ from ..page import Item, Page
 from .decode import Dropped
 from .pool import Pool
 
-# In a database whose default is SERIALIZABLE, what we read would make publishers fail. Sent together, both statements
-# are one transaction.
-_READ_COMMITTED = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; "
 # The fields as text: what psycopg2 cannot read as JSON would be an error of all rows.
 _PAGE = (
-    _READ_COMMITTED + "SELECT pruned_through, head, upto, id, channel, fields::text, data, size "
+    "SELECT pruned_through, head, upto, id, channel, fields::text, data, size "
     "FROM flask_pg_sse.page_v1(%s::text[], %s, %s, %s)"
 )
 _TAILS = (
-    _READ_COMMITTED + "SELECT channel, complete_after, id, fields::text, data "
-    "FROM flask_pg_sse.tail_v1(%s::text[], %s::bigint[], %s)"
+    "SELECT channel, complete_after, id, fields::text, data FROM flask_pg_sse.tail_v1(%s::text[], %s::bigint[], %s)"
 )
-_HEAD = _READ_COMMITTED + "SELECT flask_pg_sse.head_v1()"
+_HEAD = "SELECT flask_pg_sse.head_v1()"
 
 Execute = Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]]
 

@@ -172,10 +172,8 @@ def install(connection: Any, grant_to: Sequence[str] = ()) -> int:
 
     A role that may not install, but was let in where the version is there already, has nothing to do and gets no error.
     """
-    # Sent together, these are one transaction. In a stricter one, a database's or a role's default, who had to wait for
-    # another installation would not see it.
+    # In a transaction of its own, READ COMMITTED: who had to wait for another installation is to see it.
     query = f"""
-        SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
         {schema_sql(grant_to)}
         SELECT pg_catalog.current_setting('{SCHEMA}.version_before')::pg_catalog.int4
     """
