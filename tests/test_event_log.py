@@ -146,6 +146,22 @@ def test_a_log_that_is_taken_away_is_an_error_once_and_then_not_used(logged_url:
         eventually(works)
 
 
+def test_a_log_that_is_installed_anew_is_taken_into_use(logged_url: str, make_app: MakeApp) -> None:
+    """In one go, so that nobody ever finds none: its ids are signed with another key, and are of another log."""
+    app = make_app(logged_url, SSE_HEARTBEAT=1)
+    events = stream(app.test_client(), "/sse?channel=orders", timeout=20)
+    assert next(events).event == "sse-open"
+    execute(logged_url, drop_schema_sql() + schema_sql())
+    with app.app_context():
+        notify("orders", "of the new log, which the stream cannot know")
+    assert next(event for event in events if event.event != "sse-cursor").event == "sse-reset"
+    with app.app_context():
+        log_id = notify("orders", "after the reset")
+    event = next(event for event in events if event.event != "sse-cursor")
+    assert (event.data, event.id) == ("after the reset", str(log_id))
+    events.close()  # type: ignore[attr-defined]
+
+
 def test_a_role_that_may_not_use_the_log_is_told_the_remedy(
     logged_url: str, make_app: MakeApp, caplog: pytest.LogCaptureFixture
 ) -> None:

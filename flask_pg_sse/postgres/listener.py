@@ -71,7 +71,7 @@ WHERE name IN ('idle_session_timeout', 'statement_timeout', 'lock_timeout', 'tra
 # PostgreSQL's time, in seconds since the epoch.
 CLOCK = "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float8"
 _BEAT = "SELECT pg_catalog.pg_notify('flask_pg_sse', pg_catalog.json_build_object('beat', %s::text)::text)"
-_BEAT_OF_LOG = "SELECT flask_pg_sse.beat_v1(%s)"
+_BEAT_OF_LOG = "SELECT flask_pg_sse.beat_v1(%s); SELECT key FROM flask_pg_sse.installed_v1()"
 _DEAF = (
     "LISTEN hears nothing here, as through PgBouncer in transaction mode: set SSE_LISTEN_URL to a direct connection to "
     "PostgreSQL"
@@ -274,7 +274,10 @@ class Listener:
 
     def _beat(self, connection: Any, query: str) -> None:
         """Notify ourselves, and hand over what has come until that comes back. Raises `_Deaf` if it does not."""
-        self._execute(connection, query, (self._control.next_beat(),))
+        rows = self._execute(connection, query, (self._control.next_beat(),))
+        if query == _BEAT_OF_LOG and [(self._decoder.key,)] != [(bytes(key),) for (key,) in rows]:
+            # Before the position moves: what it has sent since was taken for forged, and is to be read.
+            raise DatabaseUnavailable("The event log is another one: it was installed anew, or restored")
         deadline = time.monotonic() + _ANSWER_WITHIN
         poller = select.poll()
         poller.register(connection.fileno(), select.POLLIN)
