@@ -45,6 +45,10 @@ class Link:
         """End all connections, and let no new one in."""
         self._order("cut")
 
+    def drop(self) -> None:
+        """End all connections; new ones may come."""
+        self._order("drop")
+
     def silence(self) -> None:
         """Lose all that comes from now on, on new connections too, and tell nobody: a dead router, a vanished host."""
         self._order("silence")
@@ -75,7 +79,7 @@ class Link:
                     self._is_silent = order == "silence"
                     if self._is_silent:
                         self._silent.update(self._peers)
-                    if self._is_cut:
+                    if self._is_cut or order == "drop":
                         for sock in list(self._peers):
                             self._end(sock)
                 self._done.notify_all()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from urllib.parse import urlsplit
 
 import pytest
 from flask import Flask
 
+from demo import postgres
 from flask_pg_sse import notify, schema_sql, sse_cursor
 from flask_pg_sse.errors import DatabaseUnavailable
 from flask_pg_sse.event import end_block
@@ -19,7 +21,8 @@ from flask_pg_sse.subscription import Subscription
 from flask_pg_sse.testing import stream
 from tests.client import eventually
 from tests.conftest import execute
-from tests.log import InThread, connected, logged, run
+from tests.link import Link
+from tests.log import PUBLISH, InThread, connected, logged, run
 from tests.model import FIRST, ModelLog, World
 
 MakeApp = Callable[..., Flask]
@@ -69,6 +72,34 @@ def test_what_waits_for_a_lock_does_not_pile_up_in_postgresql(
             eventually(lambda: execute(database_url, query)[0][0] <= 1, 5, "no session waits for nobody")
         last = notify("orders", "last")
     assert [(row[0], row[3]) for row in logged(database_url)] == [(first, "first"), (last, "last")]
+
+
+def test_an_event_whose_connection_breaks_on_the_way_is_not_sent_twice(
+    postgres_server: postgres.Server, database_url: str, make_app: MakeApp
+) -> None:
+    """PostgreSQL does not see that the line was cut, and goes on; whoever called hears that nobody knows."""
+    execute(database_url, schema_sql())
+    with Link(postgres_server.port) as line:
+        app = make_app(urlsplit(database_url)._replace(netloc=f"postgres@127.0.0.1:{line.port}").geturl())
+
+        def call() -> None:
+            with app.app_context(), pytest.raises(DatabaseUnavailable):
+                notify("orders", "once")
+
+        with app.app_context():
+            notify("orders", "first")
+        with connected(database_url) as holder:
+            run(holder, PUBLISH, ("other", ["{}"], ["holds the lock of those who publish"]))
+            calling = InThread(call)
+            waits = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+            eventually(lambda: execute(database_url, waits)[0][0] == 1)
+            line.drop()  # a new connection would stand
+            calling.join()
+            holder.commit()
+        eventually(lambda: [row[3] for row in logged(database_url) if row[1] == "orders"] == ["first", "once"])
+        with app.app_context():
+            notify("orders", "last")
+    assert [row[3] for row in logged(database_url) if row[1] == "orders"] == ["first", "once", "last"]
 
 
 class StandingStill(ModelLog):

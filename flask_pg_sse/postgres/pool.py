@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import select
 import threading
 import time
@@ -16,6 +17,9 @@ from .dsn import Dsn
 
 # Seconds for a free connection, and for the statement.
 TIMEOUT = 10.0
+# The error of a connection on which the server has said why it ends the session, so that nothing was committed: libpq
+# puts the severity (FATAL, in the server's language) and two spaces before it. What it says by itself has neither.
+_SERVER_ENDED_IT = re.compile(r"\S+:  ")
 
 
 class Pool:
@@ -40,7 +44,8 @@ class Pool:
         """Run one statement, and return its rows.
 
         Raises `DatabaseUnavailable`; its `__cause__` is what psycopg2 raised. A connection that the server has closed
-        since its last use is replaced.
+        since its last use is replaced. Of one that breaks without a word nobody knows whether the statement has been
+        executed: it is not sent again.
         """
         if not self._free.acquire(timeout=TIMEOUT):
             raise DatabaseUnavailable(
@@ -63,8 +68,8 @@ class Pool:
             except BaseException as error:
                 broken = bool(connection.closed)
                 connection.close()
-                # Ended between our look and our call: nothing was executed, or the server was just being stopped.
-                if broken and used_before and isinstance(error, psycopg2.Error):
+                # Between our look and our call.
+                if used_before and broken and _SERVER_ENDED_IT.match(str(error)):
                     continue
                 if isinstance(error, psycopg2.Error | TimeoutError):
                     reason = " ".join(str(error).split())
@@ -105,12 +110,10 @@ class Pool:
 
 
 def _stands(connection: Any) -> bool:
-    """Tell whether an idle connection is still good. The server's farewell makes it readable."""
+    """Tell whether an idle connection is still good. What comes unasked is the server's farewell, hardly ever more."""
     try:
         poller = select.poll()
         poller.register(connection.fileno(), select.POLLIN)
-        while poller.poll(0):
-            connection.poll()  # the first after the end succeeds, the second raises
+        return not connection.closed and not poller.poll(0)
     except (psycopg2.Error, OSError):
         return False
-    return not connection.closed
