@@ -41,6 +41,10 @@ class Link:
             sock.close()
         self._selector.close()
 
+    def lead_to(self, target: int) -> None:
+        """Pass connections that come from now on to another port."""
+        self._target = target
+
     def cut(self) -> None:
         """End all connections, and let no new one in."""
         self._order("cut")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg2
 import pytest
@@ -15,6 +19,7 @@ import pytest
 from demo import postgres
 from flask_pg_sse.backoff import Backoff
 from flask_pg_sse.channels import pg_name
+from flask_pg_sse.errors import DatabaseUnavailable
 from flask_pg_sse.page import Item
 from flask_pg_sse.postgres.connect import connect
 from flask_pg_sse.postgres.dsn import to_dsn
@@ -23,6 +28,7 @@ from flask_pg_sse.postgres.presence import Presence
 from tests.client import eventually
 from tests.conftest import connect as plain_connect
 from tests.conftest import execute
+from tests.link import Link
 
 Turns = list[list[Item]]
 Make = Callable[..., tuple[Listener, Turns, list[float]]]
@@ -460,3 +466,51 @@ def test_backoff_grows_to_its_most_and_is_spread() -> None:
     assert len(set(delays)) == 200
     backoff.reset()
     assert backoff.next() <= 0.1
+
+
+class Refusing(threading.Thread):
+    """A server that is in the midst of its start, in a cluster whose messages are French in Latin-1."""
+
+    SAYS = "le système de base de données se lance"
+
+    def __init__(self) -> None:
+        super().__init__(name="refusing")
+        self.refused = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                with client:
+                    while len(client.recv(8192)) == 8:  # a request for encryption
+                        client.sendall(b"N")
+                    fields = b"SFATAL\0VFATAL\0C57P03\0M" + self.SAYS.encode("latin-1") + b"\0\0"
+                    client.sendall(b"E" + struct.pack("!i", len(fields) + 4) + fields)
+                self.refused += 1
+
+    def __enter__(self) -> Refusing:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.join()
+
+
+def test_a_refusal_in_another_encoding_is_one_like_others(
+    database_url: str, postgres_server: postgres.Server, make_listener: Make
+) -> None:
+    with Refusing() as refusing, Link(refusing.port) as line:
+        url = urlsplit(database_url)._replace(netloc=f"postgres@127.0.0.1:{line.port}").geturl()
+        with pytest.raises(DatabaseUnavailable, match=r"le syst.me de base de donn.es se lance"):
+            connect(to_dsn(url, "test"), "the test")
+        listener, turns, _ = make_listener(url)
+        eventually(lambda: refusing.refused >= 3)
+        line.lead_to(postgres_server.port)
+        assert listener.listen(["orders"]).wait(20)
+        execute(database_url, "NOTIFY orders, 'x'")
+        eventually(lambda: events(turns) == [("orders", b"data: x\n\n")])
+        listener.stop(5)

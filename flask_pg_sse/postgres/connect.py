@@ -41,8 +41,8 @@ def connect(dsn: Dsn, application_name: str) -> Any:
             connection = psycopg2.connect(make_dsn(**attempt), async_=1)
             wait(connection, time.monotonic() + timeout)
             return connection
-        except (psycopg2.Error, OSError) as error:
-            errors.append(" ".join(str(error).split()) or type(error).__name__)
+        except (psycopg2.Error, OSError, UnicodeDecodeError) as error:
+            errors.append(_reason(error))
             if connection is not None:
                 connection.close()
         except BaseException:  # a greenlet may be killed while it waits
@@ -50,6 +50,12 @@ def connect(dsn: Dsn, application_name: str) -> Any:
                 connection.close()
             raise
     raise DatabaseUnavailable(f"PostgreSQL cannot be reached ({dsn}): {'; '.join(dict.fromkeys(errors))}")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):  # the server refuses, in its own encoding: it does not know ours yet
+        return " ".join(error.object.decode(errors="replace").split())
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _timeout(text: str) -> float:

@@ -159,27 +159,28 @@ class Listener:
 
     def _connect_and_serve(self) -> None:
         while not self._stopping:
+            connection: Any = None
+            failure: Exception | None = None
+            what = "Cannot listen"
             try:
                 connection = connect(self._dsn, "flask_pg_sse listener")
-            except (OSError, DatabaseUnavailable) as error:
-                self._pause("Cannot listen", error)
-                continue
-            failure: Exception | None = None
-            try:
+                what = "Lost the connection that listens"
                 self._serve(connection)
-            except (psycopg2.Error, OSError, PgSSEError) as error:
+            except PgSSEError as error:  # nobody to connect to, no log where one is required, or deaf
+                what, failure = "Cannot listen", error
+            except (psycopg2.Error, OSError) as error:
                 failure = error
             except Exception as error:  # a listener that died would leave every stream deaf
                 logger.exception("The listener failed; it begins anew.")
                 failure = error
             finally:
-                self._lost_one = True
-                self._wanted.lost()
-                self._wakeup.watch(-1)
-                connection.close()
+                if connection is not None:
+                    self._lost_one = True
+                    self._wanted.lost()
+                    self._wakeup.watch(-1)
+                    connection.close()
             if failure is not None:
-                refused = isinstance(failure, PgSSEError)  # no log where one is required, or deaf
-                self._pause("Cannot listen" if refused else "Lost the connection that listens", failure)
+                self._pause(what, failure)
 
     def _pause(self, what: str, error: Exception) -> None:
         delay = self._backoff.next()
