@@ -129,7 +129,7 @@ def _database(failed: str, remedies: dict[type[Exception], str]) -> Iterator[tup
     except DatabaseUnavailable as error:
         why = str(error).rstrip(".?")
         raise click.ClickException(f"{failed}: {why}. See that it runs, and that {dsn.source} is right.") from None
-    except (TimeoutError, psycopg2.errors.QueryCanceled):
+    except (TimeoutError, psycopg2.errors.QueryCanceled, psycopg2.errors.LockNotAvailable):
         raise click.ClickException(
             f"{failed} ({dsn}): PostgreSQL did not finish in time. Look in pg_stat_activity for what holds it up."
         ) from None

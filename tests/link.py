@@ -6,6 +6,7 @@ import contextlib
 import selectors
 import socket
 import threading
+import time
 from types import TracebackType
 
 
@@ -18,6 +19,7 @@ class Link:
         self.port = int(self._listener.getsockname()[1])
         self._is_cut = False
         self._is_silent = False
+        self._is_slow = False
         self._silent: set[socket.socket] = set()  # those whose packets get lost, both ways
         self._peers: dict[socket.socket, socket.socket] = {}
         self._selector = selectors.DefaultSelector()
@@ -48,6 +50,10 @@ class Link:
     def cut(self) -> None:
         """End all connections, and let no new one in."""
         self._order("cut")
+
+    def slow_down(self) -> None:
+        """Pass on less than a megabyte a second from now on."""
+        self._is_slow = True
 
     def drop(self) -> None:
         """End all connections; new ones may come."""
@@ -109,7 +115,9 @@ class Link:
     def _pass_on(self, sock: socket.socket) -> None:
         data = b""
         with contextlib.suppress(OSError):
-            data = sock.recv(65536)
+            if self._is_slow:
+                time.sleep(0.02)
+            data = sock.recv(16384 if self._is_slow else 65536)
             if sock not in self._silent:
                 self._peers[sock].sendall(data)
         if not data and sock in self._silent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from urllib.parse import urlsplit
 
 import pytest
@@ -16,6 +17,9 @@ from flask_pg_sse.errors import DatabaseUnavailable
 from flask_pg_sse.event import end_block
 from flask_pg_sse.page import Item, Page
 from flask_pg_sse.postgres import log, pool
+from flask_pg_sse.postgres.connect import connect as own_connection
+from flask_pg_sse.postgres.connect import execute as own_execute
+from flask_pg_sse.postgres.dsn import to_dsn
 from flask_pg_sse.replay import _LargeEvents
 from flask_pg_sse.subscription import Subscription
 from flask_pg_sse.testing import stream
@@ -100,6 +104,48 @@ def test_an_event_whose_connection_breaks_on_the_way_is_not_sent_twice(
         with app.app_context():
             notify("orders", "last")
     assert [row[3] for row in logged(database_url) if row[1] == "orders"] == ["first", "once", "last"]
+
+
+def test_a_long_answer_may_take_its_time_and_silence_may_not(
+    postgres_server: postgres.Server, database_url: str
+) -> None:
+    with Link(postgres_server.port) as line:
+        line.slow_down()
+        url = urlsplit(database_url)._replace(netloc=f"postgres@127.0.0.1:{line.port}").geturl()
+        with closing(own_connection(to_dsn(url, "the test"), "own")) as own:
+            since = time.monotonic()
+            [(text,)] = own_execute(own, "SELECT repeat('x', 3000000)", timeout=1, limit=60)
+            assert len(text) == 3_000_000
+            assert time.monotonic() - since > 1, "the line is too fast for this test"
+            with pytest.raises(TimeoutError):
+                own_execute(own, "SELECT pg_sleep(3)", timeout=1, limit=60)
+
+
+def test_what_waits_for_the_lock_of_notify_does_not_pile_up_either(
+    own_postgres: postgres.Server, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its commit, where no statement's limit counts: here behind one that waits for a standby that is away."""
+    url = own_postgres.url()
+    execute(url, schema_sql())
+    monkeypatch.setattr(pool, "TIMEOUT", 0.3)
+    app = make_app(url)
+    sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'flask_pg_sse %'"
+    execute(url, "ALTER SYSTEM SET synchronous_standby_names = 'away'")
+    execute(url, "SELECT pg_reload_conf()")
+    eventually(lambda: execute(url, "SHOW synchronous_standby_names")[0][0] == "away")
+    hanging = InThread(execute, url, PUBLISH, ("orders", ["{}"], ["hangs"]))
+    try:
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        eventually(lambda: execute(url, waits)[0][0] == 1)
+        with app.app_context():
+            for _ in range(10):
+                with pytest.raises(DatabaseUnavailable):
+                    notify("orders", "not kept", durable=False)
+        eventually(lambda: execute(url, sessions)[0][0] <= 1, 5, "no session waits for nobody")
+    finally:
+        execute(url, "ALTER SYSTEM RESET synchronous_standby_names")
+        execute(url, "SELECT pg_reload_conf()")
+        hanging.join()
 
 
 class StandingStill(ModelLog):

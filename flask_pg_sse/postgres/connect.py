@@ -12,7 +12,6 @@ import os
 import random
 import select
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,7 +28,8 @@ CONNECT_TIMEOUT = 10.0
 def connect(dsn: Dsn, application_name: str) -> Any:
     """Return a new connection in autocommit mode, with client encoding UTF-8.
 
-    Hosts are tried one after another, each for `connect_timeout` seconds. Raises `DatabaseUnavailable`.
+    Hosts are tried one after another, until each has been silent for `connect_timeout` seconds. Raises
+    `DatabaseUnavailable`.
     """
     errors = []
     defaults = {"application_name": application_name, "keepalives_idle": "30"}
@@ -39,7 +39,7 @@ def connect(dsn: Dsn, application_name: str) -> Any:
         connection = None
         try:
             connection = psycopg2.connect(make_dsn(**attempt), async_=1)
-            wait(connection, time.monotonic() + timeout)
+            wait(connection, timeout)
             return connection
         except (psycopg2.Error, OSError, UnicodeDecodeError) as error:
             errors.append(_reason(error))
@@ -66,29 +66,37 @@ def _timeout(text: str) -> float:
         return CONNECT_TIMEOUT
 
 
-def wait(connection: Any, deadline: float) -> None:
-    """Wait until `connection` has done what it was asked; TimeoutError after the monotonic time `deadline`."""
+def wait(connection: Any, timeout: float) -> None:
+    """Wait until `connection` has done what it was asked; TimeoutError when nothing has come for `timeout` seconds."""
     while (state := connection.poll()) != POLL_OK:
         poller = select.poll()  # not select(): it cannot take a descriptor above 1023
         poller.register(connection.fileno(), select.POLLIN if state == POLL_READ else select.POLLOUT)
-        left = deadline - time.monotonic()
-        if left <= 0 or not poller.poll(left * 1000):
+        if not poller.poll(timeout * 1000):
             raise TimeoutError("no answer in time")
 
 
-def execute(connection: Any, query: str, args: tuple[Any, ...] | None = None, *, timeout: float) -> list[Any]:
+def execute(
+    connection: Any, query: str, args: tuple[Any, ...] | None = None, *, timeout: float, limit: float | None = None
+) -> list[Any]:
     """Run a query and return its rows. After an error the connection may be in the midst of it: close it.
 
-    `timeout` is in seconds. PostgreSQL gives up shortly before. It would not notice that we have gone: what waits for a
-    lock would pile up there, until no connection is left for anybody, and then publish what its caller was told has
-    failed. And where a database's default is SERIALIZABLE, what we read would make publishers fail.
+    `timeout` is how many seconds the server may be silent, and `limit`, the same by default, how many it may take in
+    all, where a long answer may be on its way.
+
+    PostgreSQL gives up shortly before. It would not notice that we have gone: what waits for a lock (at its commit too,
+    where NOTIFY has one for all databases) would pile up there, until no connection is left for anybody, and then
+    publish what its caller was told has failed. And where a database's default is SERIALIZABLE, what we read would make
+    publishers fail.
 
     Sent together the statements are one transaction, and the settings end with it, through a pooler too.
     """
-    settings = f"SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {timeout * 900:.0f}; "
+    settings = (
+        "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; "
+        f"SET LOCAL lock_timeout = {timeout * 900:.0f}; SET LOCAL statement_timeout = {(limit or timeout) * 900:.0f}; "
+    )
     with connection.cursor() as cursor:
         cursor.execute(settings + query, args or None)
-        wait(connection, time.monotonic() + timeout)
+        wait(connection, timeout)
         return list(cursor.fetchall()) if cursor.description else []
 
 

@@ -32,7 +32,7 @@ from . import control
 from .connect import connect, execute
 from .decode import Decoder
 from .dsn import Dsn
-from .log import read_page
+from .log import LONGEST_READ, read_page
 from .presence import Presence
 from .wanted import ListenTicket, Wanted
 
@@ -376,7 +376,7 @@ class Listener:
 
     def _read(self, connection: Any, channels: Sequence[str], after: int) -> Page:
         def run(query: str, args: Sequence[Any]) -> Any:
-            return execute(connection, query, tuple(args), timeout=_READ_WITHIN)
+            return execute(connection, query, tuple(args), timeout=_READ_WITHIN, limit=LONGEST_READ)
 
         return read_page(run, channels, after, _TURN_BYTES, _ANY_SIZE, self._decoder.dropped)
 

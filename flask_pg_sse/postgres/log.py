@@ -5,6 +5,7 @@ The functions that are called here are explained in sql/schema_1.sql.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ _TAILS = (
     "SELECT channel, complete_after, id, fields::text, data FROM flask_pg_sse.tail_v1(%s::text[], %s::bigint[], %s)"
 )
 _HEAD = "SELECT flask_pg_sse.head_v1()"
+
+# Seconds for one page, which may be an event of many megabytes on a slow line, as long as something comes.
+LONGEST_READ = 600.0
 
 Execute = Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]]
 
@@ -61,7 +65,8 @@ class EventLog:
         self._dropped = Dropped()
 
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
-        return read_page(self._pool.execute, channels, after, max_bytes, max_event, self._dropped)
+        run = functools.partial(self._pool.execute, limit=LONGEST_READ)
+        return read_page(run, channels, after, max_bytes, max_event, self._dropped)
 
     def tails(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[tuple[str, int, Sequence[Item]]]:
         found: dict[str, tuple[int, list[Item]]] = {}

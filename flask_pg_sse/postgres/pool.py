@@ -40,8 +40,8 @@ class Pool:
         self._down_until = 0.0
         self._down = ""
 
-    def execute(self, query: str, args: Sequence[Any] = ()) -> list[Any]:
-        """Run one statement, and return its rows.
+    def execute(self, query: str, args: Sequence[Any] = (), *, limit: float | None = None) -> list[Any]:
+        """Run one statement, and return its rows. `limit` as in `connect.execute()`.
 
         Raises `DatabaseUnavailable`; its `__cause__` is what psycopg2 raised. A connection that the server has closed
         since its last use is replaced. Of one that breaks without a word nobody knows whether the statement has been
@@ -53,18 +53,18 @@ class Pool:
                 "slowly."
             )
         try:
-            return self._execute(query, tuple(args))
+            return self._execute(query, tuple(args), limit)
         finally:
             self._free.release()
 
-    def _execute(self, query: str, args: tuple[Any, ...]) -> list[Any]:
+    def _execute(self, query: str, args: tuple[Any, ...], limit: float | None) -> list[Any]:
         while True:
             connection = self._checkout()
             used_before = connection is not None
             if connection is None:
                 connection = self._connect()
             try:
-                rows = execute(connection, query, args, timeout=TIMEOUT)
+                rows = execute(connection, query, args, timeout=TIMEOUT, limit=limit)
             except BaseException as error:
                 broken = bool(connection.closed)
                 connection.close()
