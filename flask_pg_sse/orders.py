@@ -32,7 +32,7 @@ class Orders:
         self._done: dict[str, float] = {}  # numbers of orders, and when they can be forgotten
 
     def set_clock(self, now: float) -> None:
-        """Take PostgreSQL's time, in seconds since the epoch, on a connection that listens from here on."""
+        """Take PostgreSQL's time, in seconds since the epoch, on a connection that listens."""
         self._ahead = now - time.monotonic()
         self._began_at = min(self._began_at, now)
 

@@ -191,6 +191,25 @@ def test_a_right_that_is_taken_away_while_it_is_asked_for(url: str) -> None:
     app.extensions["pg_sse"].close()
 
 
+def test_an_order_counts_again_soon_after_a_clock_was_set(url: str) -> None:
+    """PostgreSQL's, or ours that stands still while a machine is suspended: the time is asked for with each beat."""
+    app = Flask("tests")
+    app.config.update(SSE_DATABASE_URL=url, SSE_CHANNELS=["*"], SECRET_KEY="key", SSE_HEARTBEAT=1)
+    app.register_blueprint(sse_bp, subject=lambda: 7)
+    events = stream(app.test_client(), "/sse?channel=a", timeout=20)
+    assert next(events).event == "sse-open"
+    orders = app.extensions["pg_sse"].runtime._process._listener._orders
+    right = orders._ahead
+    orders._ahead -= 120
+    eventually(lambda: abs(orders._ahead - right) < 10)
+    with app.app_context():
+        disconnect(subject=7)
+    event = next(event for event in events if event.event != "sse-cursor")
+    assert (event.event, event.json) == ("sse-end", REVOKED)
+    events.close()  # type: ignore[attr-defined]
+    app.extensions["pg_sse"].close()
+
+
 def test_clients_that_keep_coming_while_their_right_is_taken_away(url: str, start_server: Start) -> None:
     server = start_members(start_server, url, "-w", "2")
     for _ in range(10):

@@ -5,6 +5,11 @@ from __future__ import annotations
 import random
 import threading
 
+import pytest
+
+from flask_pg_sse.postgres import pool
+from flask_pg_sse.postgres.dsn import to_dsn
+from flask_pg_sse.postgres.prune import prune
 from tests.client import eventually
 from tests.conftest import execute
 from tests.log import NOTIFY, PUBLISH, InThread, connected, fill, listening, logged, pending, run
@@ -176,3 +181,40 @@ def test_rows_whose_trigger_never_fired_go_after_an_hour(log_url: str) -> None:
         run(connection, NOTIFY, ("orders", "in time"))
         connection.commit()
     assert [row[3] for row in logged(log_url)] == ["in time"]
+
+
+def test_what_is_dated_in_the_future_is_as_old_as_what_follows_it(log_url: str) -> None:
+    """The server's clock was ahead for a moment, or behind. Nothing goes before its time for that."""
+    ages = {"old": "1 hour", "future": "-10 years", "young": "0"}
+    for dated, deleted in (
+        (["future", "old", "old", "young"], 3),
+        (["old", "future", "young"], 1),
+        (["old", "future"], 1),
+        (["old", "young", "old", "future", "old"], 1),
+        (["future", "future"], 0),
+        (["future", "young", "old"], 0),
+    ):
+        execute(log_url, "TRUNCATE flask_pg_sse.event")
+        for age in dated:
+            execute(log_url, PUBLISH, ("orders", ["{}"], [age]))
+        for age, interval in ages.items():
+            query = "UPDATE flask_pg_sse.event SET created_at = now() - %s::interval WHERE data = %s"
+            execute(log_url, query, (interval, age))
+        assert execute(log_url, "SELECT flask_pg_sse.prune_v1('1 minute', 5000)")[0][0] == deleted, dated
+        assert [row[3] for row in logged(log_url)] == dated[deleted:]
+
+
+def test_batches_get_smaller_where_they_take_too_long(log_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for events of many megabytes; here it is a trigger that takes two milliseconds for each."""
+    filled(log_url, 1000)
+    execute(
+        log_url,
+        "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN PERFORM pg_sleep(0.002); RETURN OLD; END $$;"
+        "CREATE TRIGGER slowly BEFORE DELETE ON flask_pg_sse.event FOR EACH ROW EXECUTE FUNCTION slowly()",
+    )
+    monkeypatch.setattr(pool, "TIMEOUT", 0.8)
+    connections = pool.Pool(to_dsn(log_url, "the test"), "prune", 1)
+    assert prune(connections.execute, 60.0) == (1000, False)
+    connections.close()
+    assert logged(log_url) == []

@@ -70,12 +70,13 @@ WHERE name IN ('idle_session_timeout', 'statement_timeout', 'lock_timeout', 'tra
 """
 # PostgreSQL's time, in seconds since the epoch.
 CLOCK = "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float8"
-_BEAT = "SELECT pg_catalog.pg_notify('flask_pg_sse', pg_catalog.json_build_object('beat', %s::text)::text)"
-_BEAT_OF_LOG = "SELECT flask_pg_sse.beat_v1(%s); SELECT key FROM flask_pg_sse.installed_v1()"
-_DEAF = (
-    "LISTEN hears nothing here, as through PgBouncer in transaction mode: set SSE_LISTEN_URL to a direct connection to "
-    "PostgreSQL"
+# Both say what time it is in PostgreSQL; and the log's key, where there is a log.
+_BEAT = (
+    "SELECT pg_catalog.pg_notify('flask_pg_sse', pg_catalog.json_build_object('beat', %s::text)::text); "
+    f"{CLOCK}, NULL::bytea"
 )
+_BEAT_OF_LOG = f"SELECT flask_pg_sse.beat_v1(%s); {CLOCK}, (SELECT key FROM flask_pg_sse.installed_v1())"
+_DEAF = "LISTEN hears nothing here, as through PgBouncer: set SSE_LISTEN_URL to a direct connection to PostgreSQL"
 
 
 class Listener:
@@ -200,8 +201,6 @@ class Listener:
         self._find_log(connection, anew=True)
         self._wanted.restart()
         self._execute(connection, f"LISTEN {control.CHANNEL}")
-        [(now,)] = self._execute(connection, CLOCK)
-        self._orders.set_clock(now)
         try:
             self._beat(connection, _BEAT)
         except _Deaf:
@@ -275,8 +274,9 @@ class Listener:
 
     def _beat(self, connection: Any, query: str) -> None:
         """Notify ourselves, and hand over what has come until that comes back. Raises `_Deaf` if it does not."""
-        rows = self._execute(connection, query, (self._control.next_beat(),))
-        if query == _BEAT_OF_LOG and [(self._decoder.key,)] != [(bytes(key),) for (key,) in rows]:
+        [(now, key)] = self._execute(connection, query, (self._control.next_beat(),))
+        self._orders.set_clock(now)  # again and again: clocks are set, and machines suspended
+        if query == _BEAT_OF_LOG and (key is None or bytes(key) != self._decoder.key):
             # Before the position moves: what it has sent since was taken for forged, and is to be read.
             raise DatabaseUnavailable("The event log is another one: it was installed anew, or restored")
         deadline = time.monotonic() + _ANSWER_WITHIN

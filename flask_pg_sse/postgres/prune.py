@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import PgSSEError
+import psycopg2
+
+from ..errors import DatabaseUnavailable, PgSSEError
 from ..wakeup import Wakeup
 from .pool import Pool
 from .presence import Presence
@@ -26,13 +28,22 @@ _PRUNE = "SELECT flask_pg_sse.prune_v1(pg_catalog.make_interval(secs => %s), %s)
 
 
 def prune(execute: Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]], max_age: float) -> tuple[int, bool]:
-    """Delete the events older than `max_age` seconds; return how many, and whether another session is at the rest."""
-    deleted = 0
+    """Delete the events older than `max_age` seconds; return how many, and whether another session is at the rest.
+
+    In smaller batches where they take too long, as for events of many megabytes.
+    """
+    deleted, batch = 0, BATCH
     while True:
-        [(batch,)] = execute(_PRUNE, (max_age, BATCH))
-        deleted += batch or 0
-        if batch is None or batch < BATCH:
-            return deleted, batch is None
+        try:
+            [(count,)] = execute(_PRUNE, (max_age, batch))
+        except (DatabaseUnavailable, psycopg2.errors.QueryCanceled) as error:
+            if batch == 1 or not isinstance(error.__cause__ or error, psycopg2.errors.QueryCanceled):
+                raise
+            batch = max(1, batch // 8)
+            continue
+        deleted += count or 0
+        if count is None or count < batch:
+            return deleted, count is None
 
 
 class Pruner:

@@ -94,8 +94,11 @@ BEGIN
 
     head := concat(chr(30), '1{"i":', number, ',"s":"',
         left(encode(sha256((SELECT i.key FROM flask_pg_sse.installation i) || int8send(number)), 'hex'), 16), '"');
-    payload := concat(head, CASE WHEN fields::text = '{}' THEN '}' ELSE ',' || substr(fields::text, 2) END, E'\n' || data);
-    IF octet_length(payload) > 7999 THEN
+    IF octet_length(data) IS NULL OR octet_length(data) <= 7999 THEN  -- many megabytes are not copied for nothing
+        payload := concat(
+            head, CASE WHEN fields::text = '{}' THEN '}' ELSE ',' || substr(fields::text, 2) END, E'\n' || data);
+    END IF;
+    IF payload IS NULL OR octet_length(payload) > 7999 THEN
         payload := head || ',"f": true}';  -- to be fetched from the log
     END IF;
     IF octet_length(channel) > 21 THEN  -- it may be longer than 63 bytes in UTF-8
@@ -299,8 +302,9 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f
     ORDER BY e.id
 $function$;
 
--- Delete the oldest events, those before the first that is younger than max_age, at most `batch` of them. Return how many,
--- or NULL while another session is at it. By ids and not by time alone, so that what is left has no holes.
+-- Delete the oldest events, the last that is older than max_age before the first that is younger and all before it, at most
+-- `batch` of them. Return how many, or NULL while another session is at it. By ids and not by time alone, so that what is
+-- left has no holes. What is dated in the future, by a clock that was wrong, is as old as what follows it.
 CREATE FUNCTION flask_pg_sse.prune_v1(max_age interval, batch integer) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -315,11 +319,12 @@ BEGIN
     -- order.
     LOCK TABLE flask_pg_sse.pending IN ROW EXCLUSIVE MODE;
     SELECT r.pruned_through INTO pruned FROM flask_pg_sse.retention r;
-    SELECT coalesce(min(e.id) FILTER (WHERE NOT e.expired) - 1, max(e.id)) INTO cut
+    SELECT max(e.id) INTO cut
     FROM (
-        SELECT e.id, e.created_at < clock_timestamp() - max_age AS expired
-        FROM flask_pg_sse.event e WHERE e.id > pruned ORDER BY e.id LIMIT batch
-    ) AS e;
+        SELECT e.id, e.created_at < clock_timestamp() - max_age AS expired,
+            bool_or(e.created_at BETWEEN clock_timestamp() - max_age AND clock_timestamp()) OVER (ORDER BY e.id) AS kept
+        FROM (SELECT e.id, e.created_at FROM flask_pg_sse.event e WHERE e.id > pruned ORDER BY e.id LIMIT batch) AS e
+    ) AS e WHERE e.expired AND NOT e.kept;
     DELETE FROM flask_pg_sse.event e WHERE e.id > pruned AND e.id <= cut;
     GET DIAGNOSTICS deleted = ROW_COUNT;
     IF deleted > 0 THEN
