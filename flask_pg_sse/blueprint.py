@@ -291,6 +291,9 @@ def _cross_origin(response: Response) -> Response:
         origins = current_state().runtime.settings.allowed_origins
     except ConfigurationError:  # the view has failed with it already
         return response
+    # CORS(app) has had its hand on what an error handler returned, before any function that runs after a request.
+    for name in [name for name, _ in response.headers if name.lower().startswith("access-control-")]:
+        del response.headers[name]
     origin = request.environ.get("HTTP_ORIGIN", "").lower()
     if not origin and "*" not in origins:  # the site's own pages ask for no leave: spare the way through flask-cors
         setattr(response, FLASK_CORS_EVALUATED, True)

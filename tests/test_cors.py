@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from flask import Flask
+from flask import Flask, abort, request
 from flask_cors import CORS
 from werkzeug.datastructures import Headers
 
@@ -121,6 +121,17 @@ def preflight(app: Flask, origin: str, url: str = "/sse?channel=open") -> dict[s
         "Access-Control-Request-Private-Network": "true",
     }
     return cors(ask(app, origin, url=url, method="OPTIONS", **headers))
+
+
+@ANYWHERE
+@pytest.mark.parametrize("allowed", [None, [ORIGIN]], ids=["none", "one"])
+def test_an_exception_of_a_hook_is_read_by_listed_origins_alone(surroundings: str, allowed: list[str] | None) -> None:
+    """flask-cors looks at what an app's error handlers return, before any function that runs after a request."""
+    app = make(surroundings, allowed)
+    app.before_request(lambda: abort(401) if request.args.get("channel") == "aborted" else None)
+    for origin in ("https://evil.example", ORIGIN):
+        headers = ask(app, origin, url="/sse?channel=aborted", method="GET")
+        assert cors(headers).get("Access-Control-Allow-Origin") == (origin if origin in (allowed or []) else None)
 
 
 @ANYWHERE
