@@ -133,13 +133,13 @@ class Replay:
         self._unfilled.update(dict.fromkeys(missing))
         try:
             with self._filling.attempt():
-                self._fill_with_others(channels, missing)
+                self._fill_with_others(missing)
         finally:
             for channel in missing:
                 self._unfilled.pop(channel, None)
 
-    def _fill_with_others(self, channels: Sequence[str], missing: Collection[str]) -> None:
-        if not self._hub.unremembered(channels):
+    def _fill_with_others(self, missing: Collection[str]) -> None:
+        if not self._hub.unremembered(missing):
             return
         each = self._hub.memory
         most = max(1, min(_FILL, FILL_BYTES // each))

@@ -63,10 +63,10 @@ _DEAF_PACE = 1.0
 _BACKOFF_FIRST = 0.1
 _BACKOFF_MOST = 5.0
 
-# A server's limits on idle sessions or long statements are meant for others; which exist depends on its version.
+# A server's limits on idle sessions and long transactions are meant for others; which exist depends on its version.
 _SETUP = """
 SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
-WHERE name IN ('idle_session_timeout', 'statement_timeout', 'lock_timeout', 'transaction_timeout')
+WHERE name IN ('idle_session_timeout', 'transaction_timeout')
 """
 # PostgreSQL's time, in seconds since the epoch.
 CLOCK = "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float8"

@@ -94,7 +94,7 @@ BEGIN
 
     head := concat(chr(30), '1{"i":', number, ',"s":"',
         left(encode(sha256((SELECT i.key FROM flask_pg_sse.installation i) || int8send(number)), 'hex'), 16), '"');
-    IF octet_length(data) IS NULL OR octet_length(data) <= 7999 THEN  -- many megabytes are not copied for nothing
+    IF coalesce(octet_length(data), 0) <= 7999 THEN  -- many megabytes are not copied for nothing
         payload := concat(
             head, CASE WHEN fields::text = '{}' THEN '}' ELSE ',' || substr(fields::text, 2) END, E'\n' || data);
     END IF;
@@ -183,7 +183,9 @@ BEGIN
     IF wrong IS NOT NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = wrong;
     END IF;
-    PERFORM convert_to(concat(data, event, id, comment), 'UTF8');  -- number_v1() would refuse it, at the commit
+    IF getdatabaseencoding() <> 'UTF8' THEN  -- number_v1() would refuse it, at the commit
+        PERFORM convert_to(concat(data, event, id, comment), 'UTF8');
+    END IF;
     INSERT INTO flask_pg_sse.pending (channel, fields, data) VALUES (
         channel,
         json_strip_nulls(json_build_object('event', nullif(event, ''), 'id', id, 'retry', retry, 'comment', comment)),
