@@ -8,6 +8,12 @@ import socket
 import threading
 import time
 from types import TracebackType
+from urllib.parse import urlsplit
+
+
+def through(link: Link, url: str) -> str:
+    """Return the URL of a database with a link in the way to it."""
+    return urlsplit(url)._replace(netloc=f"postgres@127.0.0.1:{link.port}").geturl()
 
 
 class Link:

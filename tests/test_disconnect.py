@@ -21,7 +21,7 @@ from flask_pg_sse.testing import capture, stream
 from flask_pg_sse.tokens import Token, sign_disconnect, sign_token
 from tests.client import Response, eventually, request
 from tests.conftest import connect, execute, members
-from tests.link import Link
+from tests.link import Link, through
 from tests.servers import WebServer
 
 Start = Callable[..., WebServer]
@@ -245,10 +245,6 @@ def line(database_url: str) -> Iterator[Link]:
     assert port is not None
     with Link(port) as link:
         yield link
-
-
-def through(link: Link, url: str) -> str:
-    return urlsplit(url)._replace(netloc=f"postgres@127.0.0.1:{link.port}").geturl()
 
 
 def test_a_worker_that_was_away_obeys_when_it_is_back(logged_url: str, line: Link, start_server: Start) -> None:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import psycopg2
 import pytest
@@ -28,7 +27,7 @@ from flask_pg_sse.postgres.presence import Presence
 from tests.client import eventually
 from tests.conftest import connect as plain_connect
 from tests.conftest import execute
-from tests.link import Link
+from tests.link import Link, through
 
 Turns = list[list[Item]]
 Make = Callable[..., tuple[Listener, Turns, list[float]]]
@@ -504,7 +503,7 @@ def test_a_refusal_in_another_encoding_is_one_like_others(
     database_url: str, postgres_server: postgres.Server, make_listener: Make
 ) -> None:
     with Refusing() as refusing, Link(refusing.port) as line:
-        url = urlsplit(database_url)._replace(netloc=f"postgres@127.0.0.1:{line.port}").geturl()
+        url = through(line, database_url)
         with pytest.raises(DatabaseUnavailable, match=r"le syst.me de base de donn.es se lance"):
             connect(to_dsn(url, "test"), "the test")
         listener, turns, _ = make_listener(url)

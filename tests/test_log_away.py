@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from urllib.parse import urlsplit
 
 import pytest
 from flask import Flask
@@ -25,11 +24,12 @@ from flask_pg_sse.subscription import Subscription
 from flask_pg_sse.testing import stream
 from tests.client import eventually
 from tests.conftest import execute
-from tests.link import Link
+from tests.link import Link, through
 from tests.log import PUBLISH, InThread, connected, logged, run
 from tests.model import FIRST, ModelLog, World
 
 MakeApp = Callable[..., Flask]
+SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'flask_pg_sse %'"
 
 
 def test_streams_that_resume_do_not_wait_one_behind_the_other(
@@ -72,8 +72,7 @@ def test_what_waits_for_a_lock_does_not_pile_up_in_postgresql(
                     notify("orders", "not sent")
                 with pytest.raises(DatabaseUnavailable):
                     sse_cursor()
-            query = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'flask_pg_sse %'"
-            eventually(lambda: execute(database_url, query)[0][0] <= 1, 5, "no session waits for nobody")
+            eventually(lambda: execute(database_url, SESSIONS)[0][0] <= 1, 5, "no session waits for nobody")
         last = notify("orders", "last")
     assert [(row[0], row[3]) for row in logged(database_url)] == [(first, "first"), (last, "last")]
 
@@ -84,7 +83,7 @@ def test_an_event_whose_connection_breaks_on_the_way_is_not_sent_twice(
     """PostgreSQL does not see that the line was cut, and goes on; whoever called hears that nobody knows."""
     execute(database_url, schema_sql())
     with Link(postgres_server.port) as line:
-        app = make_app(urlsplit(database_url)._replace(netloc=f"postgres@127.0.0.1:{line.port}").geturl())
+        app = make_app(through(line, database_url))
 
         def call() -> None:
             with app.app_context(), pytest.raises(DatabaseUnavailable):
@@ -111,8 +110,7 @@ def test_a_long_answer_may_take_its_time_and_silence_may_not(
 ) -> None:
     with Link(postgres_server.port) as line:
         line.slow_down()
-        url = urlsplit(database_url)._replace(netloc=f"postgres@127.0.0.1:{line.port}").geturl()
-        with closing(own_connection(to_dsn(url, "the test"), "own")) as own:
+        with closing(own_connection(to_dsn(through(line, database_url), "the test"), "own")) as own:
             since = time.monotonic()
             [(text,)] = own_execute(own, "SELECT repeat('x', 3000000)", timeout=1, limit=60)
             assert len(text) == 3_000_000
@@ -129,7 +127,6 @@ def test_what_waits_for_the_lock_of_notify_does_not_pile_up_either(
     execute(url, schema_sql())
     monkeypatch.setattr(pool, "TIMEOUT", 0.3)
     app = make_app(url)
-    sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'flask_pg_sse %'"
     execute(url, "ALTER SYSTEM SET synchronous_standby_names = 'away'")
     execute(url, "SELECT pg_reload_conf()")
     eventually(lambda: execute(url, "SHOW synchronous_standby_names")[0][0] == "away")
@@ -141,7 +138,7 @@ def test_what_waits_for_the_lock_of_notify_does_not_pile_up_either(
             for _ in range(10):
                 with pytest.raises(DatabaseUnavailable):
                     notify("orders", "not kept", durable=False)
-        eventually(lambda: execute(url, sessions)[0][0] <= 1, 5, "no session waits for nobody")
+        eventually(lambda: execute(url, SESSIONS)[0][0] <= 1, 5, "no session waits for nobody")
     finally:
         execute(url, "ALTER SYSTEM RESET synchronous_standby_names")
         execute(url, "SELECT pg_reload_conf()")

@@ -10,7 +10,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from urllib.parse import urlsplit
 
 import psycopg2
 import pytest
@@ -20,7 +19,7 @@ from demo import postgres
 from tests.client import eventually
 from tests.conftest import connect, execute
 from tests.eventsource import FOREIGN_IDS, Browser, check, for_ever
-from tests.link import Link
+from tests.link import Link, through
 from tests.publishers import head, install_log, logged
 from tests.servers import WebServer
 from tests.test_resume import CHANNEL_SETS, CHANNELS, LONG, listening, publishing, report, run_to_the_end
@@ -79,10 +78,6 @@ def line(own_postgres: postgres.Server) -> Iterator[Link]:
     """What lies between a worker and PostgreSQL."""
     with Link(own_postgres.port) as link:
         yield link
-
-
-def through(link: Link, url: str) -> str:
-    return urlsplit(url)._replace(netloc=f"postgres@127.0.0.1:{link.port}").geturl()
 
 
 def test_nothing_is_missing_after_postgres_workers_and_lines_were_away(
