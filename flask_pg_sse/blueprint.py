@@ -7,7 +7,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -19,11 +19,11 @@ from flask_cors.core import FLASK_CORS_EVALUATED
 from werkzeug.datastructures import Headers
 
 from . import access, event, guard, shutdown
+from .admission import NotNow
 from .channels import check_channel
 from .errors import ConfigurationError, EventLogMissing, InvalidChannel
 from .extension import EXTENSION, ServerUrl, State, current_state, sse_cursor, sse_url
 from .guard import SSEBlueprint
-from .hub import OPEN_TIMEOUT
 from .server import Connection, why_no_stream
 from .settings import Settings, secret_keys
 from .stream import stream
@@ -149,20 +149,16 @@ def _answer(names: list[str]) -> ResponseReturnValue:
     # Last-Event-ID of an EventSource that reconnects; the query is for clients that cannot set a header.
     last_event_id = environ.get("HTTP_LAST_EVENT_ID") or query.get("last_event_id", [""])[0]
     try:
-        terms = _terms(here, state, channels, query.get("token", [""])[0])
+        subscription = _admitted(here, state, channels, query.get("token", [""])[0])
     except _Refused as refused:
         return _refusal(403, str(refused))
-    except _Ended as ended:
-        return _ended(ended.reason, last_event_id)
-    try:
-        runtime.require_log()
     except EventLogMissing as error:
         return _refusal(500, str(error))
+    except NotNow as later:
+        return _ended(later.reason, last_event_id)
     connection = Connection(environ)
     if here.method == "HEAD":
-        # A tuple would get a Content-Length, which no stream has.
-        return _StreamResponse(iter(()), connection, settings)
-    subscription = Subscription(channels, settings.buffer_bytes, terms)
+        return _StreamResponse(_blocks(connection), connection, settings)
     response = _StreamResponse(stream(*runtime.streams, subscription, last_event_id, connection), connection, settings)
     if "flask_pg_sse.testing" in environ:
         environ["flask_pg_sse.testing"].append(subscription)
@@ -173,41 +169,33 @@ class _Refused(Exception):
     """This client may not have this stream; the text says why."""
 
 
-class _Ended(Exception):
-    """This client is told to come back, as at the end of a stream."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-def _terms(here: Request, state: State, channels: Iterable[str], signed: str) -> access.Terms:
-    """Ask for each channel whether the client may listen. Raises `_Refused`, `_Ended`, and HTTP errors of the app's."""
+def _admitted(here: Request, state: State, channels: Collection[str], signed: str) -> Subscription:
+    """Return the stream that the client may have. Raises `_Refused`, `NotNow`, and HTTP errors of the app's."""
     asked_at = time.monotonic()
     runtime, settings = state.runtime, state.runtime.settings
     token = read_token(runtime.keys(), signed) if signed else None
     if token is not None and token.expires_at is not None and token.expires_at <= time.time():
-        raise _Ended("expired")
-    authorize = state.authorize or sse_bp.default_authorize
+        raise NotNow("expired")
     try:
         subjects = guard.subjects_of(state.subject or sse_bp.default_subject, token)
         if subjects is None:
             raise _Refused("This site cannot tell whose stream this would be. Ask who runs it to look at its log.")
         each = settings.max_streams_per_client is not None
         clients = access.counted_under(subjects, here.remote_addr) if each else ()
-        if runtime.full(clients):  # before the app has been given work; it is decided when the stream opens
-            raise _Ended("capacity")
+        terms = access.Terms(subjects, clients, asked_at, *_end_of(token, settings.max_age))
+        subscription = Subscription(channels, settings.buffer_bytes, terms)
+        authorize = state.authorize or sse_bp.default_authorize
         opened = token.channels if token is not None else frozenset[str]()
         to_ask = [name for name in channels if name not in opened and not access.is_public(name, settings.channels)]
-        if to_ask and authorize is not None and here.method != "HEAD" and not runtime.hears_orders(OPEN_TIMEOUT):
-            raise _Ended("unavailable")
-        for channel in to_ask:
-            if not guard.may_listen(authorize, channel):
-                bad_token = bool(signed) and token is None
-                raise _Refused(_closed(channel, state, asked=authorize is not None, bad_token=bad_token))
+        asks = bool(to_ask) and authorize is not None and here.method != "HEAD"
+        with runtime.admission(subscription, asks=asks):
+            for channel in to_ask:
+                if not guard.may_listen(authorize, channel):
+                    bad_token = bool(signed) and token is None
+                    raise _Refused(_closed(channel, state, asked=authorize is not None, bad_token=bad_token))
     except guard.HookFailed:
-        raise _Ended("unavailable") from None
-    return access.Terms(subjects, clients, asked_at, *_end_of(token, settings.max_age))
+        raise NotNow("unavailable") from None
+    return subscription
 
 
 # Bytes of a query beside its channels, and for each channel: its name with every byte as %XX, and again in the token.
@@ -266,6 +254,12 @@ def _closed(channel: str, state: State, *, asked: bool, bad_token: bool) -> str:
     return guard.closed_text(channel, debug=debug, bad_token=bad_token, patterns=patterns, asked=asked)
 
 
+def _blocks(connection: Connection, *blocks: bytes) -> Iterator[bytes]:
+    """Yield blocks as a stream does that ends at once. (Of a tuple werkzeug would say the length.)"""
+    yield from blocks
+    connection.stop_reading()
+
+
 def _refusal(status: int, text: str) -> Response:
     return Response(text + "\n", status, mimetype="text/plain")
 
@@ -277,8 +271,8 @@ def _ended(reason: str, last_event_id: str) -> Response:
     """
     settings = current_state().runtime.settings
     block = event.end_block(reason, settings.retry, id=event.to_log_id(last_event_id))
-    body = () if request.method == "HEAD" else (block,)
-    return _StreamResponse(iter(body), Connection(request.environ), settings)
+    connection = Connection(request.environ)
+    return _StreamResponse(_blocks(connection, *() if request.method == "HEAD" else (block,)), connection, settings)
 
 
 @sse_bp.after_request

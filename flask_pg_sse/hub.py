@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from . import event
+from .admission import OPEN_TIMEOUT, Admission, concerns
 from .attention import Attention
 from .block import HEARTBEAT, Block, Standing
 from .departures import Departures
@@ -32,15 +33,11 @@ from .wakeup import FairLock
 
 logger = logging.getLogger(__name__)
 
-# Seconds until a stream that waits for PostgreSQL is told to come back later.
-OPEN_TIMEOUT = 10.0
 # Seconds; a client that has not read its farewell by then is cut off. gunicorn would wait 30 s for it at its own end,
 # and who has lost the right to listen is to hear no more.
 FAREWELL = 1.0
 # Looks at the streams that need it in the shorter of heartbeat and send timeout.
 _LOOKS = 4
-# Orders to end streams that are remembered, for requests that were being decided on meanwhile.
-_DISCONNECTS = 10_000
 
 
 class Hub:
@@ -62,7 +59,7 @@ class Hub:
     ) -> None:
         self._listen = listen
         self._unlisten = unlisten
-        self.places = places or Places(sys.maxsize, None)
+        self.admission = Admission(places or Places(sys.maxsize, None))
         self._send_timeout = send_timeout
         self._heartbeat = heartbeat
         self._retry = retry
@@ -73,8 +70,6 @@ class Hub:
         self._groups_of: dict[str, set[Group]] = {}
         self.position = 0  # in the log; 0 without one
         self._recent = Recent()
-        self._draining: str | None = None
-        self._disconnects: deque[tuple[float, str | None, str | None]] = deque(maxlen=_DISCONNECTS)
         self._gone: deque[Subscription] = deque()  # closed, and still in the tables
         self.departures = Departures()
         self._attention = Attention()
@@ -88,7 +83,8 @@ class Hub:
 
         The stream stands in the tables before LISTEN goes out, so that nothing falls between the two.
         """
-        if not self.places.take(subscription):
+        admission = self.admission
+        if not admission.places.take(subscription):
             return "capacity"
         self.departures.watch(subscription)
         with self._dispatch:  # who is interrupted while waiting for it has not asked for a LISTEN
@@ -102,23 +98,10 @@ class Hub:
                     self._groups_of.setdefault(channel, set()).add(group)
             group.add(subscription)
             self._attention.begin(subscription)
-        # Asked after the stream stands in the tables: drain() sets the reason first and then reads the tables, and so
-        # does disconnect().
-        heard = not self._why_not(subscription) and ticket.wait(OPEN_TIMEOUT)
-        return self._why_not(subscription) or (None if heard else "unavailable")
-
-    def _why_not(self, subscription: Subscription) -> str | None:
-        if self._draining is not None:
-            return self._draining
-        if not self._disconnects:
-            return None
-        with self._dispatch:
-            for at, subject, channel in reversed(self._disconnects):
-                if at < subscription.terms.asked_at:
-                    break
-                if _concerns(subscription, subject, channel):
-                    return "revoked"
-        return None
+        # Asked after the stream stands in the tables: drain() closes the admission first and then reads the tables, and
+        # disconnect() likewise.
+        heard = not admission.why_not(subscription) and ticket.wait(OPEN_TIMEOUT)
+        return admission.why_not(subscription) or (None if heard else "unavailable")
 
     def go_live(self, subscription: Subscription) -> int:
         """Let an open stream take what comes from now on; return the log's position, which its client is to be told."""
@@ -188,7 +171,7 @@ class Hub:
         also while that thread holds a lock of ours. The ticker forgets it.
         """
         subscription.end(b"")
-        self.places.give_back(subscription)
+        self.admission.places.give_back(subscription)
         self._gone.append(subscription)
 
     def end_departed(self) -> None:
@@ -200,7 +183,7 @@ class Hub:
         """Forget the streams that have gone."""
         while self._gone:
             self._forget(self._gone.popleft())
-        self.places.sweep()
+        self.admission.places.sweep()
 
     def _forget(self, subscription: Subscription) -> None:
         self.departures.forget(subscription)
@@ -359,7 +342,7 @@ class Hub:
 
     def drain(self, reason: str) -> None:
         """End all streams, those that still wait for PostgreSQL too, and refuse new ones."""
-        self._draining = reason
+        self.admission.close(reason)
         cut_at = time.monotonic() + FAREWELL
         with self._dispatch:
             self._look_at = min(self._look_at, cut_at)
@@ -376,18 +359,12 @@ class Hub:
         """
         with self._dispatch:
             now = time.monotonic()
-            self._disconnects.append((now, subject, channel))
+            self.admission.revoke(subject, channel)
             self._look_at = min(self._look_at, now + FAREWELL)
             for _, streams in in_portions(self._everybody()):
                 for subscription in streams:
-                    if _concerns(subscription, subject, channel):
+                    if concerns(subscription, subject, channel):
                         subscription.end(self.end_block("revoked"), drop=True, cut_at=now + FAREWELL)
 
     def _everybody(self) -> list[tuple[None, Sequence[Subscription]]]:
         return [(None, group.streams) for group in self._groups.values()]
-
-
-def _concerns(subscription: Subscription, subject: str | None, channel: str | None) -> bool:
-    return (subject is None or subject in subscription.terms.subjects) and (
-        channel is None or channel in subscription.channels
-    )

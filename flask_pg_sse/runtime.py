@@ -12,10 +12,11 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from . import shutdown
+from .admission import NotNow
 from .channels import RESERVED_PREFIX as CONTROL
 from .channels import check_channel, pg_name
 from .errors import ConfigurationError, DatabaseNotConfigured, DatabaseUnavailable
@@ -33,6 +34,7 @@ from .postgres.publish import Publisher, check_caller, execute_on, log_in_transa
 from .replay import Replay
 from .server import room_for_streams
 from .settings import Settings, database_sources, secret_keys
+from .subscription import Subscription
 from .ticker import Ticker
 from .tokens import sign_disconnect
 from .wire import to_payload, to_row
@@ -147,21 +149,29 @@ class Runtime:
         else:
             publisher.log(CONTROL, [to_row(make_event(order))])
 
-    def hears_orders(self, timeout: float) -> bool:
-        """Wait until this process would hear that a right is taken away: only then may the app be asked for it."""
-        return self._running().hears_orders(timeout)
+    @contextlib.contextmanager
+    def admission(self, subscription: Subscription, *, asks: bool) -> Iterator[None]:
+        """Hold a place for a stream while it is decided on, and wait until that can be done.
 
-    def full(self, clients: Collection[str]) -> bool:
-        """Tell whether one more stream of a client would be refused in this process, which costs less to say early."""
-        process = self._process
-        hub = process.hub if process is not None and process.pid == os.getpid() else None
-        return hub is not None and hub.places.full(clients)
-
-    def require_log(self) -> None:
-        """Raise `EventLogMissing` where the configuration requires a log, and the database answers that it has none."""
-        if self.settings.event_log is True and not self._presence().found:
-            with contextlib.suppress(DatabaseUnavailable):  # a stream waits for it, and says so
-                self._presence().look(self._running().publisher.execute)
+        `asks` says that the app is going to be asked: only where an order to end the stream would be heard. Raises
+        `NotNow`, and `EventLogMissing` where the configuration requires a log and the database answers that it has
+        none.
+        """
+        log_unknown = self.settings.event_log is True and not self._presence().found
+        if not (asks or log_unknown):
+            yield
+            return
+        admission = self.streams[0].admission
+        with admission.place(subscription):
+            if log_unknown:
+                admission.wait_for_answer()
+                try:
+                    self._presence().look(self._running().publisher.execute)
+                except DatabaseUnavailable:
+                    raise NotNow("unavailable") from None
+            if asks:
+                admission.wait_for_orders()
+            yield
 
     @property
     def streams(self) -> tuple[Hub, Replay]:
@@ -241,12 +251,7 @@ class _Process:
         self._starting = threading.Lock()
         self._stopped = False
         self._streams: tuple[Hub, Replay] | None = None
-        self._listener: Listener | None = None
         self._threads: tuple[Listener | Ticker | Pruner, ...] = ()
-
-    @property
-    def hub(self) -> Hub | None:
-        return self._streams[0] if self._streams is not None else None
 
     def streams(self) -> tuple[Hub, Replay]:
         if self._streams is None:
@@ -256,10 +261,6 @@ class _Process:
                         raise RuntimeError("flask_pg_sse was closed while this stream was about to start.")
                     self._streams = self._start()
         return self._streams
-
-    def hears_orders(self, timeout: float) -> bool:
-        self.streams()
-        return self._listener is not None and self._listener.began.wait(timeout)
 
     def _start(self) -> tuple[Hub, Replay]:
         settings, heartbeat = self._settings, self._settings.heartbeat
@@ -277,6 +278,7 @@ class _Process:
             hub.gap,
             self._presence,
             pruned=hub.pruned,
+            answered=hub.admission.answered,
             orders=Orders(self._keys, hub.disconnect),
             beat_every=min(BEAT_EVERY, heartbeat),
         )
@@ -289,7 +291,7 @@ class _Process:
             for thread in threads:
                 thread.stop(0)
             raise
-        self._listener, self._threads = listener, threads
+        self._threads = threads
         return hub, Replay(hub, self.log, heartbeat=heartbeat)
 
     def stop(self, timeout: float) -> None:

@@ -176,7 +176,7 @@ def test_a_right_that_is_taken_away_while_it_is_asked_for(url: str) -> None:
     def may_listen(channel: str) -> bool:
         hub = app.extensions["pg_sse"].runtime.streams[0]
         disconnect(subject=7)
-        eventually(lambda: hub._disconnects)
+        eventually(lambda: hub.admission._orders)
         obeyed.set()
         return True
 
@@ -198,7 +198,7 @@ def test_an_order_counts_again_soon_after_a_clock_was_set(url: str) -> None:
     app.register_blueprint(sse_bp, subject=lambda: 7)
     events = stream(app.test_client(), "/sse?channel=a", timeout=20)
     assert next(events).event == "sse-open"
-    orders = app.extensions["pg_sse"].runtime._process._listener._orders
+    orders = app.extensions["pg_sse"].runtime._process._threads[0]._orders
     right = orders._ahead
     orders._ahead -= 120
     eventually(lambda: abs(orders._ahead - right) < 10)

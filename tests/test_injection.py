@@ -271,7 +271,7 @@ def test_channels(place: Place, app: Flask, ways: Ways, listening_to: list[str])
         assert dict(rows) == dict.fromkeys(HOSTILE, 3 + len(ways.all) - 1)  # the one that is not durable
 
     # And UNLISTEN, of all but one.
-    app.extensions["pg_sse"].runtime._process._listener._wanted._linger = 0
+    app.extensions["pg_sse"].runtime._process._threads[0]._wanted._linger = 0
     kept = streams.pop('"; UNLISTEN *; --')
     for events in streams.values():
         events.close()  # type: ignore[attr-defined]

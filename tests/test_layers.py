@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "event", "wire", "page", "channels", "settings", "tokens", "backoff", "wakeup", "progress"},
     {
         "hub", "places", "subscription", "recent", "access", "server", "shutdown", "outlet", "block", "group",
-        "departures", "sharing", "backlog", "attention",
+        "admission", "departures", "sharing", "backlog", "attention",
     },
     {
         "postgres.dsn", "postgres.connect", "postgres.pool", "postgres.schema", "postgres.presence", "postgres.log",
@@ -33,6 +33,7 @@ ALLOWED_BESIDE = {
     ("subscription", "access"), ("subscription", "outlet"), ("server", "outlet"), ("places", "subscription"),
     ("server", "sharing"),
     ("hub", "subscription"), ("hub", "recent"), ("hub", "places"), ("hub", "departures"),
+    ("hub", "admission"), ("admission", "places"), ("admission", "subscription"),
     ("departures", "subscription"), ("hub", "attention"), ("attention", "subscription"),
     ("stream", "replay"),
     ("postgres.connect", "postgres.dsn"), ("postgres.pool", "postgres.connect"), ("postgres.pool", "postgres.dsn"),

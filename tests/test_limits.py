@@ -111,7 +111,7 @@ def test_a_refused_stream_leaves_nothing_behind(database_url: str, make_app: Mak
     for _ in range(100):
         events = stream(app.test_client(), "/sse?channel=b")
         assert [(event.event, event.json) for event in events] == [FULL]
-    assert len(hub) == 1 and len(hub.places._taken) == 1
+    assert len(hub) == 1 and len(hub.admission.places._taken) == 1
     first.close()
     opened(app, "/sse?channel=b").close()
 
@@ -218,7 +218,7 @@ def test_clients_that_have_gone_are_forgotten(database_url: str, make_app: MakeA
         token = sign_token(["x"], Token(frozenset("a"), None, str(number)))
         opened(app, f"/sse?channel=a&token={token}").close()
     hub = app.extensions["pg_sse"].runtime.streams[0]
-    eventually(lambda: not hub.places._of)
+    eventually(lambda: not hub.admission.places._of)
 
 
 # -- a flood

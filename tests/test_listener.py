@@ -114,7 +114,7 @@ def test_two_thousand_channels_cost_few_round_trips(
 
     del statements[:]
     listener.unlisten([f"room-{number}" for number in range(2000)])
-    eventually(lambda: listener.listened() == ["first"])
+    eventually(lambda: listener._wanted.listened() == ["first"])
     assert len([query for query in statements if "UNLISTEN" in query]) <= 5
 
 
@@ -131,7 +131,7 @@ def test_channels_are_freed_when_nobody_wants_them(database_url: str, make_liste
     listener, _, _ = make_listener(database_url, linger=0.05)
     assert listener.listen(["a", "b", "ü" * 100]).wait(10)
     listener.unlisten(["a", "ü" * 100])
-    eventually(lambda: listener.listened() == ["b"])
+    eventually(lambda: listener._wanted.listened() == ["b"])
     assert listener._wanted._channel_of.keys() == {"b"}
     assert not listener._wanted._idle_since and not listener._wanted._pending and not listener._wanted._to_listen
 
@@ -215,7 +215,7 @@ def test_postgres_stopped_and_started(own_postgres: postgres.Server, make_listen
     modes: tuple[postgres.StopMode, ...] = ("fast", "immediate")
     for mode in modes:
         own_postgres.stop(mode)
-        eventually(lambda: not listener.listened())
+        eventually(lambda: not listener._wanted.listened())
         assert not listener.listen(["late"]).wait(0.1)
         count = len(gaps)
         own_postgres.start()
@@ -231,7 +231,7 @@ def test_nothing_piles_up_while_postgres_is_away(own_postgres: postgres.Server, 
     listener, _, _ = make_listener(own_postgres.url())
     assert listener.listen(["kept"]).wait(10)
     own_postgres.stop()
-    eventually(lambda: not listener.listened())
+    eventually(lambda: not listener._wanted.listened())
     for number in range(1000):
         assert not listener.listen([f"room-{number}"]).wait(0)
         listener.unlisten([f"room-{number}"])

@@ -409,7 +409,7 @@ def test_who_is_interrupted_on_the_way_into_the_tables_leaves_nothing_behind() -
     hub._dispatch = lock
     hub.close(subscription)
     hub.sweep()
-    assert not len(hub) and not hub.places._taken and log == []
+    assert not len(hub) and not hub.admission.places._taken and log == []
 
 
 def test_a_stream_may_be_closed_by_the_garbage_collector_at_any_moment() -> None:

@@ -33,7 +33,7 @@ def app(make_app: MakeApp) -> Flask:
 
 
 def streams(app: Flask) -> int:
-    return len(app.extensions["pg_sse"].runtime._process.hub)
+    return len(app.extensions["pg_sse"].runtime.streams[0])
 
 
 # -- capture

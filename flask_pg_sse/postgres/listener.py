@@ -24,7 +24,7 @@ from psycopg2.extensions import quote_ident
 
 from .. import wire
 from ..backoff import Backoff
-from ..errors import DatabaseUnavailable, PgSSEError
+from ..errors import DatabaseUnavailable, EventLogMissing, PgSSEError
 from ..orders import Orders
 from ..page import Item, Page
 from ..wakeup import Wakeup, give_way
@@ -84,8 +84,9 @@ class Listener:
 
     `deliver(turn, position)` gets each turn in the order of arrival, and the log's position after it (0 without a log);
     `gap(reason, position)` is called when events may have been missed and cannot be had again, and `pruned(through)`
-    when the log has lost its beginning; `orders` gets the orders to end streams. All run in the listener's thread.
-    `linger` and `beat_every` are in seconds.
+    when the log has lost its beginning; `orders` gets the orders to end streams, all that come after
+    `answered(True)`. `answered(False)` says that there is no log, and one is required. All run in the listener's
+    thread. `linger` and `beat_every` are in seconds.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Listener:
         presence: Presence,
         *,
         pruned: Callable[[int], None] = lambda through: None,
+        answered: Callable[[bool], None] = lambda hears_orders: None,
         orders: Orders | None = None,
         linger: float = LINGER,
         beat_every: float = BEAT_EVERY,
@@ -103,6 +105,7 @@ class Listener:
         self._dsn = dsn
         self._deliver = deliver
         self._gap = gap
+        self._answered = answered
         self._presence = presence
         self._orders = orders or Orders(lambda: (), lambda subject, channel: None)
         self._control = control.Control(pruned, self._orders)
@@ -116,7 +119,6 @@ class Listener:
         self._stopping = False
         self._wakeup = Wakeup()
         self._backoff = Backoff(_BACKOFF_FIRST, _BACKOFF_MOST)
-        self.began = threading.Event()  # it has heard, or read in the log, all since then
         self._thread = threading.Thread(target=self._run, name="pg-sse-listener", daemon=True)
 
     # -- called by others
@@ -146,10 +148,6 @@ class Listener:
         if self._wanted.remove(channels):  # the thread knows of no UNLISTEN to come yet
             self._wakeup.set()
 
-    def listened(self) -> list[str]:
-        """Return the channels on which LISTEN stands."""
-        return self._wanted.listened()
-
     # -- the thread
 
     def _run(self) -> None:
@@ -167,7 +165,10 @@ class Listener:
                 connection = connect(self._dsn, "flask_pg_sse listener")
                 what = "Lost the connection that listens"
                 self._serve(connection)
-            except PgSSEError as error:  # nobody to connect to, no log where one is required, or deaf
+            except EventLogMissing as error:
+                what, failure = "Cannot listen", error
+                self._answered(False)
+            except PgSSEError as error:  # nobody to connect to, or deaf
                 what, failure = "Cannot listen", error
             except (psycopg2.Error, OSError) as error:
                 failure = error
@@ -345,7 +346,7 @@ class Listener:
             self._catch_up(connection)
             return
         self._position = self._read(connection, [], 0).head if self._log_is_on else 0
-        self.began.set()
+        self._answered(True)
         if lost_one:
             logger.warning("Listening again to %s; events since the connection broke may be lost.", self._dsn)
             self._gap("reconnected", self._position)

@@ -48,6 +48,6 @@ def held() -> ResponseReturnValue:
 def state() -> ResponseReturnValue:
     """What the package holds in this process, without starting anything."""
     process = current_app.extensions["pg_sse"].runtime._process
-    if process is None or process.hub is None:
+    if process is None or process._streams is None:
         return jsonify(streams=0, listened=[])
-    return jsonify(streams=len(process.hub), listened=process._listener.listened())
+    return jsonify(streams=len(process._streams[0]), listened=process._threads[0]._wanted.listened())

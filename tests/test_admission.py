@@ -1,0 +1,155 @@
+"""Streams that are being decided on: whoever waits for PostgreSQL holds a place, and other routes are answered."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from flask import Flask, abort
+
+from flask_pg_sse import sse_bp
+from flask_pg_sse.testing import stream
+from tests.client import eventually
+from tests.servers import WebServer, free_port
+
+Start = Callable[..., WebServer]
+CLIENTS = 14
+WORKERS = pytest.mark.parametrize(
+    ("options", "room"),
+    [(("--worker-connections", "10"), 9), (("-k", "gthread", "--threads", "4"), 3)],
+    ids=["gevent", "gthread"],
+)
+DECIDED_BY = pytest.mark.parametrize(
+    ("app", "env"),
+    [
+        ("tests.apps.asking:app", {}),
+        ("tests.apps.basic:app", {"FLASK_SSE_EVENT_LOG": "true"}),
+        ("tests.apps.basic:app", {}),
+    ],
+    ids=["authorizer", "log", "nobody"],
+)
+
+
+@pytest.fixture(params=["refuses", "is silent"])
+def away(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a PostgreSQL that cannot be reached."""
+    with ExitStack() as stack:
+        port = free_port()
+        if request.param == "is silent":
+            hole = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=128))
+            port = hole.getsockname()[1]
+        yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+
+
+@WORKERS
+@DECIDED_BY
+def test_with_postgres_away_other_routes_are_answered_and_a_deploy_goes_on(
+    away: str, start_server: Start, options: tuple[str, ...], room: int, app: str, env: dict[str, str]
+) -> None:
+    server = start_server(away, *options, app=app, **env)
+    answers: dict[socket.socket, bytes] = {}
+    with ExitStack() as stack:
+        for _ in range(CLIENTS):  # none of them closes its connection
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10))
+            sock.sendall(b"GET /sse?channel=a HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            sock.setblocking(False)
+            answers[sock] = b""
+
+        def refused() -> int:
+            for sock in answers:
+                receive(sock, answers)
+            return sum(b'"reason": "capacity"' in answer for answer in answers.values())
+
+        begun = time.monotonic()
+        eventually(lambda: refused() == CLIENTS - room, 5)
+        assert server.get("/ping") == "pong"
+        assert time.monotonic() - begun < 5, "long before those who wait are told that it is in vain"
+
+        begun = time.monotonic()
+        server.terminate()
+        assert server.process.wait(10) == 0
+        assert time.monotonic() - begun < 4
+        refused()
+        assert sum(b'"reason": "shutdown"' in answer for answer in answers.values()) == room, answers
+    assert "Traceback" not in server.log()
+
+
+def receive(sock: socket.socket, answers: dict[socket.socket, bytes]) -> None:
+    try:
+        while data := sock.recv(65536):
+            answers[sock] += data
+    except (BlockingIOError, ConnectionResetError):
+        pass
+
+
+@pytest.fixture
+def app_with(database_url: str) -> Iterator[Callable[..., Flask]]:
+    """Make an app whose authorizer is given."""
+    apps = []
+
+    def make(authorize: Callable[[str], bool], **config: Any) -> Flask:
+        app = Flask("tests")
+        app.config.update({"SSE_DATABASE_URL": database_url, **config})
+        app.register_blueprint(sse_bp, authorize=authorize)
+        apps.append(app)
+        return app
+
+    yield make
+    for app in apps:
+        app.extensions["pg_sse"].close()
+
+
+def places(app: Flask) -> int:
+    return len(app.extensions["pg_sse"].runtime.streams[0].admission.places._taken)
+
+
+def test_a_place_is_held_while_the_app_is_asked_and_given_back_on_every_way_out(
+    app_with: Callable[..., Flask],
+) -> None:
+    held = []
+
+    def may_listen(channel: str) -> bool:
+        held.append(places(app))
+        if channel == "unauthorized":
+            abort(401)
+        return channel == "open" or bool(1 / 0)
+
+    app = app_with(may_listen, SSE_MAX_STREAMS=1)
+    client = app.test_client()
+    for url, status in (("open", 200), ("unauthorized", 401), ("failing", 200), ("open&channel=unauthorized", 401)):
+        response = client.get(f"/sse?channel={url}")
+        response.close()
+        assert (response.status_code, places(app)) == (status, 0)
+    assert held == [1] * 5
+    events = stream(client, "/sse?channel=open")
+    assert next(events).event == "sse-open" and places(app) == 1
+    assert client.get("/sse?channel=open").data.endswith(b'data: {"reason": "capacity"}\n\n')
+    assert len(held) == 6, "who cannot have a stream gives the app no work"
+    events.close()  # type: ignore[attr-defined]
+
+
+def test_a_log_that_is_missing_is_said_before_anybody_is_asked(app_with: Callable[..., Flask]) -> None:
+    app = app_with(lambda channel: True, SSE_EVENT_LOG=True)
+    for method in ("GET", "HEAD"):
+        response = app.test_client().open("/sse?channel=a", method=method)
+        assert response.status_code == 500 and places(app) == 0
+    assert "flask sse init" in app.test_client().get("/sse?channel=a").text
+
+
+@pytest.mark.parametrize("config", [{"SSE_EVENT_LOG": True}, {}], ids=["log", "authorizer"])
+def test_who_waits_is_told_in_time_that_it_is_in_vain(
+    away: str, app_with: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch, config: dict[str, bool]
+) -> None:
+    monkeypatch.setattr("flask_pg_sse.admission.OPEN_TIMEOUT", 0.5)
+    app = app_with(lambda channel: True, SSE_DATABASE_URL=away, **config)
+    for method in ("GET", "HEAD", "GET"):
+        begun = time.monotonic()
+        response = app.test_client().open("/sse?channel=a", method=method)
+        assert response.status_code == 200 and time.monotonic() - begun < 3
+        if method == "GET":
+            assert response.data.endswith(b'data: {"reason": "unavailable"}\n\n')
+    assert places(app) == 0
