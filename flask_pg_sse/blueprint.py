@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import random
@@ -44,28 +45,42 @@ _HEADERS = (
 )
 
 
-class _StreamResponse(Response):
-    """A response that tells its connection when the server has begun with it."""
+class _Begins:
+    """Mixed into a class of responses: tells the connection when the server has begun with this one."""
 
     def __init__(self, body: Iterable[bytes], connection: Connection, settings: Settings) -> None:
-        # Passed through, so that what reads a whole body (a log, a compressor) fails or passes on, and does not wait
-        # for the end of a stream.
-        super().__init__(body, headers=_HEADERS, direct_passthrough=True)
+        # Werkzeug's, whatever an app's own class takes. Passed through, so that what reads a whole body (a log, a
+        # compressor) fails or passes on, and does not wait for the end of a stream.
+        Response.__init__(self, body, headers=_HEADERS, direct_passthrough=True)  # type: ignore[arg-type]
+        self._body = id(body)
         self._connection = connection
         self._settings = settings
 
+    def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
+        def start(*answer: Any) -> Any:
+            write = start_response(*answer)
+            self._connection.response_started(
+                write,
+                self._body,
+                direct_write=self._settings.direct_write,
+                send_timeout=self._settings.send_timeout,
+            )
+            return write
+
+        body: Iterable[bytes] = super().__call__(environ, start)  # type: ignore[misc]
+        return body
+
+
+class _StreamResponse(_Begins, Response):
     def get_wsgi_headers(self, environ: Any) -> Headers:
         """Return the headers as they are. Werkzeug would copy them, for what it may have to do to those of others."""
         return self.headers
 
-    def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
-        body, status, headers = self.get_wsgi_response(environ)
-        self._connection.response_started(
-            start_response(status, headers),
-            direct_write=self._settings.direct_write,
-            send_timeout=self._settings.send_timeout,
-        )
-        return body
+
+@functools.cache
+def _response_class(apps: type[Response]) -> type[Any]:
+    """Return the class for an app's streams. Of the app's own `response_class` Flask would make it that one."""
+    return _StreamResponse if apps is Response else type("StreamResponse", (_Begins, apps), {})
 
 
 @sse_bp.record
@@ -158,8 +173,8 @@ def _answer(names: list[str]) -> ResponseReturnValue:
         return _ended(later.reason, last_event_id)
     connection = Connection(environ)
     if here.method == "HEAD":
-        return _StreamResponse(_blocks(connection), connection, settings)
-    response = _StreamResponse(stream(*runtime.streams, subscription, last_event_id, connection), connection, settings)
+        return _response(_blocks(connection), connection, settings)
+    response = _response(stream(*runtime.streams, subscription, last_event_id, connection), connection, settings)
     if "flask_pg_sse.testing" in environ:
         environ["flask_pg_sse.testing"].append(subscription)
     return response
@@ -254,6 +269,13 @@ def _closed(channel: str, state: State, *, asked: bool, bad_token: bool) -> str:
     return guard.closed_text(channel, debug=debug, bad_token=bad_token, patterns=patterns, asked=asked)
 
 
+def _response(body: Iterable[bytes], connection: Connection, settings: Settings) -> Response:
+    response: Response = _response_class(current_app.response_class)(  # type: ignore[arg-type]
+        body, connection, settings
+    )
+    return response
+
+
 def _blocks(connection: Connection, *blocks: bytes) -> Iterator[bytes]:
     """Yield blocks as a stream does that ends at once. (Of a tuple werkzeug would say the length.)"""
     yield from blocks
@@ -272,7 +294,7 @@ def _ended(reason: str, last_event_id: str) -> Response:
     settings = current_state().runtime.settings
     block = event.end_block(reason, settings.retry, id=event.to_log_id(last_event_id))
     connection = Connection(request.environ)
-    return _StreamResponse(_blocks(connection, *() if request.method == "HEAD" else (block,)), connection, settings)
+    return _response(_blocks(connection, *() if request.method == "HEAD" else (block,)), connection, settings)
 
 
 @sse_bp.after_request

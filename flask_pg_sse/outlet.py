@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+import functools
+import logging
 import operator
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from .progress import ENOUGH_BYTES, Progress
+
+logger = logging.getLogger(__name__)
 
 # For `write()`.
 NOW = socket.MSG_DONTWAIT
@@ -30,6 +35,39 @@ def frame(data: bytes) -> bytes:
     return b"%X\r\n%b\r\n" % (len(data), data)
 
 
+class _Asked:
+    """Stands in the place of `wsgi.file_wrapper` (PEP 3333) until gunicorn has asked whether the body is one.
+
+    It asks of the very object that it then iterates over. If that is the generator, nobody stands between the two, who
+    would have to see all that leaves; lengths alone do not show who puts asterisks for the digits of a card.
+    """
+
+    def __init__(self, wrapper: Any, body: int, yes: Callable[[], None]) -> None:
+        self.wrapper = wrapper
+        self._body = body  # the number of the object, which itself would keep the whole stream in a circle
+        self._yes = yes
+
+    def __call__(self, *args: Any) -> Any:
+        return self.wrapper(*args)
+
+    def __instancecheck__(self, instance: object) -> bool:
+        if id(instance) == self._body:
+            self._yes()
+        else:
+            _say_who_stands_between(type(instance))  # type: ignore[arg-type]
+        return isinstance(instance, self.wrapper)
+
+
+@functools.cache  # once for each
+def _say_who_stands_between(kind: type) -> None:
+    logger.info(
+        "Streams go through their generators, which costs more: %s.%s iterates over them. If it changes nothing in "
+        'them, set SSE_DIRECT_WRITE to "always".',
+        kind.__module__,
+        kind.__qualname__,
+    )
+
+
 class Outlet(Progress):
     """A client's socket, how fast it takes what is sent and, where there is a way past the generator, gunicorn's
     response on it.
@@ -45,17 +83,25 @@ class Outlet(Progress):
         self._response: Any = None
         self._beside = 0  # bytes of the body that gunicorn counts and `Progress` does not
 
-    def lead_past(self, response: Any) -> None:
-        """Open the way if gunicorn's response is on a plain socket, and goes out as it is."""
+    def lead_past(self, response: Any, environ: dict[str, Any], body: int, *, always: bool) -> None:
+        """Open the way if gunicorn's response is on a plain socket and goes out as it is.
+
+        That is: if gunicorn itself iterates over the generator, whose `id()` is `body`; `always`: it, or whoever else.
+        """
         if type(response.sock) is not socket.socket:
             return
-        if not any(name.lower() == "content-encoding" for name, _ in response.headers):
+        if any(name.lower() == "content-encoding" for name, _ in response.headers):
+            return
+        if always:
             self._response = response
+        elif "wsgi.file_wrapper" in environ:
+            asked = _Asked(environ["wsgi.file_wrapper"], body, lambda: setattr(self, "_response", response))
+            environ["wsgi.file_wrapper"] = asked
 
     def way(self) -> _socket.socket | None:
         """Return the socket if the response now stands between two chunks, with all that the generator has yielded.
 
-        It does not where middleware compresses, rewrites or holds back what it is given.
+        It does not for HTTP/1.0, nor behind middleware that holds back what it is given, or changes its length.
         """
         response = self._response
         if response is None or not (response.headers_sent and response.chunked):
@@ -86,6 +132,13 @@ class Outlet(Progress):
             with contextlib.suppress(OSError):
                 _socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
             raise
+
+
+def forget_asking(environ: dict[str, Any]) -> None:
+    """Let the environ be as it was: the response has begun."""
+    asked = environ.get("wsgi.file_wrapper")
+    if isinstance(asked, _Asked):
+        environ["wsgi.file_wrapper"] = asked.wrapper
 
 
 def is_gunicorns(response: Any) -> bool:

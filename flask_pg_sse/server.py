@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import wakeup
-from .outlet import Outlet, is_gunicorns
+from .outlet import Outlet, forget_asking, is_gunicorns
 from .sharing import share
 
 
@@ -83,13 +83,14 @@ class Connection(Outlet):
     def _take_socket(self, client: Any) -> None:
         self._socket = getattr(client, "_sock", client)
 
-    def response_started(self, write: Any, *, direct_write: bool, send_timeout: float) -> None:
+    def response_started(self, write: Any, body: int, *, direct_write: bool | str, send_timeout: float) -> None:
         """Have the server close the connection after this response. `write` is what `start_response` returned.
 
         Said before the headers leave, so that the client reads `Connection: close`: a stream ends only because it is to
         end, and a client that keeps its connection would hold up the worker's exit.
 
-        `direct_write` allows for writing past the generator; `send_timeout` is in seconds.
+        `direct_write` allows for writing past the generator, whose `id()` is `body`: True or "always" (see
+        `Outlet.lead_past()`). `send_timeout` is in seconds.
         """
         response: Any = getattr(write, "__self__", None)
         if hasattr(response, "force_close"):  # gunicorn
@@ -97,7 +98,7 @@ class Connection(Outlet):
             if self._begun is not None and is_gunicorns(response):
                 self._begun = (self._begun[0], response)
                 if direct_write:
-                    self.lead_past(response)
+                    self.lead_past(response, self._begun[0], body, always=direct_write == "always")
         elif hasattr(response, "close_connection"):  # gevent's pywsgi
             response.close_connection = True
             self._take_socket(response.socket)
@@ -116,6 +117,7 @@ class Connection(Outlet):
     def share(self) -> None:
         """Let go of what gunicorn keeps of the request in as far as others have the same. The response has begun."""
         if self._begun is not None and self._begun[1] is not None:
+            forget_asking(self._begun[0])
             # A gunicorn to come may keep it otherwise. It then stays as it is: the stream matters more.
             with contextlib.suppress(AttributeError, KeyError, TypeError):
                 share(*self._begun)

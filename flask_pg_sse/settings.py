@@ -89,20 +89,17 @@ def _database(value: object) -> object:
     return value
 
 
-def _on_off_auto(value: object) -> object:
-    if isinstance(value, str) and value.lower() == "auto":
-        return "auto"
-    if isinstance(value, str):
-        value = {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-    if isinstance(value, int) and value in (0, 1):
-        return bool(value)
-    raise ValueError
+def _on_off_or(word: str) -> Kind:
+    words: dict[str, bool | str] = {"true": True, "1": True, "false": False, "0": False, word: word}
 
-
-def _on_off(value: object) -> object:
-    if value == "auto":
+    def parse(value: object) -> object:
+        if isinstance(value, str):
+            return words[value.lower()]
+        if isinstance(value, int) and value in (0, 1):
+            return bool(value)
         raise ValueError
-    return _on_off_auto(value)
+
+    return Kind(f'true, false or "{word}"', parse)
 
 
 PATTERNS = Kind("a list of patterns, or a string with commas between them", _texts)
@@ -112,8 +109,8 @@ DATABASE = Kind("a PostgreSQL URL", _database)
 WHOLE = Kind(f"a whole number from 1 to {_MOST}", _whole)
 SECONDS = Kind("a number of seconds greater than 0", _seconds)
 SECRET = Kind("text or bytes that nobody can guess", _key_text)
-ON_OFF = Kind("true or false", _on_off)
-ON_OFF_AUTO = Kind('true, false or "auto"', _on_off_auto)
+ON_OFF_AUTO = _on_off_or("auto")
+ON_OFF_ALWAYS = _on_off_or("always")
 
 
 def _key(default: Any, kind: Kind, help: str) -> Any:
@@ -172,8 +169,10 @@ class Settings:
         None, WHOLE, "streams of one client in one worker: of its subject or, where it has none, of its address"
     )
     max_channels: int = _key(100, WHOLE, "channels on one stream")
-    direct_write: bool = _key(
-        True, ON_OFF, "whether idle streams are written to directly, where the server is gunicorn; false: by generators"
+    direct_write: bool | str = _key(
+        True,
+        ON_OFF_ALWAYS,
+        "whether gunicorn's idle streams are written to directly; always: past middleware too; false: by generators",
     )
 
     @classmethod
@@ -197,12 +196,15 @@ class Settings:
 
 
 def _shown(value: object, kind: Kind) -> str:
-    """Return a wrong value for an error message, without the password of a URL that stands in it by mistake."""
+    """Return a wrong value for an error message; not one that stands there by mistake, and may hold a password."""
     if kind is SECRET:
         return "empty" if value in ("", b"") else f"a value of type {type(value).__name__}"
     if kind is DATABASE:
         return repr(value) if isinstance(value, bool | int | float) or not value else "that value"
-    return re.sub(r"(://[^:/]*:)[^']*@", r"\1***@", repr(value))
+    text = repr(value)
+    if re.search(r"://.*@|passw", text, re.IGNORECASE):
+        return f"a value of type {type(value).__name__} that may hold a password"
+    return text
 
 
 def key_of(field_name: str) -> str:

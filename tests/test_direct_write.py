@@ -146,11 +146,15 @@ def test_an_idle_stream_is_written_to_directly_and_counted(
     assert counted == opening + sum(len(f"data: {text}\n\n") for text in ("one", "two", "three")) + end
 
 
-@pytest.mark.parametrize("middleware", ["compress", "rewrite", "delay", "count"])
+@WORKERS
+@pytest.mark.parametrize("middleware", ["compress", "rewrite", "delay", "mask", "mask lazily", "count"])
 def test_middleware_that_touches_the_body_gets_all_of_it(
-    database_url: str, start_server: Start, middleware: str
+    database_url: str, start_server: Start, options: tuple[str, ...], middleware: str
 ) -> None:
-    server = start_server(database_url, app="tests.apps.direct:app", MIDDLEWARE=middleware, FLASK_SSE_HEARTBEAT="0.2")
+    """Also where it changes no length, and where it changes nothing: only the middleware knows."""
+    server = start_server(
+        database_url, *options, app="tests.apps.direct:app", MIDDLEWARE=middleware, FLASK_SSE_HEARTBEAT="0.2"
+    )
     with request(server.port, "/sse?channel=a") as stream:
         if middleware == "compress":
             assert stream.headers["content-encoding"] == "deflate"
@@ -167,8 +171,27 @@ def test_middleware_that_touches_the_body_gets_all_of_it(
         else:
             assert stream.next().event == "sse-open"
             hears(stream, server, *"abcdefgh")
-        direct = writes(server)
-    assert (direct["whole"] > 0) == (middleware == "count"), direct
+            server.post("/notify/a", b'{"data": "a secret"}')
+            assert stream.event().data == ("a ******" if middleware.startswith("mask") else "a secret")
+        assert writes(server) == {"whole": 0, "part": 0, "none": 0}
+    between = "builtins.map" if middleware == "mask lazily" else "builtins.generator"
+    # Of what is compressed nobody needs to be told.
+    assert server.log().count(f"{between} iterates over them") == (middleware != "compress")
+
+
+@pytest.mark.parametrize("middleware", ["rewrite", "delay", "count"])
+def test_middleware_that_is_said_to_change_nothing(database_url: str, start_server: Start, middleware: str) -> None:
+    server = start_server(
+        database_url,
+        app="tests.apps.direct:app",
+        MIDDLEWARE=middleware,
+        FLASK_SSE_DIRECT_WRITE="always",
+        FLASK_SSE_HEARTBEAT="0.2",
+    )
+    with open_stream(server.port, "a") as stream:
+        hears(stream, server, *"abcdefgh")
+        assert (writes(server)["whole"] > 0) == (middleware == "count"), "a change of length is noticed even so"
+    assert "iterates over them" not in server.log()
 
 
 def test_http_1_0_has_no_chunks(database_url: str, start_server: Start) -> None:

@@ -168,8 +168,12 @@ def test_an_empty_variable_of_the_environment_is_not_set(key: str, value: str) -
 
 @pytest.mark.parametrize("key", [key for key, *_ in table() if "_URL" not in key] + ["SSE_SERVER_URL"])
 @pytest.mark.parametrize(
-    "url", ["postgresql://user:hunter2@host/db", "postgresql://:hunt:er2/@hunter2@host?x=1", "x://:hunter2@"]
-)
+    "url",
+    [
+        "postgresql://user:hunter2@host/db", "postgresql://:hunt:er2/@hunter2@host?x=1", "x://:hunter2@",
+        "https://u:hun'hunter2@h/?x", 'x://u:hun"ter\'hunt@h/?x', "host=h Password=hunter2 user=u",
+    ],
+)  # fmt: skip
 def test_a_url_that_was_given_to_the_wrong_key_does_not_show_its_password(key: str, url: str) -> None:
     if key == "SSE_CHANNELS":
         assert read(key, url)  # a pattern may be anything
@@ -195,9 +199,17 @@ def test_the_event_log_is_on_off_or_auto(value: object, expected: object) -> Non
     assert found == expected and type(found) is type(expected)
 
 
+def test_direct_writes_have_a_word_of_their_own() -> None:
+    assert read("SSE_DIRECT_WRITE", "Always") == "always"
+
+
 @pytest.mark.parametrize("value", ["yes", "", 2, -1, 1.0, [], "on", b"1"])
-def test_another_word_for_the_event_log_is_an_error(value: object) -> None:
-    assert 'true, false or "auto"' in error("SSE_EVENT_LOG", value)
+@pytest.mark.parametrize(
+    ("key", "word", "other"), [("EVENT_LOG", "auto", "always"), ("DIRECT_WRITE", "always", "AUTO")]
+)
+def test_another_word_is_an_error(key: str, word: str, other: str, value: object) -> None:
+    assert f'true, false or "{word}"' in error(f"SSE_{key}", value)
+    assert word in error(f"SSE_{key}", other)
 
 
 # -- the environment

@@ -11,7 +11,7 @@ import pytest
 from gunicorn.config import Config
 from gunicorn.glogging import Logger
 from gunicorn.http.parser import RequestParser
-from gunicorn.http.wsgi import create
+from gunicorn.http.wsgi import FileWrapper, create
 
 from flask_pg_sse import sharing
 from flask_pg_sse.access import Terms
@@ -103,7 +103,7 @@ def test_a_gunicorn_that_lacks_some_of_it_keeps_the_rest() -> None:
     before = dict(environ)
     del request.fragment
     connection = Connection(environ)
-    connection.response_started(response.write, direct_write=True, send_timeout=1)
+    connection.response_started(response.write, 0, direct_write=True, send_timeout=1)
     connection.share()
     assert request.method == "GET" and before["HTTP_COOKIE"] == environ["HTTP_COOKIE"] == "session=a"
     assert list(environ) == list(before)
@@ -118,8 +118,11 @@ def test_a_gunicorn_whose_response_lacks_some_of_it_sends_by_itself(lacks: str) 
         if lacking:
             delattr(response, lacks)
         connection = Connection(environ)
-        connection.response_started(response.write, direct_write=True, send_timeout=1)
+        body = iter(())
+        connection.response_started(response.write, id(body), direct_write=True, send_timeout=1)
+        assert not isinstance(body, environ["wsgi.file_wrapper"])  # as gunicorn asks
         connection.share()
+        assert environ["wsgi.file_wrapper"] is FileWrapper
         ways.append(connection.way())
     assert ways[0] is not None and ways[1] is None
 

@@ -15,7 +15,7 @@ from h2 import events
 from h2.connection import H2Connection
 
 from demo import postgres
-from tests.client import open_stream, request
+from tests.client import eventually, open_stream, request
 from tests.conftest import execute
 from tests.servers import WebServer
 
@@ -58,6 +58,30 @@ def test_events_reach_all_streams(database_url: str, start_server: Start, name: 
         stream.close()
     assert "Traceback" not in server.log()
     assert "Warning" not in server.log()
+
+
+@pytest.mark.parametrize("name", ["gevent", "gthread", "gevent_pywsgi"])
+def test_an_app_may_have_a_response_class_of_its_own(database_url: str, start_server: Start, name: str) -> None:
+    options = SERVERS[name]
+    assert isinstance(options, list)
+    server = start_server(
+        database_url, *options, "--keep-alive", "75", app="tests.apps.own_response:app", FLASK_SSE_MAX_STREAMS="1",
+        FLASK_SSE_SEND_TIMEOUT="1",
+    )  # fmt: skip
+    with open_stream(server.port, "a") as stream:
+        assert stream.headers["x-own"] == "yes"
+        assert stream.headers["content-type"] == "text/event-stream; charset=utf-8"
+        server.post("/notify/a", b'{"data": "x"}')
+        assert stream.event().data == "x"
+        with request(server.port, "/sse?channel=a") as refused:
+            assert refused.next().json == {"reason": "capacity"} and refused.headers["x-own"] == "yes"
+            assert refused.read() == b""
+            refused.wait_closed()
+    assert (json.loads(server.get("/writes"))["whole"] > 0) == (name != "gevent_pywsgi")
+    eventually(lambda: '"streams":0' in server.get("/state"))
+    with open_stream(server.port, "a", receive_buffer=2048):  # reads no more
+        server.post("/flood/a/2000/7000")
+        eventually(lambda: '"streams":0' in server.get("/state"))
 
 
 def test_gunicorn_sync_refuses_streams_in_words(database_url: str, start_server: Start) -> None:
