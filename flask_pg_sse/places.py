@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Collection
 
 from .subscription import Subscription
 
+# The places of all apps in this process that are taken, counted by its length: append() and pop() are atomic, as += is
+# not.
+_taken_here: list[None] = []
+os.register_at_fork(after_in_child=_taken_here.clear)
+
 
 class Places:
-    """The streams that are open, bounded: `most` in all, `most_each` a client (None: any number).
+    """The streams of an app that are open, bounded: `most` in all, `most_each` a client (None: any number).
+
+    `most_here` bounds the streams of all apps in this process, which have the worker's connections in common.
 
     `give_back()` takes no lock, because the garbage collector may end a stream in the midst of any statement here.
     """
 
-    def __init__(self, most: int, most_each: int | None) -> None:
+    def __init__(self, most: int, most_each: int | None, *, most_here: int = sys.maxsize) -> None:
         self._most = most
         self._most_each = most_each
+        self._most_here = most_here
         self._taking = threading.Lock()
-        # One for each place that is taken, counted by its length: append() and pop() are atomic, as += is not.
-        self._taken: list[None] = []
+        self._taken: list[None] = []  # as `_taken_here`
         self._of: dict[str, set[Subscription]] = {}
 
     def take(self, subscription: Subscription) -> bool:
         """Give a stream its place; False if there is none."""
         with self._taking:
-            if self.full(subscription.terms.clients):
+            if self._full(subscription.terms.clients):
+                return False
+            _taken_here.append(None)  # before the look: other apps have locks of their own
+            if len(_taken_here) > self._most_here:
+                _taken_here.pop()
                 return False
             self._taken.append(None)
             subscription.place = None
@@ -41,10 +54,11 @@ class Places:
         except AttributeError:
             return
         self._taken.pop()
+        _taken_here.pop()
         for client in subscription.terms.clients:
             self._of.get(client, _NONE).discard(subscription)
 
-    def full(self, clients: Collection[str]) -> bool:
+    def _full(self, clients: Collection[str]) -> bool:
         """Tell whether one more stream of a client would be too many.
 
         That a client has vanished may be noticed late. Its other streams are looked at here, so that a page which is

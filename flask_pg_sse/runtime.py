@@ -270,7 +270,7 @@ class _Process:
             heartbeat=heartbeat,
             retry=settings.retry,
             send_timeout=settings.send_timeout,
-            places=Places(_most_streams(settings.max_streams), settings.max_streams_per_client),
+            places=_places(settings),
         )
         listener = Listener(
             self._listen_dsn,
@@ -305,15 +305,16 @@ class _Process:
             pool.close()
 
 
-def _most_streams(configured: int | None) -> int:
-    most, holds = room_for_streams(shutdown.gunicorn_worker())
-    if configured is None:
-        return most
-    if holds is not None and configured >= holds:
+def _places(settings: Settings) -> Places:
+    most, each = settings.max_streams, settings.max_streams_per_client
+    room, holds = room_for_streams(shutdown.gunicorn_worker())
+    if most is None:
+        return Places(room, each, most_here=room)
+    if holds is not None and most >= holds:
         logger.warning(
             "SSE_MAX_STREAMS is %d, and this worker holds %d connections at once: full of streams it would answer "
             "nothing else. Raise --worker-connections (--threads under gthread), or lower SSE_MAX_STREAMS.",
-            configured,
+            most,
             holds,
         )
-    return configured
+    return Places(most, each)

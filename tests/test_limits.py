@@ -14,7 +14,7 @@ import pytest
 from flask import Flask
 
 from flask_pg_sse.access import counted_under
-from flask_pg_sse.places import Places
+from flask_pg_sse.places import Places, _taken_here
 from flask_pg_sse.server import room_for_streams
 from flask_pg_sse.subscription import Subscription
 from flask_pg_sse.testing import stream
@@ -88,6 +88,16 @@ def test_a_worker_full_of_streams_answers_other_routes(
         opened[0].close()
         eventually(lambda: not refused(server.port), 40)  # as soon as it is noticed
     assert "Traceback" not in server.log()
+
+
+def test_two_apps_in_one_worker_have_its_room_together(database_url: str, start_server: Start) -> None:
+    server = start_server(database_url, "--worker-connections", "10", app="tests.apps.two:app")
+    with ExitStack() as stack:
+        for number in range(9):
+            stack.enter_context(open_stream(server.port, "a", path="/two/sse" if number % 2 else "/sse"))
+        for path in ("/sse?channel=a", "/two/sse?channel=a"):
+            assert refused(server.port, path)
+        assert server.get("/ping") == server.get("/two/ping") == "pong"
 
 
 def test_a_configured_cap(database_url: str, start_server: Start) -> None:
@@ -191,6 +201,7 @@ def test_an_address_is_no_subject() -> None:
 
 
 def test_a_place_is_given_back_once() -> None:
+    before = len(_taken_here)
     places = Places(1, None)
     one, other = Subscription("a", 1000), Subscription("a", 1000)
     assert places.take(one) and not places.take(other)
@@ -199,6 +210,9 @@ def test_a_place_is_given_back_once() -> None:
     places.give_back(one)
     places.give_back(one)
     assert places.take(other) and not places.take(one)
+    assert len(_taken_here) == before + 1
+    places.give_back(other)
+    assert len(_taken_here) == before
 
 
 def test_many_at_once_get_as_many_as_there_are_places(database_url: str, start_server: Start) -> None:
