@@ -120,6 +120,8 @@ class Runtime:
 
     def cursor(self) -> int | None:
         """Return the head of the event log, None without a log."""
+        if self.collect is not None:
+            return None
         process = self._running()
         if self._presence().look(process.publisher.execute) is None:
             return None

@@ -46,8 +46,10 @@ class Captured:
 def capture(app: Flask) -> Iterator[list[Captured]]:
     """Collect what `notify()` would send, without any database.
 
-    The list grows while the block runs. Events are checked as ever, so that what cannot be sent fails here too; one
-    that is given a `connection=` is collected at the call, whatever becomes of the transaction.
+    The list grows while the block runs. Events are checked as ever, so that what cannot be sent fails here too: also
+    what is too large for NOTIFY, for nobody asks the database for its event log. Say `SSE_EVENT_LOG = True` in the
+    tests of an app that has one. An event that is given a `connection=` is collected at the call, whatever becomes of
+    the transaction. `disconnect()` does nothing, and `sse_cursor()` returns None.
     """
     runtime = state_of(app).runtime
     events: list[Captured] = []

@@ -11,7 +11,16 @@ import psycopg2
 import pytest
 from flask import Flask
 
-from flask_pg_sse import InvalidChannel, InvalidEvent, PayloadTooLarge, PgSSE, notify, notify_many, postgres_notify
+from flask_pg_sse import (
+    InvalidChannel,
+    InvalidEvent,
+    PayloadTooLarge,
+    PgSSE,
+    notify,
+    notify_many,
+    postgres_notify,
+    sse_cursor,
+)
 from flask_pg_sse.testing import Captured, capture, stream
 from tests.client import eventually
 from tests.conftest import execute
@@ -74,6 +83,11 @@ def test_what_is_sent_in_a_transaction_is_captured_and_not_sent(database_url: st
         assert connection.info.transaction_status == psycopg2.extensions.TRANSACTION_STATUS_IDLE
     finally:
         connection.close()
+
+
+def test_a_view_that_asks_for_a_cursor_needs_no_database_either(app: Flask) -> None:
+    with app.test_request_context(), capture(app):
+        assert sse_cursor() is None
 
 
 def test_what_cannot_be_sent_fails_in_capture_too(app: Flask) -> None:
