@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ from flask_cors import CORS
 from werkzeug.datastructures import Headers
 
 from flask_pg_sse import sse_bp
+from tests.servers import ROOT
 
 ORIGIN = "https://example.com"
 WILD: dict[str, Any] = {
@@ -88,6 +91,27 @@ def test_nothing_that_is_not_listed_is_reflected(surroundings: str, origin: str)
     headers = ask(make(surroundings, [ORIGIN, "http://[::1]:3000"]), origin)
     assert cors(headers) == {}
     assert "Origin" in headers["Vary"]
+
+
+def test_cors_on_the_blueprint_itself_opens_nothing() -> None:
+    """In a process of its own: the blueprint is one for all apps, and takes nothing once it has been registered."""
+    code = f"""
+from flask import Flask
+from flask_cors import CORS
+from flask_pg_sse import sse_bp
+CORS(sse_bp, supports_credentials=True)
+app = Flask("tests")
+app.config.update(SSE_CHANNELS=["open"], SSE_ALLOWED_ORIGINS=[{ORIGIN!r}])
+app.register_blueprint(sse_bp)
+for origin in ({ORIGIN!r}, "https://evil.org"):
+    for url in ("/sse?channel=open", "/sse?channel=closed"):
+        answer = app.test_client().head(url, headers={{"Origin": origin}})
+        print(answer.headers.getlist("Access-Control-Allow-Origin"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout.splitlines() == [f"[{ORIGIN!r}]"] * 2 + ["[]"] * 2
 
 
 @ANYWHERE
