@@ -18,6 +18,7 @@ from flask.typing import ResponseReturnValue
 from flask_cors import cross_origin
 from flask_cors.core import FLASK_CORS_EVALUATED
 from werkzeug.datastructures import Headers
+from werkzeug.exceptions import NotFound
 
 from . import access, event, guard, shutdown
 from .admission import NotNow
@@ -29,7 +30,7 @@ from .server import Connection, why_no_stream
 from .settings import Settings, secret_keys
 from .stream import stream
 from .subscription import Subscription
-from .tokens import Token, read_token
+from .tokens import Token, read_token, without_token
 
 logger = logging.getLogger(__name__)
 
@@ -112,24 +113,26 @@ def _mask_token(endpoint: str | None, values: dict[str, Any] | None) -> None:
     """Keep tokens out of access logs: gunicorn writes the request's line from these when the response has ended.
 
     Flask calls this before any `before_request`, which may answer in the view's place, and also where no view will be
-    asked: for a CORS preflight, and for what leads nowhere, as one of our URLs with another method does.
+    asked: for a CORS preflight, and for one of our URLs with another method. What no rule at all is for is not ours: an
+    app may pass it on to another, whose token it is.
     """
     environ = request.environ
-    if "token=" not in environ.get("QUERY_STRING", ""):
+    if "token=" not in environ.get("QUERY_STRING", "") or isinstance(request.routing_exception, NotFound):
         return
     if endpoint is None or current_app.blueprints.get(request.blueprint or "") is sse_bp:
         for name in ("RAW_URI", "REQUEST_URI", "QUERY_STRING"):  # Flask's request has its own copy
             if name in environ:
-                environ[name] = re.sub(r"((?:^|[?&])token=)[^&#]*", r"\1***", environ[name])
+                environ[name] = without_token(environ[name])
 
 
+# `others` are an app's: parts of its url_prefix, or its url_defaults.
 @sse_bp.get("", endpoint="stream", strict_slashes=False)
-def _stream() -> ResponseReturnValue:
+def _stream(**others: object) -> ResponseReturnValue:
     return _answer([])
 
 
 @sse_bp.get("/<path:channel>", endpoint="channel")
-def _channel(channel: str) -> ResponseReturnValue:
+def _channel(channel: str, **others: object) -> ResponseReturnValue:
     try:
         request.environ["PATH_INFO"].encode("latin-1").decode()
     except UnicodeDecodeError:  # werkzeug has put U+FFFD for it; here too it becomes what no channel's name may hold

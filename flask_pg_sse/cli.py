@@ -10,6 +10,7 @@ from typing import Any
 import click
 import psycopg2
 from flask import current_app
+from werkzeug.routing import BuildError
 
 from .blueprint import sse_bp
 from .errors import DatabaseUnavailable, PgSSEError
@@ -89,7 +90,7 @@ def _sign(channels: tuple[str, ...], expires: float | None, subject: str | None)
     try:
         with current_app.test_request_context():  # a path can be built without knowing the site's name
             click.echo(sse_url(channels, sign=True, expires=expires, subject=subject))
-    except (PgSSEError, ValueError) as error:
+    except (PgSSEError, ValueError, BuildError) as error:
         raise click.ClickException(f"The URL was not signed: {error}") from None
 
 

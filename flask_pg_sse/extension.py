@@ -196,10 +196,13 @@ class _CurrentApp:
             )
             pairs.append(("token", sign_token(self._runtime().signing_keys("sse_url() that signs"), token)))
         query = urlencode(pairs)
-        base = self._runtime().settings.server_url
-        if base is not None:
-            return f"{base}/?{query}"
-        return f"{url_for(f'{current_state().blueprint_name}.stream', _external=external)}?{query}"
+        settings = self._runtime().settings
+        if settings.server_url is not None:  # whose limits are its own
+            return f"{settings.server_url}/?{query}"
+        if (count := len(set(names))) > settings.max_channels:
+            raise ValueError(f"sse_url() got {count} channels, and one stream has {settings.max_channels} at the most.")
+        path = url_for(f"{current_state().blueprint_name}.stream", _external=external)
+        return f"{path}{'&' if '?' in path else '?'}{query}"  # an app's url_defaults may stand in a query
 
 
 class PgSSE(_CurrentApp):
@@ -301,7 +304,9 @@ class ServerUrl:
 
     def __str__(self) -> str:
         state = current_state()
-        return state.runtime.settings.server_url or url_for(f"{state.blueprint_name}.stream").rstrip("/")
+        if state.runtime.settings.server_url is not None:
+            return state.runtime.settings.server_url
+        return url_for(f"{state.blueprint_name}.stream").partition("?")[0].rstrip("/")
 
     def __html__(self) -> str:  # tojson takes this too
         return str(escape(str(self)))

@@ -12,6 +12,7 @@ from typing import Any
 from . import wakeup
 from .outlet import Outlet, forget_asking, is_gunicorns
 from .sharing import share
+from .tokens import without_token
 
 
 def why_no_stream(environ: Mapping[str, Any], worker: Any = None) -> str | None:
@@ -95,6 +96,7 @@ class Connection(Outlet):
         response: Any = getattr(write, "__self__", None)
         if hasattr(response, "force_close"):  # gunicorn
             response.force_close()
+            _mask_token(response.req)
             if self._begun is not None and is_gunicorns(response):
                 self._begun = (self._begun[0], response)
                 if direct_write:
@@ -168,3 +170,11 @@ class Connection(Outlet):
             with contextlib.suppress(OSError):  # the client has gone
                 # The base class's method: that of an SSL socket would also drop the encryption of what is still to go.
                 _socket.socket.shutdown(self._socket, how)
+
+
+def _mask_token(request: Any) -> None:
+    """Keep the token out of what gunicorn logs of a request that fails after all, in an app's teardown say."""
+    for name in ("uri", "query"):
+        text = getattr(request, name, None)
+        if isinstance(text, str) and "token=" in text:
+            setattr(request, name, without_token(text))

@@ -9,6 +9,7 @@ Keys come oldest first: the last one signs, all are taken for reading, so that a
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,3 +98,8 @@ def _serializer(keys: Keys, salt: str) -> URLSafeSerializer:
     options = {"key_derivation": "hmac", "digest_method": hashlib.sha256}
     in_bytes = [key.encode() if isinstance(key, str) else key for key in keys]
     return URLSafeSerializer(in_bytes, salt=salt, signer_kwargs=options)
+
+
+def without_token(url: str) -> str:
+    """Return a URL, or its query, to be logged."""
+    return re.sub(r"((?:^|[?&])token=)[^&#]*", r"\1***", url)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import sqlalchemy
-from flask import Flask, Response
+from flask import Flask, Response, render_template_string
 from sqlalchemy.orm import Session
 
 from flask_pg_sse import DatabaseNotConfigured, PgSSE, notify, notify_many, sse_bp, sse_url
@@ -57,6 +57,19 @@ def test_an_empty_url_prefix_is_the_root(database_url: str) -> None:
         with app.test_request_context():
             assert sse_url("orders") == "/?channel=orders"
         for url in ("/?channel=orders", "/orders"):
+            assert app.test_client().head(url).status_code == 200
+
+
+def test_an_app_that_puts_something_into_every_url(database_url: str) -> None:
+    """By its prefix, by defaults, or by whatever it adds to what url_for() is asked for."""
+    app = Flask("app")
+    app.config.update(SSE_DATABASE_URL=database_url, SSE_CHANNELS=["*"])
+    app.register_blueprint(sse_bp, url_prefix="/<tenant>/sse", url_defaults={"plan": "free"})
+    app.url_defaults(lambda endpoint, values: values.update(language="de", tenant="acme"))
+    with app.test_request_context():
+        assert sse_url("orders") == "/acme/sse?language=de&channel=orders"
+        assert render_template_string("{{ sse_server_url }}") == "/acme/sse"
+        for url in (sse_url("orders"), "/acme/sse/orders"):
             assert app.test_client().head(url).status_code == 200
 
 

@@ -85,6 +85,8 @@ def test_answers_and_logs(name: str, debug: str, database_url: str, start_server
     answers.append(ask(server, f"channel=mine&token={TOKEN}", 200, method="OPTIONS"))
     answers.append(ask(server, f"channel=mine&token={TOKEN}", 405, method="POST"))
     answers.append(ask(server, f"channel=mine&gated&token={TOKEN}", 401))
+    if name in ("gevent", "gthread") and debug == "0":
+        answers.append(ask(server, f"channel=mine&tearing&token={TOKEN}", 500))
     assert "expired" in answers[1] and "unavailable" in answers[5]
     with request(server.port, "/ping?token=the-apps-own") as response:
         assert response.status == 200
@@ -97,6 +99,7 @@ def test_answers_and_logs(name: str, debug: str, database_url: str, start_server
         assert TOKEN in log
     else:
         assert "token=***" in log and "token=the-apps-own" in log
+        assert ("Error handling request GET /sse?channel=mine&tearing&token=***" in log) == (len(answers) == 11)
         assert not [token for token in TOKENS if token in log or token.rpartition(".")[2] in log]
 
 
@@ -178,4 +181,5 @@ def test_tokens_are_masked_wherever_the_streams_are(register: Callable[[Flask], 
         assert seen == [(f"{path}?a=b&token=***", "a=b&token=***"), (f"{path}/mine?token=***", "token=***")]
         seen.clear()
     assert client.get("/own?token=mine").text == "pong"
-    assert seen == [("/own?token=mine", "token=mine")]
+    assert client.get("/nowhere?token=mine").status_code == 404  # the app may pass it on to another
+    assert seen == [("/own?token=mine", "token=mine"), ("/nowhere?token=mine", "token=mine")]

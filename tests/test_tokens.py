@@ -112,6 +112,17 @@ def test_as_many_channels_as_a_stream_may_have(app: Flask) -> None:
     assert_open(app, make_url(app, [f"{'é' * 125}{number:03}" for number in range(100)], expires=60))
 
 
+def test_more_channels_than_a_stream_may_have(make_app: MakeApp) -> None:
+    app = make_app(None, SSE_MAX_CHANNELS=2)
+    with app.test_request_context():
+        assert sse_url(["a", "b", "a"]).count("channel=") == 3
+        with pytest.raises(ValueError, match="3 channels, and one stream has 2"):
+            sse_url(["a", "b", "c"])
+    elsewhere = make_app(None, SSE_MAX_CHANNELS=2, SSE_SERVER_URL="https://e.org")
+    with elsewhere.app_context():
+        assert sse_url(["a", "b", "c"]), "the server there has a limit of its own"
+
+
 def test_the_url(app: Flask) -> None:
     """Channels in clear, then the rest, the token last."""
     url = make_url(app, ["a", "b"], expires=60, subject=7, cursor=5)

@@ -30,6 +30,12 @@ def gate() -> None:
         abort(401)
 
 
+@app.teardown_request
+def tear_down(error: BaseException | None) -> None:
+    if "tearing" in request.args:
+        raise RuntimeError("the teardown fails, and Flask is past handling it")
+
+
 @app.get("/ping")
 def ping() -> ResponseReturnValue:
     return "pong"
