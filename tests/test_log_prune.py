@@ -183,11 +183,16 @@ def test_rows_whose_trigger_never_fired_go_after_an_hour(log_url: str) -> None:
     assert [row[3] for row in logged(log_url)] == ["in time"]
 
 
-def test_what_is_dated_in_the_future_is_as_old_as_what_follows_it(log_url: str) -> None:
-    """The server's clock was ahead for a moment, or behind. Nothing goes before its time for that."""
+@pytest.mark.parametrize("batch", [5000, 2, 1])
+def test_what_is_dated_in_the_future_is_as_old_as_what_follows_it(
+    log_url: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's clock was ahead for a time, or behind. Nothing goes before its time for that."""
+    monkeypatch.setattr("flask_pg_sse.postgres.prune.BATCH", batch)
     ages = {"old": "1 hour", "future": "-10 years", "young": "0"}
     for dated, deleted in (
         (["future", "old", "old", "young"], 3),
+        (["future", "future", "future", "old", "young"], 4),
         (["old", "future", "young"], 1),
         (["old", "future"], 1),
         (["old", "young", "old", "future", "old"], 1),
@@ -200,7 +205,7 @@ def test_what_is_dated_in_the_future_is_as_old_as_what_follows_it(log_url: str) 
         for age, interval in ages.items():
             query = "UPDATE flask_pg_sse.event SET created_at = now() - %s::interval WHERE data = %s"
             execute(log_url, query, (interval, age))
-        assert execute(log_url, "SELECT flask_pg_sse.prune_v1('1 minute', 5000)")[0][0] == deleted, dated
+        assert prune(lambda query, args: execute(log_url, query, tuple(args)), 60.0) == (deleted, False), dated
         assert [row[3] for row in logged(log_url)] == dated[deleted:]
 
 

@@ -327,6 +327,13 @@ BEGIN
             bool_or(e.created_at BETWEEN clock_timestamp() - max_age AND clock_timestamp()) OVER (ORDER BY e.id) AS kept
         FROM (SELECT e.id, e.created_at FROM flask_pg_sse.event e WHERE e.id > pruned ORDER BY e.id LIMIT batch) AS e
     ) AS e WHERE e.expired AND NOT e.kept;
+    IF cut IS NULL AND (
+        SELECT e.created_at < clock_timestamp() - max_age FROM flask_pg_sse.event e
+        WHERE e.id > pruned AND e.created_at <= clock_timestamp() ORDER BY e.id LIMIT 1
+    ) THEN  -- the whole batch is dated in the future, and what follows it has expired
+        SELECT max(e.id) INTO cut
+        FROM (SELECT e.id FROM flask_pg_sse.event e WHERE e.id > pruned ORDER BY e.id LIMIT batch) AS e;
+    END IF;
     DELETE FROM flask_pg_sse.event e WHERE e.id > pruned AND e.id <= cut;
     GET DIAGNOSTICS deleted = ROW_COUNT;
     IF deleted > 0 THEN
