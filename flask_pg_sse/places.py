@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Collection
 
@@ -18,12 +17,13 @@ os.register_at_fork(after_in_child=_taken_here.clear)
 class Places:
     """The streams of an app that are open, bounded: `most` in all, `most_each` a client (None: any number).
 
-    `most_here` bounds the streams of all apps in this process, which have the worker's connections in common.
+    `most_here` bounds those of all apps in this process together, which have the worker's connections in common. None:
+    they are not counted with the others.
 
     `give_back()` takes no lock, because the garbage collector may end a stream in the midst of any statement here.
     """
 
-    def __init__(self, most: int, most_each: int | None, *, most_here: int = sys.maxsize) -> None:
+    def __init__(self, most: int, most_each: int | None, *, most_here: int | None = None) -> None:
         self._most = most
         self._most_each = most_each
         self._most_here = most_here
@@ -36,10 +36,11 @@ class Places:
         with self._taking:
             if self._full(subscription.terms.clients):
                 return False
-            _taken_here.append(None)  # before the look: other apps have locks of their own
-            if len(_taken_here) > self._most_here:
-                _taken_here.pop()
-                return False
+            if self._most_here is not None:
+                _taken_here.append(None)  # before the look: other apps have locks of their own
+                if len(_taken_here) > self._most_here:
+                    _taken_here.pop()
+                    return False
             self._taken.append(None)
             subscription.place = None
             if self._most_each is not None:
@@ -54,7 +55,8 @@ class Places:
         except AttributeError:
             return
         self._taken.pop()
-        _taken_here.pop()
+        if self._most_here is not None:
+            _taken_here.pop()
         for client in subscription.terms.clients:
             self._of.get(client, _NONE).discard(subscription)
 

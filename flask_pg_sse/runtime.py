@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -160,7 +161,7 @@ class Runtime:
         none.
         """
         log_unknown = self.settings.event_log is True and not self._presence().found
-        if not (asks or log_unknown):
+        if not (asks or log_unknown or self._serves_streams()):  # HEAD alone starts nothing
             yield
             return
         admission = self.streams[0].admission
@@ -174,6 +175,10 @@ class Runtime:
             if asks:
                 admission.wait_for_orders()
             yield
+
+    def _serves_streams(self) -> bool:
+        process = self._process
+        return process is not None and process.pid == os.getpid() and process.serves_streams
 
     @property
     def streams(self) -> tuple[Hub, Replay]:
@@ -255,6 +260,10 @@ class _Process:
         self._streams: tuple[Hub, Replay] | None = None
         self._threads: tuple[Listener | Ticker | Pruner, ...] = ()
 
+    @property
+    def serves_streams(self) -> bool:
+        return self._streams is not None
+
     def streams(self) -> tuple[Hub, Replay]:
         if self._streams is None:
             with self._starting:
@@ -319,4 +328,4 @@ def _places(settings: Settings) -> Places:
             most,
             holds,
         )
-    return Places(most, each)
+    return Places(most, each, most_here=sys.maxsize)

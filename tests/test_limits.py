@@ -202,7 +202,7 @@ def test_an_address_is_no_subject() -> None:
 
 def test_a_place_is_given_back_once() -> None:
     before = len(_taken_here)
-    places = Places(1, None)
+    places = Places(1, None, most_here=1000)
     one, other = Subscription("a", 1000), Subscription("a", 1000)
     assert places.take(one) and not places.take(other)
     places.give_back(other)  # which has none
