@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -40,9 +41,11 @@ def stop(readers: list[Reader]) -> None:
         reader.reading = False
 
 
-def go_on(readers: list[Reader]) -> None:
+def go_on(readers: list[Reader], receive_buffer: int | None = None) -> None:
     for reader in readers:
         reader.reading = True
+        if receive_buffer is not None:  # megabytes would take long through a few kilobytes
+            reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
 
 
 def all_have(readers: list[Reader], count: int) -> Callable[[], bool]:
@@ -138,7 +141,7 @@ def test_stalled_clients_on_channels_of_their_own_cost_no_more(database_url: str
                 flood(database_url, names, 25, 5000, batch=5)
                 publish(database_url, ("good", str(number)))
                 crowd.read_until(all_have([good], number + 1))
-            go_on(slow)
+            go_on(slow, receive_buffer=1 << 18)
             crowd.read_until(all_have(slow, 250))
         bound = most_for(count, 65536)
         print(f"{count} stalled: at most +{(memory.most - before) >> 20} MB of {bound >> 20} MB; {memory}")
@@ -157,7 +160,7 @@ def test_clients_with_the_kernels_own_buffers_lose_nothing_either(database_url: 
         for number in range(8):
             flood(database_url, ["a"], 64, 10_000)
             crowd.read_until(all_have([good], 64 * number + 64))
-        go_on(slow)
+        go_on(slow, receive_buffer=1 << 18)
         crowd.read_until(all_have(slow, 512))
         expected = logged(database_url, ["a"])
         assert all(reader.events == expected for reader in crowd.readers)
@@ -189,7 +192,7 @@ def test_large_events_on_their_way_to_stalled_clients_have_a_budget(database_url
             assert len(begun) == replay.LARGE_BYTES // 5_000_000
             assert all(not reader.events for reader in ended)
             high = memory.most
-            go_on(begun)
+            go_on(begun, receive_buffer=1 << 18)
             crowd.read_until(all_have(begun, 2))
             again = [crowd.add(*reader.channels, last_event_id=reader.last_event_id) for reader in ended]
             crowd.read_until(all_have(again, 2))
