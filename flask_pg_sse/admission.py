@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
+from .access import Terms
 from .places import Places
 from .subscription import Subscription
 
@@ -30,9 +31,10 @@ class Admission:
 
     def __init__(self, places: Places) -> None:
         self.places = places
-        self._answered = threading.Event()  # there is nothing (more) to wait for
+        self._answered = threading.Event()  # there is nothing to wait for (any more)
         self._hears_orders = False
         self._closed: str | None = None
+        self.log_missing = False  # the database has answered so, and the configuration requires a log
         self._lock = threading.Lock()
         self._orders: deque[tuple[float, str | None, str | None]] = deque(maxlen=_ORDERS)  # when, subject, channel
 
@@ -42,6 +44,8 @@ class Admission:
 
         Given back at the end, and taken anew when the stream begins: it may never do so.
         """
+        if self._closed is not None:
+            raise NotNow(self._closed)
         if not self.places.take(subscription):
             raise NotNow("capacity")
         try:
@@ -49,20 +53,41 @@ class Admission:
         finally:
             self.places.give_back(subscription)
 
-    def answered(self, hears_orders: bool) -> None:
-        """Take note that PostgreSQL has answered; and whether from now on all orders are heard, or read in the log."""
-        self._hears_orders = self._hears_orders or hears_orders
-        self._answered.set()
+    def hold_as(self, subscription: Subscription, terms: Terms) -> None:
+        """Let a stream that holds a place be on these terms, and one of its client's. Raises `NotNow`."""
+        if not self.places.take_as(subscription, terms):
+            raise NotNow("capacity")
+
+    def answered(self, hears_orders: bool | None) -> None:
+        """Take note of the listener's state.
+
+        True: from now on all orders are heard, or read in the log. False: there is no log, and one is required. None:
+        PostgreSQL does not answer (any more).
+        """
+        self.log_missing = hears_orders is False
+        self._hears_orders = self._hears_orders or bool(hears_orders)
+        if self._hears_orders or self.log_missing:
+            self._answered.set()
+            return
+        self._answered.clear()
+        if self._closed is not None:  # meanwhile
+            self._answered.set()
+
+    @property
+    def log_in_use(self) -> bool:
+        """Whether a log that the configuration requires is there, as far as is known."""
+        return self._hears_orders and not self.log_missing
 
     def wait_for_answer(self) -> None:
-        """Wait until PostgreSQL has answered for the first time. Raises `NotNow`."""
+        """Wait until PostgreSQL has answered. Raises `NotNow`."""
         answered = self._closed is None and self._answered.wait(OPEN_TIMEOUT)
         if self._closed is not None or not answered:
             raise NotNow(self._closed or "unavailable")
 
     def wait_for_orders(self) -> None:
         """Wait until this process would hear that a right is taken away. Raises `NotNow`."""
-        self.wait_for_answer()
+        if not self._hears_orders:
+            self.wait_for_answer()
         if not self._hears_orders:
             raise NotNow("unavailable")
 

@@ -8,7 +8,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -26,6 +26,7 @@ from .channels import check_channel
 from .errors import ConfigurationError, EventLogMissing, InvalidChannel
 from .extension import EXTENSION, ServerUrl, State, current_state, sse_cursor, sse_url
 from .guard import SSEBlueprint
+from .runtime import Process
 from .server import Connection, why_no_stream
 from .settings import Settings, secret_keys
 from .stream import stream
@@ -49,23 +50,17 @@ _HEADERS = (
 class _Begins:
     """Mixed into a class of responses: tells the connection when the server has begun with this one."""
 
-    def __init__(self, body: Iterable[bytes], connection: Connection, settings: Settings) -> None:
-        # Werkzeug's, whatever an app's own class takes. Passed through, so that what reads a whole body (a log, a
-        # compressor) fails or passes on, and does not wait for the end of a stream.
-        Response.__init__(self, body, headers=_HEADERS, direct_passthrough=True)  # type: ignore[arg-type]
-        self._body = id(body)
-        self._connection = connection
-        self._settings = settings
+    def __init__(self, body: Iterable[bytes], begin: Callable[[Any], None]) -> None:
+        """Make a response as Flask would. `begin` gets what `start_response` has returned."""
+        super().__init__(body, headers=_HEADERS)  # type: ignore[call-arg]
+        # What reads a whole body (a log, a compressor) fails or passes on, and does not wait for the end of a stream.
+        self.direct_passthrough = True
+        self._pg_sse_begin = begin
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
         def start(*answer: Any) -> Any:
             write = start_response(*answer)
-            self._connection.response_started(
-                write,
-                self._body,
-                direct_write=self._settings.direct_write,
-                send_timeout=self._settings.send_timeout,
-            )
+            self._pg_sse_begin(write)
             return write
 
         body: Iterable[bytes] = super().__call__(environ, start)  # type: ignore[misc]
@@ -113,14 +108,17 @@ def _mask_token(endpoint: str | None, values: dict[str, Any] | None) -> None:
     """Keep tokens out of access logs: gunicorn writes the request's line from these when the response has ended.
 
     Flask calls this before any `before_request`, which may answer in the view's place, and also where no view will be
-    asked: for a CORS preflight, and for one of our URLs with another method. What no rule at all is for is not ours: an
-    app may pass it on to another, whose token it is.
+    asked: for a CORS preflight, for one of our URLs with another method, or with a slip in it. But the query of what no
+    rule at all is for stays: an app may pass that on to another, whose token it is.
     """
     environ = request.environ
-    if "token=" not in environ.get("QUERY_STRING", "") or isinstance(request.routing_exception, NotFound):
+    if "token=" not in environ.get("QUERY_STRING", ""):
         return
     if endpoint is None or current_app.blueprints.get(request.blueprint or "") is sse_bp:
-        for name in ("RAW_URI", "REQUEST_URI", "QUERY_STRING"):  # Flask's request has its own copy
+        names = ["RAW_URI", "REQUEST_URI"]
+        if not isinstance(request.routing_exception, NotFound):
+            names.append("QUERY_STRING")  # Flask's request has its own copy
+        for name in names:
             if name in environ:
                 environ[name] = without_token(environ[name])
 
@@ -166,18 +164,19 @@ def _answer(names: list[str]) -> ResponseReturnValue:
 
     # Last-Event-ID of an EventSource that reconnects; the query is for clients that cannot set a header.
     last_event_id = environ.get("HTTP_LAST_EVENT_ID") or query.get("last_event_id", [""])[0]
+    process, connection = runtime.process, Connection(environ)
     try:
-        subscription = _admitted(here, state, channels, query.get("token", [""])[0])
+        subscription = _admitted(here, state, process, connection, channels, query.get("token", [""])[0])
+        if here.method == "HEAD":
+            return _response(_Blocks(connection), connection, settings)
+        hub, replay = process.streams
     except _Refused as refused:
         return _refusal(403, str(refused))
     except EventLogMissing as error:
         return _refusal(500, str(error))
     except NotNow as later:
         return _ended(later.reason, last_event_id)
-    connection = Connection(environ)
-    if here.method == "HEAD":
-        return _response(_blocks(connection), connection, settings)
-    response = _response(stream(*runtime.streams, subscription, last_event_id, connection), connection, settings)
+    response = _response(stream(hub, replay, subscription, last_event_id, connection), connection, settings)
     if "flask_pg_sse.testing" in environ:
         environ["flask_pg_sse.testing"].append(subscription)
     return response
@@ -187,30 +186,36 @@ class _Refused(Exception):
     """This client may not have this stream; the text says why."""
 
 
-def _admitted(here: Request, state: State, channels: Collection[str], signed: str) -> Subscription:
+def _admitted(
+    here: Request, state: State, process: Process, connection: Connection, channels: Collection[str], signed: str
+) -> Subscription:
     """Return the stream that the client may have. Raises `_Refused`, `NotNow`, and HTTP errors of the app's."""
     asked_at = time.monotonic()
     runtime, settings = state.runtime, state.runtime.settings
     token = read_token(runtime.keys(), signed) if signed else None
     if token is not None and token.expires_at is not None and token.expires_at <= time.time():
         raise NotNow("expired")
+    authorize = state.authorize or sse_bp.default_authorize
+    opened = token.channels if token is not None else frozenset[str]()
+    to_ask = [name for name in channels if name not in opened and not access.is_public(name, settings.channels)]
+    closed = functools.partial(_closed, state=state, asked=authorize is not None, bad_token=bool(signed) and not token)
+    if to_ask and authorize is None:
+        raise _Refused(closed(to_ask[0]))
+    subscription = Subscription(channels, settings.buffer_bytes, access.Terms(asked_at=asked_at))
+    subscription.connection = connection
     try:
-        subjects = guard.subjects_of(state.subject or sse_bp.default_subject, token)
-        if subjects is None:
-            raise _Refused("This site cannot tell whose stream this would be. Ask who runs it to look at its log.")
-        each = settings.max_streams_per_client is not None
-        clients = access.counted_under(subjects, here.remote_addr) if each else ()
-        terms = access.Terms(subjects, clients, asked_at, *_end_of(token, settings.max_age))
-        subscription = Subscription(channels, settings.buffer_bytes, terms)
-        authorize = state.authorize or sse_bp.default_authorize
-        opened = token.channels if token is not None else frozenset[str]()
-        to_ask = [name for name in channels if name not in opened and not access.is_public(name, settings.channels)]
-        asks = bool(to_ask) and authorize is not None and here.method != "HEAD"
-        with runtime.admission(subscription, asks=asks):
+        with process.admission.place(subscription):
+            subjects = guard.subjects_of(state.subject or sse_bp.default_subject, token)
+            if subjects is None:
+                raise _Refused("This site cannot tell whose stream this would be. Ask who runs it to look at its log.")
+            each = settings.max_streams_per_client is not None
+            clients = access.counted_under(subjects, here.remote_addr) if each else ()
+            terms = access.Terms(subjects, clients, asked_at, *_end_of(token, settings.max_age))
+            process.admission.hold_as(subscription, terms)
+            process.wait_until_decidable(asks=bool(to_ask) and here.method != "HEAD")
             for channel in to_ask:
                 if not guard.may_listen(authorize, channel):
-                    bad_token = bool(signed) and token is None
-                    raise _Refused(_closed(channel, state, asked=authorize is not None, bad_token=bad_token))
+                    raise _Refused(closed(channel))
     except guard.HookFailed:
         raise NotNow("unavailable") from None
     return subscription
@@ -273,20 +278,33 @@ def _closed(channel: str, state: State, *, asked: bool, bad_token: bool) -> str:
 
 
 def _response(body: Iterable[bytes], connection: Connection, settings: Settings) -> Response:
-    response: Response = _response_class(current_app.response_class)(  # type: ignore[arg-type]
-        body, connection, settings
+    begin = functools.partial(
+        connection.response_started,
+        # What ends at once is not written to past its body.
+        body=0 if isinstance(body, _Blocks) else id(body),
+        direct_write=settings.direct_write,
+        send_timeout=settings.send_timeout,
     )
+    response: Response = _response_class(current_app.response_class)(body, begin)  # type: ignore[arg-type]
     return response
 
 
-def _blocks(connection: Connection, *blocks: bytes) -> Iterator[bytes]:
-    """Yield blocks as a stream does that ends at once. (Of a tuple werkzeug would say the length.)"""
-    yield from blocks
-    connection.stop_reading()
+class _Blocks:
+    """The body of a stream that ends at once. (Of a tuple werkzeug would say the length.)"""
+
+    def __init__(self, connection: Connection, *blocks: bytes) -> None:
+        self._connection = connection
+        self._blocks = blocks
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._blocks)
+
+    def close(self) -> None:  # werkzeug iterates over nothing for HEAD, and closes even so
+        self._connection.stop_reading()
 
 
 def _refusal(status: int, text: str) -> Response:
-    return Response(text + "\n", status, mimetype="text/plain")
+    return current_app.response_class(text + "\n", status, mimetype="text/plain")
 
 
 def _ended(reason: str, last_event_id: str) -> Response:
@@ -297,7 +315,7 @@ def _ended(reason: str, last_event_id: str) -> Response:
     settings = current_state().runtime.settings
     block = event.end_block(reason, settings.retry, id=event.to_log_id(last_event_id))
     connection = Connection(request.environ)
-    return _response(_blocks(connection, *() if request.method == "HEAD" else (block,)), connection, settings)
+    return _response(_Blocks(connection, *() if request.method == "HEAD" else (block,)), connection, settings)
 
 
 @sse_bp.after_request

@@ -55,11 +55,11 @@ class Hub:
         heartbeat: float,
         retry: int,
         send_timeout: float = math.inf,
-        places: Places | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self._listen = listen
         self._unlisten = unlisten
-        self.admission = Admission(places or Places(sys.maxsize, None))
+        self.admission = admission or Admission(Places(sys.maxsize, None))
         self._send_timeout = send_timeout
         self._heartbeat = heartbeat
         self._retry = retry
@@ -213,9 +213,9 @@ class Hub:
         """Return the block that a stream begins with. `position` is its client's in the log, if it has one there."""
         return event.open_block(position, self._retry)
 
-    def end_block(self, reason: str) -> bytes:
-        """Return the block that ends a stream."""
-        return event.end_block(reason, self._retry)
+    def end_block(self, reason: str, position: int | None = None) -> bytes:
+        """Return the block that ends a stream. `position` as in `open_block()`, of one that has none yet."""
+        return event.end_block(reason, self._retry, id=position)
 
     # -- what the engine and the ticker call
 

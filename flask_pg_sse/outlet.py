@@ -42,25 +42,25 @@ class _Asked:
     would have to see all that leaves; lengths alone do not show who puts asterisks for the digits of a card.
     """
 
-    def __init__(self, wrapper: Any, body: int, yes: Callable[[], None]) -> None:
+    def __init__(self, wrapper: Any, body: int, answer: Callable[[bool], None]) -> None:
         self.wrapper = wrapper
         self._body = body  # the number of the object, which itself would keep the whole stream in a circle
-        self._yes = yes
+        self._answer = answer
 
     def __call__(self, *args: Any) -> Any:
         return self.wrapper(*args)
 
     def __instancecheck__(self, instance: object) -> bool:
-        if id(instance) == self._body:
-            self._yes()
-        else:
+        itself = id(instance) == self._body
+        self._answer(itself)  # gunicorn is the last to ask: others may have, and then changed their minds
+        if not itself:
             _say_who_stands_between(type(instance))  # type: ignore[arg-type]
         return isinstance(instance, self.wrapper)
 
 
 @functools.cache  # once for each
 def _say_who_stands_between(kind: type) -> None:
-    logger.info(
+    logger.warning(
         "Streams go through their generators, which costs more: %s.%s iterates over them. If it changes nothing in "
         'them, set SSE_DIRECT_WRITE to "always".',
         kind.__module__,
@@ -95,8 +95,11 @@ class Outlet(Progress):
         if always:
             self._response = response
         elif "wsgi.file_wrapper" in environ:
-            asked = _Asked(environ["wsgi.file_wrapper"], body, lambda: setattr(self, "_response", response))
-            environ["wsgi.file_wrapper"] = asked
+
+            def answer(itself: bool) -> None:
+                self._response = response if itself else None
+
+            environ["wsgi.file_wrapper"] = _Asked(environ["wsgi.file_wrapper"], body, answer)
 
     def way(self) -> _socket.socket | None:
         """Return the socket if the response now stands between two chunks, with all that the generator has yielded.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Collection
 
+from .access import Terms
 from .subscription import Subscription
 
 # The places of all apps in this process that are taken, counted by its length: append() and pop() are atomic, as += is
@@ -34,7 +35,7 @@ class Places:
     def take(self, subscription: Subscription) -> bool:
         """Give a stream its place; False if there is none."""
         with self._taking:
-            if self._full(subscription.terms.clients):
+            if len(self._taken) >= self._most or self._have_most(subscription):
                 return False
             if self._most_here is not None:
                 _taken_here.append(None)  # before the look: other apps have locks of their own
@@ -43,10 +44,22 @@ class Places:
                     return False
             self._taken.append(None)
             subscription.place = None
-            if self._most_each is not None:
-                for client in subscription.terms.clients:
-                    self._of.setdefault(client, set()).add(subscription)
+            self._count(subscription)
             return True
+
+    def take_as(self, subscription: Subscription, terms: Terms) -> bool:
+        """Let a stream that has its place be that of the clients in `terms`; False if these have too many."""
+        with self._taking:
+            subscription.agree(terms)
+            if self._have_most(subscription):
+                return False
+            self._count(subscription)
+            return True
+
+    def _count(self, subscription: Subscription) -> None:
+        if self._most_each is not None:
+            for client in subscription.terms.clients:
+                self._of.setdefault(client, set()).add(subscription)
 
     def give_back(self, subscription: Subscription) -> None:
         """Free the place of a stream, if it has one."""
@@ -54,23 +67,22 @@ class Places:
             del subscription.place  # atomic too: who comes second finds none
         except AttributeError:
             return
-        self._taken.pop()
-        if self._most_here is not None:
-            _taken_here.pop()
+        with contextlib.suppress(IndexError):  # in a process that was forked with streams, they do not count
+            self._taken.pop()
+            if self._most_here is not None:
+                _taken_here.pop()
         for client in subscription.terms.clients:
             self._of.get(client, _NONE).discard(subscription)
 
-    def _full(self, clients: Collection[str]) -> bool:
-        """Tell whether one more stream of a client would be too many.
+    def _have_most(self, subscription: Subscription) -> bool:
+        """Tell whether a client whose stream this is has as many as it may.
 
         That a client has vanished may be noticed late. Its other streams are looked at here, so that a page which is
         loaded anew does not stand in its own way.
         """
-        if len(self._taken) >= self._most:
-            return True
         if self._most_each is None:
             return False
-        return any(self._has_most(client) for client in clients)
+        return any(self._has_most(client) for client in subscription.terms.clients)
 
     def _has_most(self, client: str) -> bool:
         streams = self._of.get(client, _NONE)

@@ -6,18 +6,17 @@ workers are forked and before gevent patches them. What was started belongs to t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import shutdown
-from .admission import NotNow
+from .admission import Admission, NotNow
 from .channels import RESERVED_PREFIX as CONTROL
 from .channels import check_channel, pg_name
 from .errors import ConfigurationError, DatabaseNotConfigured, DatabaseUnavailable
@@ -35,7 +34,6 @@ from .postgres.publish import Publisher, check_caller, execute_on, log_in_transa
 from .replay import Replay
 from .server import room_for_streams
 from .settings import Settings, database_sources, secret_keys
-from .subscription import Subscription
 from .ticker import Ticker
 from .tokens import sign_disconnect
 from .wire import to_payload, to_row
@@ -60,7 +58,7 @@ class Runtime:
         self._settings: Settings | None = None
         self._log_presence: Presence | None = None
         self._locks: dict[int, threading.Lock] = {}
-        self._process: _Process | None = None
+        self._process: Process | None = None
         self.collect: Callable[[str, Event], None] | None = None  # gets the events in PostgreSQL's place, in tests
 
     @property
@@ -98,7 +96,7 @@ class Runtime:
     def _send(self, channel: str, events: Sequence[Event], connection: Any, durable: bool) -> int | None:
         presence, publisher = self._presence(), None
         if connection is None:
-            publisher = self._running().publisher
+            publisher = self.process.publisher
             rows_of = publisher.execute
         else:
             rows_of = functools.partial(execute_on, connection)
@@ -123,7 +121,7 @@ class Runtime:
         """Return the head of the event log, None without a log."""
         if self.collect is not None:
             return None
-        process = self._running()
+        process = self.process
         if self._presence().look(process.publisher.execute) is None:
             return None
         return process.log.head()
@@ -144,46 +142,13 @@ class Runtime:
         keys = self.signing_keys("disconnect()")
         if self.collect is not None:
             return
-        publisher = self._running().publisher
+        publisher = self.process.publisher
         [(now,)] = publisher.execute(CLOCK)
         order = sign_disconnect(keys, subject, channel, now)
         if self._presence().look(publisher.execute) is None:
             publisher.send(CONTROL, [json.dumps({"disconnect": order})])
         else:
             publisher.log(CONTROL, [to_row(make_event(order))])
-
-    @contextlib.contextmanager
-    def admission(self, subscription: Subscription, *, asks: bool) -> Iterator[None]:
-        """Hold a place for a stream while it is decided on, and wait until that can be done.
-
-        `asks` says that the app is going to be asked: only where an order to end the stream would be heard. Raises
-        `NotNow`, and `EventLogMissing` where the configuration requires a log and the database answers that it has
-        none.
-        """
-        log_unknown = self.settings.event_log is True and not self._presence().found
-        if not (asks or log_unknown or self._serves_streams()):  # HEAD alone starts nothing
-            yield
-            return
-        admission = self.streams[0].admission
-        with admission.place(subscription):
-            if log_unknown:
-                admission.wait_for_answer()
-                try:
-                    self._presence().look(self._running().publisher.execute)
-                except DatabaseUnavailable:
-                    raise NotNow("unavailable") from None
-            if asks:
-                admission.wait_for_orders()
-            yield
-
-    def _serves_streams(self) -> bool:
-        process = self._process
-        return process is not None and process.pid == os.getpid() and process.serves_streams
-
-    @property
-    def streams(self) -> tuple[Hub, Replay]:
-        """What serves the streams of this process, with listener and ticker running."""
-        return self._running().streams()
 
     def _presence(self) -> Presence:
         if self._log_presence is None:
@@ -197,13 +162,15 @@ class Runtime:
         if process is not None and process.pid == os.getpid():
             process.stop(timeout)
 
-    def _running(self) -> _Process:
+    @property
+    def process(self) -> Process:
+        """What this app has in this process."""
         process = self._process
         if process is None or process.pid != os.getpid():
             with self._lock():
                 process = self._process
                 if process is None or process.pid != os.getpid():
-                    process = _Process(self.dsns(), self.settings, self._presence(), self.keys)
+                    process = Process(self.dsns, self.settings, self._presence(), self.keys)
                     self._process = process
         return process
 
@@ -233,45 +200,95 @@ _NOTIFY_CONNECTIONS = 4
 _LOG_CONNECTIONS = 2
 
 
-class _Process:
-    """What runs in one process. The hub starts with the first stream: a process that only notifies never listens."""
+class _Database:
+    """The connections of the package's own, opened as they are needed. `dsns` says where to notify and to listen."""
+
+    def __init__(self, dsns: tuple[Dsn, Dsn]) -> None:
+        dsn, self.listen_dsn = dsns
+        self.pools = (
+            Pool(dsn, "notify", _NOTIFY_CONNECTIONS),
+            Pool(dsn, "log", _LOG_CONNECTIONS, down_for=0.5),
+            Pool(dsn, "prune", 1),
+        )
+        self.publisher = Publisher(self.pools[0])
+        self.log = EventLog(self.pools[1])
+
+    def close(self) -> None:
+        for pool in self.pools:
+            pool.close()
+
+
+class Process:
+    """What runs in one process, each part from its first use: one that only notifies never listens."""
 
     def __init__(
         self,
-        dsns: tuple[Dsn, Dsn],
+        dsns: Callable[[], tuple[Dsn, Dsn]],
         settings: Settings,
         presence: Presence,
         keys: Callable[[], Sequence[str | bytes]],
     ) -> None:
         self.pid = os.getpid()
+        self.admission = Admission(_places(settings))
+        self._dsns = dsns
         self._keys = keys
-        dsn, self._listen_dsn = dsns
         self._settings = settings
         self._presence = presence
-        self._pools = (
-            Pool(dsn, "notify", _NOTIFY_CONNECTIONS),
-            Pool(dsn, "log", _LOG_CONNECTIONS, down_for=0.5),
-            Pool(dsn, "prune", 1),
-        )
-        self.publisher = Publisher(self._pools[0])
-        self.log = EventLog(self._pools[1])
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()
         self._stopped = False
+        self._used_database: _Database | None = None
         self._streams: tuple[Hub, Replay] | None = None
         self._threads: tuple[Listener | Ticker | Pruner, ...] = ()
 
     @property
-    def serves_streams(self) -> bool:
-        return self._streams is not None
+    def publisher(self) -> Publisher:
+        return self._database.publisher
 
+    @property
+    def log(self) -> EventLog:
+        return self._database.log
+
+    @property
+    def _database(self) -> _Database:
+        if self._used_database is None:
+            with self._starting:
+                if self._used_database is None:
+                    self._used_database = _Database(self._dsns())
+                    if self._stopped:
+                        self._used_database.close()  # what is borrowed from now on is closed after its use
+        return self._used_database
+
+    @property
     def streams(self) -> tuple[Hub, Replay]:
+        """What serves streams, with listener and ticker running. Raises `NotNow` once they have been stopped."""
         if self._streams is None:
             with self._starting:
                 if self._streams is None:
                     if self._stopped:
-                        raise RuntimeError("flask_pg_sse was closed while this stream was about to start.")
+                        raise NotNow("shutdown")
                     self._streams = self._start()
         return self._streams
+
+    def wait_until_decidable(self, *, asks: bool) -> None:
+        """Wait until it can be decided whether a stream may begin, at a place that it holds. Raises `NotNow`.
+
+        `asks` says that the app is going to be asked: only where an order to end the stream would be heard. Raises
+        `EventLogMissing` where the configuration requires a log and the database answers that it has none.
+        """
+        admission = self.admission
+        log_unknown = self._settings.event_log is True and not admission.log_in_use
+        if not (asks or log_unknown):
+            return
+        _ = self.streams
+        if log_unknown:
+            admission.wait_for_answer()
+            if admission.log_missing:  # so it was when the listener looked
+                try:
+                    self._presence.look(self.publisher.execute)
+                except DatabaseUnavailable:
+                    raise NotNow("unavailable") from None
+        if asks:
+            admission.wait_for_orders()
 
     def _start(self) -> tuple[Hub, Replay]:
         settings, heartbeat = self._settings, self._settings.heartbeat
@@ -281,20 +298,20 @@ class _Process:
             heartbeat=heartbeat,
             retry=settings.retry,
             send_timeout=settings.send_timeout,
-            places=_places(settings),
+            admission=self.admission,
         )
         listener = Listener(
-            self._listen_dsn,
+            self._database.listen_dsn,
             hub.deliver,
             hub.gap,
             self._presence,
             pruned=hub.pruned,
-            answered=hub.admission.answered,
+            answered=self.admission.answered,
             orders=Orders(self._keys, hub.disconnect),
             beat_every=min(BEAT_EVERY, heartbeat),
         )
         shortest = min(heartbeat, settings.send_timeout, settings.max_age or heartbeat)
-        threads = (listener, Ticker(hub, shortest), Pruner(self._pools[2], self._presence, settings.retention))
+        threads = (listener, Ticker(hub, shortest), Pruner(self._database.pools[2], self._presence, settings.retention))
         try:
             for thread in threads:
                 thread.start()
@@ -308,12 +325,13 @@ class _Process:
     def stop(self, timeout: float) -> None:
         with self._starting:  # a start that is under way comes to its end first
             self._stopped = True
+        self.admission.close("shutdown")
         if self._streams is not None:
             self._streams[0].drain("shutdown")
         for thread in reversed(self._threads):
             thread.stop(timeout)
-        for pool in self._pools:
-            pool.close()
+        if self._used_database is not None:
+            self._used_database.close()
 
 
 def _places(settings: Settings) -> Places:

@@ -84,14 +84,14 @@ class Connection(Outlet):
     def _take_socket(self, client: Any) -> None:
         self._socket = getattr(client, "_sock", client)
 
-    def response_started(self, write: Any, body: int, *, direct_write: bool | str, send_timeout: float) -> None:
+    def response_started(self, write: Any, *, body: int, direct_write: bool | str, send_timeout: float) -> None:
         """Have the server close the connection after this response. `write` is what `start_response` returned.
 
         Said before the headers leave, so that the client reads `Connection: close`: a stream ends only because it is to
         end, and a client that keeps its connection would hold up the worker's exit.
 
-        `direct_write` allows for writing past the generator, whose `id()` is `body`: True or "always" (see
-        `Outlet.lead_past()`). `send_timeout` is in seconds.
+        `direct_write` allows for writing past the generator, whose `id()` is `body` (0: none): True or "always", see
+        `Outlet.lead_past()`. `send_timeout` is in seconds.
         """
         response: Any = getattr(write, "__self__", None)
         if hasattr(response, "force_close"):  # gunicorn
@@ -99,7 +99,7 @@ class Connection(Outlet):
             _mask_token(response.req)
             if self._begun is not None and is_gunicorns(response):
                 self._begun = (self._begun[0], response)
-                if direct_write:
+                if direct_write and body:
                     self.lead_past(response, self._begun[0], body, always=direct_write == "always")
         elif hasattr(response, "close_connection"):  # gevent's pywsgi
             response.close_connection = True

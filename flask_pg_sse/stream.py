@@ -28,7 +28,6 @@ def stream(
     Most streams wait here for most of their time, so that what this function still holds then is held ten thousand
     times: no request, no other generator, no piece.
     """
-    subscription.connection = connection
     try:
         for piece in _opening(hub, replay, subscription, last_event_id):
             connection.in_flight = len(piece)
@@ -72,7 +71,8 @@ def _opening(hub: Hub, replay: Replay, subscription: Subscription, last_event_id
         except DatabaseUnavailable:
             refusal = "unavailable"
     if refusal is not None:
-        subscription.end(hub.end_block(refusal))
+        # Its position goes back to the client: a page that fetches a new URL can go on from there.
+        subscription.end(hub.end_block(refusal, event.to_log_id(last_event_id)))
         return
     yield first
     yield from missed

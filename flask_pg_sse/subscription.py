@@ -115,6 +115,11 @@ class Subscription:
         self._torn = b""  # the rest of a chunk of which the socket has taken a part
         self._spot: wakeup.Spot | None = None
 
+    def agree(self, terms: Terms) -> None:
+        """Be on other terms, until now nobody's. Before it is opened."""
+        self.terms = terms
+        self.due = terms.ends_at
+
     @property
     def waiting(self) -> int:
         """Bytes that were offered and that the server has not yet sent."""

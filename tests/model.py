@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from flask_pg_sse.errors import DatabaseUnavailable
 from flask_pg_sse.event import control_block
@@ -140,7 +141,9 @@ class World:
 
     def stream(self, subscription: Subscription, last_event_id: int | None) -> Iterable[bytes]:
         known = "" if last_event_id is None else str(last_event_id)
-        return stream(self.hub, self.replay, subscription, known, Connection())  # type: ignore[arg-type]
+        connection: Any = Connection()
+        subscription.connection = connection
+        return stream(self.hub, self.replay, subscription, known, connection)
 
 
 def opening_id(output: bytes) -> int:

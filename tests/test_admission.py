@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from flask import Flask, abort
 
-from flask_pg_sse import sse_bp
+from flask_pg_sse import schema_sql, sse_bp
 from flask_pg_sse.testing import stream
 from tests.client import eventually
+from tests.conftest import execute
+from tests.link import Link, through
 from tests.servers import WebServer, free_port
 
 Start = Callable[..., WebServer]
@@ -91,10 +95,10 @@ def app_with(database_url: str) -> Iterator[Callable[..., Flask]]:
     """Make an app whose authorizer is given."""
     apps = []
 
-    def make(authorize: Callable[[str], bool], **config: Any) -> Flask:
+    def make(authorize: Callable[[str], bool] | None, subject: Any = None, **config: Any) -> Flask:
         app = Flask("tests")
         app.config.update({"SSE_DATABASE_URL": database_url, **config})
-        app.register_blueprint(sse_bp, authorize=authorize)
+        app.register_blueprint(sse_bp, authorize=authorize, subject=subject)
         apps.append(app)
         return app
 
@@ -104,7 +108,7 @@ def app_with(database_url: str) -> Iterator[Callable[..., Flask]]:
 
 
 def places(app: Flask) -> int:
-    return len(app.extensions["pg_sse"].runtime.streams[0].admission.places._taken)
+    return len(app.extensions["pg_sse"].runtime.process.admission.places._taken)
 
 
 def test_a_place_is_held_while_the_app_is_asked_and_given_back_on_every_way_out(
@@ -112,23 +116,28 @@ def test_a_place_is_held_while_the_app_is_asked_and_given_back_on_every_way_out(
 ) -> None:
     held = []
 
+    def whose() -> None:
+        held.append(places(app))
+
     def may_listen(channel: str) -> bool:
         held.append(places(app))
         if channel == "unauthorized":
             abort(401)
         return channel == "open" or bool(1 / 0)
 
-    app = app_with(may_listen, SSE_MAX_STREAMS=1)
+    app = app_with(may_listen, whose, SSE_MAX_STREAMS=1)
     client = app.test_client()
+    assert client.head("/sse?channel=open").status_code == 200
+    assert app.extensions["pg_sse"].runtime.process._streams is None, "HEAD opens nothing"
     for url, status in (("open", 200), ("unauthorized", 401), ("failing", 200), ("open&channel=unauthorized", 401)):
         response = client.get(f"/sse?channel={url}")
         response.close()
         assert (response.status_code, places(app)) == (status, 0)
-    assert held == [1] * 5
+    assert held == [1] * 11
     events = stream(client, "/sse?channel=open")
     assert next(events).event == "sse-open" and places(app) == 1
     assert client.get("/sse?channel=open").data.endswith(b'data: {"reason": "capacity"}\n\n')
-    assert len(held) == 6, "who cannot have a stream gives the app no work"
+    assert len(held) == 13, "who cannot have a stream gives the app no work"
     events.close()  # type: ignore[attr-defined]
 
 
@@ -153,3 +162,82 @@ def test_who_waits_is_told_in_time_that_it_is_in_vain(
         if method == "GET":
             assert response.data.endswith(b'data: {"reason": "unavailable"}\n\n')
     assert places(app) == 0
+
+
+def test_a_channel_that_nothing_opens_is_refused_at_once(away: str, app_with: Callable[..., Flask]) -> None:
+    """Strangers would hold all places otherwise."""
+    app = app_with(None, SSE_DATABASE_URL=away, SSE_EVENT_LOG=True, SSE_CHANNELS=["open"])
+    for method in ("GET", "HEAD"):
+        assert app.test_client().open("/sse?channel=closed", method=method).status_code == 403
+    assert app.extensions["pg_sse"].runtime.process._streams is None, "nothing has been started for it"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_log_that_is_required_and_a_postgres_that_falls_silent_hold_up_no_deploy(
+    database_url: str, app_with: Callable[..., Flask], installed: bool
+) -> None:
+    if installed:
+        execute(database_url, schema_sql())
+    with Link(urlsplit(database_url).port or 0) as line:
+        url = through(line, database_url)
+        app = app_with(lambda channel: True, SSE_DATABASE_URL=url, SSE_EVENT_LOG=True)
+        runtime = app.extensions["pg_sse"].runtime
+        assert app.test_client().get("/sse?channel=a").status_code == (200 if installed else 500)
+        line.silence()
+        if installed:
+            runtime._presence().forget()  # as a notify() that fails does
+        else:
+            eventually(lambda: not runtime.process.admission._answered.is_set(), 20, "the listener has noticed")
+        answers = []
+        waiting = threading.Thread(target=lambda: answers.append(app.test_client().get("/sse?channel=b").data))
+        waiting.start()
+        eventually(lambda: places(app) > 0)
+        begun = time.monotonic()
+        runtime.close(0)
+        waiting.join()
+        assert time.monotonic() - begun < 3
+        [answer] = answers
+        assert answer.endswith(b'data: {"reason": "shutdown"}\n\n')
+
+
+def test_a_stream_opens_where_it_was_decided_on(app_with: Callable[..., Flask]) -> None:
+    """What is started anew meanwhile has not heard the orders that came in between."""
+
+    def may_listen(channel: str) -> bool:
+        app.extensions["pg_sse"].close()
+        return True
+
+    app = app_with(may_listen)
+    [end] = stream(app.test_client(), "/sse?channel=a")
+    assert (end.event, end.json) == ("sse-end", {"reason": "shutdown"})
+
+
+def test_a_client_that_has_left_while_it_waited_does_not_count(start_server: Start) -> None:
+    url = f"postgresql://postgres@127.0.0.1:{free_port()}/postgres"
+    server = start_server(url, app="tests.apps.asking:app", FLASK_SSE_MAX_STREAMS_PER_CLIENT="1")
+    ask = b"GET /sse?channel=a HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    first = socket.create_connection(("127.0.0.1", server.port), 10)
+    first.sendall(ask)
+    with socket.create_connection(("127.0.0.1", server.port), 10) as refused:
+        eventually(lambda: server.get("/places") == "1")
+        refused.sendall(ask)
+        assert b"capacity" in refused.recv(65536) + refused.recv(65536)
+    first.close()
+    with socket.create_connection(("127.0.0.1", server.port), 10) as second:
+        second.sendall(ask)
+        time.sleep(0.3)  # for an answer that must not come; it would have by now
+        second.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            second.recv(65536)
+
+
+def test_who_is_refused_a_head_holds_no_thread(database_url: str, start_server: Start) -> None:
+    """gthread lingers over a connection for its client to close it."""
+    server = start_server(database_url, "-k", "gthread", "--threads", "3")
+    with ExitStack() as stack:
+        for _ in range(6):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10))
+            sock.sendall(b"HEAD /sse?channel=a HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        begun = time.monotonic()
+        assert server.get("/ping") == "pong"
+        assert time.monotonic() - begun < 1.5

@@ -147,7 +147,9 @@ def test_an_idle_stream_is_written_to_directly_and_counted(
 
 
 @WORKERS
-@pytest.mark.parametrize("middleware", ["compress", "rewrite", "delay", "mask", "mask lazily", "count"])
+@pytest.mark.parametrize(
+    "middleware", ["compress", "rewrite", "delay", "mask", "mask lazily", "mask all but files", "count"]
+)
 def test_middleware_that_touches_the_body_gets_all_of_it(
     database_url: str, start_server: Start, options: tuple[str, ...], middleware: str
 ) -> None:
@@ -177,6 +179,25 @@ def test_middleware_that_touches_the_body_gets_all_of_it(
     between = "builtins.map" if middleware == "mask lazily" else "builtins.generator"
     # Of what is compressed nobody needs to be told.
     assert server.log().count(f"{between} iterates over them") == (middleware != "compress")
+
+
+@WORKERS
+def test_what_ends_at_once_leaves_no_circles_and_says_nothing(
+    database_url: str, start_server: Start, options: tuple[str, ...]
+) -> None:
+    """Refusals come by the thousand when a worker is full: the garbage collector is not to be needed for them."""
+    server = start_server(database_url, *options, app="tests.apps.direct:app", FLASK_SSE_MAX_STREAMS="1")
+    left: dict[str, int] = {}
+    with open_stream(server.port, "a"):
+        # An ordinary answer leaves some too: gunicorn's. At the first time there is also what has been there before.
+        for path in ("/ping", "/ping", "/sse?channel=a"):
+            for method in ("HEAD", "GET") * 20:
+                with request(server.port, path, method=method) as response:
+                    assert response.status == 200
+                    assert method == "HEAD" or response.read()
+            left[path] = int(server.get("/garbage"))
+    assert left["/sse?channel=a"] <= left["/ping"] + 20, left
+    assert "iterates over them" not in server.log()
 
 
 @pytest.mark.parametrize("middleware", ["rewrite", "delay", "count"])

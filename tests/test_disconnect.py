@@ -174,7 +174,7 @@ def test_a_right_that_is_taken_away_while_it_is_asked_for(url: str) -> None:
     obeyed = threading.Event()
 
     def may_listen(channel: str) -> bool:
-        hub = app.extensions["pg_sse"].runtime.streams[0]
+        hub = app.extensions["pg_sse"].runtime.process.streams[0]
         disconnect(subject=7)
         eventually(lambda: hub.admission._orders)
         obeyed.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import threading
 import time
@@ -17,7 +18,7 @@ from flask_pg_sse.access import counted_under
 from flask_pg_sse.places import Places, _taken_here
 from flask_pg_sse.server import room_for_streams
 from flask_pg_sse.subscription import Subscription
-from flask_pg_sse.testing import stream
+from flask_pg_sse.testing import parse, stream
 from flask_pg_sse.tokens import Token, sign_token
 from tests.client import eventually, open_stream, request
 from tests.conftest import execute, members
@@ -117,13 +118,35 @@ def test_more_than_the_worker_can_hold_is_warned_about(database_url: str, start_
 def test_a_refused_stream_leaves_nothing_behind(database_url: str, make_app: MakeApp) -> None:
     app = make_app(database_url, SSE_MAX_STREAMS=1)
     first = opened(app, "/sse?channel=a")
-    hub = app.extensions["pg_sse"].runtime.streams[0]
+    hub = app.extensions["pg_sse"].runtime.process.streams[0]
     for _ in range(100):
         events = stream(app.test_client(), "/sse?channel=b")
         assert [(event.event, event.json) for event in events] == [FULL]
     assert len(hub) == 1 and len(hub.admission.places._taken) == 1
     first.close()
     opened(app, "/sse?channel=b").close()
+
+
+def test_who_is_refused_keeps_its_position(database_url: str, make_app: MakeApp) -> None:
+    """A page that fetches a new URL then can go on from there."""
+    app = make_app(database_url, SSE_MAX_STREAMS=1)
+    first = opened(app, "/sse?channel=a")
+    for url, known in (("/sse?channel=b&last_event_id=1234", ""), ("/sse?channel=b", "1234")):
+        [end] = parse(app.test_client().get(url, headers={"Last-Event-ID": known}).iter_encoded())
+        assert (end.event, end.json, end.id) == (*FULL, "1234")
+    first.close()
+
+
+def test_what_a_forked_process_gives_back_was_its_parents() -> None:
+    places, one = Places(1, None, most_here=1000), Subscription(["a"], 1)
+    assert places.take(one)
+    child = os.fork()
+    if not child:
+        places.give_back(one)
+        places.give_back(one)
+        os._exit(len(_taken_here))
+    assert os.waitpid(child, 0)[1] == 0
+    places.give_back(one)
 
 
 def opened(app: Flask, url: str, **options: Any) -> Any:
@@ -231,7 +254,7 @@ def test_clients_that_have_gone_are_forgotten(database_url: str, make_app: MakeA
     for number in range(50):
         token = sign_token(["x"], Token(frozenset("a"), None, str(number)))
         opened(app, f"/sse?channel=a&token={token}").close()
-    hub = app.extensions["pg_sse"].runtime.streams[0]
+    hub = app.extensions["pg_sse"].runtime.process.streams[0]
     eventually(lambda: not hub.admission.places._of)
 
 

@@ -53,7 +53,7 @@ def test_streams_that_resume_do_not_wait_one_behind_the_other(
     # One attempt for which they have waited, and one for those who came when it had begun; it was one for each.
     assert time.monotonic() - since < 10
     assert heard == ['{"reason": "unavailable"}'] * 20
-    assert not app.extensions["pg_sse"].runtime.streams[1]._unfilled
+    assert not app.extensions["pg_sse"].runtime.process.streams[1]._unfilled
 
 
 def test_what_waits_for_a_lock_does_not_pile_up_in_postgresql(

@@ -58,7 +58,7 @@ def opened(events: Iterator[Received]) -> Received:
 
 
 def hub_of(app: Flask) -> Hub:
-    hub: Hub = app.extensions["pg_sse"].runtime.streams[0]
+    hub: Hub = app.extensions["pg_sse"].runtime.process.streams[0]
     return hub
 
 
@@ -180,7 +180,7 @@ def test_nothing_is_remembered_of_a_channel_before_its_listen_stands(
             assert reached.wait(10)
             eventually(lambda: "late" in hub_of(app)._groups_of)
             # As a stream leaves it that PostgreSQL's absence caught while it asked the log.
-            app.extensions["pg_sse"].runtime.streams[1]._unfilled["late"] = None
+            app.extensions["pg_sse"].runtime.process.streams[1]._unfilled["late"] = None
             with closing(listen(app, "early", after=cursor)) as again:
                 opened(again)
                 send("early", "goes on")

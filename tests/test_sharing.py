@@ -103,7 +103,7 @@ def test_a_gunicorn_that_lacks_some_of_it_keeps_the_rest() -> None:
     before = dict(environ)
     del request.fragment
     connection = Connection(environ)
-    connection.response_started(response.write, 0, direct_write=True, send_timeout=1)
+    connection.response_started(response.write, body=1, direct_write=True, send_timeout=1)
     connection.share()
     assert request.method == "GET" and before["HTTP_COOKIE"] == environ["HTTP_COOKIE"] == "session=a"
     assert list(environ) == list(before)
@@ -119,7 +119,7 @@ def test_a_gunicorn_whose_response_lacks_some_of_it_sends_by_itself(lacks: str) 
             delattr(response, lacks)
         connection = Connection(environ)
         body = iter(())
-        connection.response_started(response.write, id(body), direct_write=True, send_timeout=1)
+        connection.response_started(response.write, body=id(body), direct_write=True, send_timeout=1)
         assert not isinstance(body, environ["wsgi.file_wrapper"])  # as gunicorn asks
         connection.share()
         assert environ["wsgi.file_wrapper"] is FileWrapper

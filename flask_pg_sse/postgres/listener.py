@@ -85,8 +85,8 @@ class Listener:
     `deliver(turn, position)` gets each turn in the order of arrival, and the log's position after it (0 without a log);
     `gap(reason, position)` is called when events may have been missed and cannot be had again, and `pruned(through)`
     when the log has lost its beginning; `orders` gets the orders to end streams, all that come after
-    `answered(True)`. `answered(False)` says that there is no log, and one is required. All run in the listener's
-    thread. `linger` and `beat_every` are in seconds.
+    `answered(True)`. `answered(False)` says that there is no log, and one is required, `answered(None)` that the
+    connection has failed. All run in the listener's thread. `linger` and `beat_every` are in seconds.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Listener:
         presence: Presence,
         *,
         pruned: Callable[[int], None] = lambda through: None,
-        answered: Callable[[bool], None] = lambda hears_orders: None,
+        answered: Callable[[bool | None], None] = lambda hears_orders: None,
         orders: Orders | None = None,
         linger: float = LINGER,
         beat_every: float = BEAT_EVERY,
@@ -165,10 +165,7 @@ class Listener:
                 connection = connect(self._dsn, "flask_pg_sse listener")
                 what = "Lost the connection that listens"
                 self._serve(connection)
-            except EventLogMissing as error:
-                what, failure = "Cannot listen", error
-                self._answered(False)
-            except PgSSEError as error:  # nobody to connect to, or deaf
+            except PgSSEError as error:  # nobody to connect to, no log where one is required, or deaf
                 what, failure = "Cannot listen", error
             except (psycopg2.Error, OSError) as error:
                 failure = error
@@ -182,6 +179,7 @@ class Listener:
                     self._wakeup.watch(-1)
                     connection.close()
             if failure is not None:
+                self._answered(False if isinstance(failure, EventLogMissing) else None)
                 self._pause(what, failure)
 
     def _pause(self, what: str, error: Exception) -> None:

@@ -13,13 +13,17 @@ from tests.apps.direct import app
 class OwnResponse(Response):
     default_mimetype = "application/json"
 
-    def __init__(self, *args: Any, own: int = 1, **options: Any) -> None:
-        options.pop("direct_passthrough", None)
-        super().__init__(*args, **options)
+    def __init__(self, response: Any = None, status: Any = None, headers: Any = None, mimetype: Any = None) -> None:
+        super().__init__(response, status, headers, mimetype)  # what Flask gives
+        self.own = "yes"
+
+    @property
+    def _body(self) -> str:
+        return self.own
 
     def get_wsgi_headers(self, environ: Any) -> Headers:
         headers = super().get_wsgi_headers(environ)
-        headers["X-Own"] = "yes"
+        headers["X-Own"] = self._body
         return headers
 
 
