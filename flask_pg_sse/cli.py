@@ -62,10 +62,14 @@ def _init(sql: bool, grant_to: tuple[str, ...]) -> None:
     click.echo(f"{said} ({dsn}).{granted}")
 
 
+# Seconds, some three hundred years. What is more, or no number at all, PostgreSQL's intervals do not take.
+_LONGEST_AGE = 1e10
+
+
 @sse_bp.cli.command("prune")
 @click.option(
     "--max-age",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(min=0, max=_LONGEST_AGE),
     metavar="SECONDS",
     help="The age from which events are deleted; without it, the app's SSE_RETENTION.",
 )
@@ -128,8 +132,7 @@ def _database(failed: str, remedies: dict[type[Exception], str]) -> Iterator[tup
         finally:
             connection.close()
     except DatabaseUnavailable as error:
-        why = str(error).rstrip(".?")
-        raise click.ClickException(f"{failed}: {why}. See that it runs, and that {dsn.source} is right.") from None
+        raise click.ClickException(f"{failed}: {error}") from None
     except (TimeoutError, psycopg2.errors.QueryCanceled, psycopg2.errors.LockNotAvailable):
         raise click.ClickException(
             f"{failed} ({dsn}): PostgreSQL did not finish in time. Look in pg_stat_activity for what holds it up."

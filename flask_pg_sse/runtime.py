@@ -15,7 +15,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from . import shutdown
+from psycopg2.extensions import get_wait_callback
+
+from . import shutdown, wakeup
 from .admission import Admission, NotNow
 from .channels import RESERVED_PREFIX as CONTROL
 from .channels import check_channel, pg_name
@@ -183,6 +185,8 @@ class Runtime:
         for source, value, connect_args in database_sources(self.settings, self._config, os.environ):
             if source == "SSE_DATABASE_URL" or is_postgres(value):
                 dsn = to_dsn(value, source, connect_args)
+                if source == "SQLALCHEMY_DATABASE_URI":
+                    _warn_of_psycopg2(value)
                 break
         else:
             raise DatabaseNotConfigured(_NO_DATABASE)
@@ -192,6 +196,19 @@ class Runtime:
             logger.info("Listening at %s (from SSE_LISTEN_URL).", listen)
         logger.info("Using PostgreSQL at %s (from %s).", dsn, dsn.source)
         return dsn, listen
+
+
+def _warn_of_psycopg2(url: Any) -> None:
+    """Say that an app's own queries are going to stop all its streams, where that can be known."""
+    sqlalchemy: Any = sys.modules.get("sqlalchemy")
+    if sqlalchemy is None or not wakeup.is_patched() or get_wait_callback() is not None:
+        return
+    if sqlalchemy.make_url(url).get_driver_name() == "psycopg2":
+        logger.warning(
+            "SQLALCHEMY_DATABASE_URI is for psycopg2, with which each query stops the whole gevent worker until "
+            "PostgreSQL has answered, all streams included. Use psycopg 3 (postgresql+psycopg://), or call "
+            "psycogreen.gevent.patch_psycopg()."
+        )
 
 
 # Connections of the package's own. A notify takes about a millisecond, so a few serve a whole worker.

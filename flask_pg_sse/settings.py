@@ -42,7 +42,8 @@ def _origins(value: object) -> tuple[str, ...]:
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s*]+", origin):
             raise ValueError
-    return origins
+    # As browsers say it: without the port that goes without saying (RFC 6454, section 6.2).
+    return tuple(re.sub(r"^(http://.*):80$|^(https://.*):443$", r"\1\2", origin) for origin in origins)
 
 
 def _web_url(value: object) -> str:
@@ -102,7 +103,7 @@ def _on_off_or(word: str) -> Kind:
     return Kind(f'true, false or "{word}"', parse)
 
 
-PATTERNS = Kind("a list of patterns, or a string with commas between them", _texts)
+PATTERNS = Kind("a list of patterns, or a string with commas between them, none of them empty", _texts)
 ORIGINS = Kind('a list of origins such as "https://www.example.com" (no path, no wildcard inside), or "*"', _origins)
 WEB_URL = Kind("an http:// or https:// URL without query", _web_url)
 DATABASE = Kind("a PostgreSQL URL", _database)

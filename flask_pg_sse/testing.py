@@ -12,7 +12,7 @@ import codecs
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +78,7 @@ class Received:
         return json.loads(self.data)
 
 
-def stream(client: FlaskClient, url: str, timeout: float = 5.0) -> Iterator[Received]:
+def stream(client: FlaskClient, url: str, timeout: float = 5.0) -> Generator[Received, None, None]:
     """Open a stream with Flask's test client and yield its events; needs a database.
 
     The first is `sse-open`, and once it is there, nothing is missed; or `sse-end`, which says why not now. Waits

@@ -138,7 +138,7 @@ def test_a_place_is_held_while_the_app_is_asked_and_given_back_on_every_way_out(
     assert next(events).event == "sse-open" and places(app) == 1
     assert client.get("/sse?channel=open").data.endswith(b'data: {"reason": "capacity"}\n\n')
     assert len(held) == 13, "who cannot have a stream gives the app no work"
-    events.close()  # type: ignore[attr-defined]
+    events.close()
 
 
 def test_a_log_that_is_missing_is_said_before_anybody_is_asked(app_with: Callable[..., Flask]) -> None:

@@ -139,7 +139,7 @@ def test_it_runs_in_the_one_context_of_the_request(app_with: Callable[..., Flask
     assert next(events).event == "sse-open"
     assert len(contexts) == 2 and len(set(contexts)) == 1
     assert torn_down == contexts[:1], "the context has ended before the stream's first byte"
-    events.close()  # type: ignore[attr-defined]
+    events.close()
 
 
 def test_http_exceptions_are_the_answer(app_with: Callable[..., Flask]) -> None:
@@ -210,7 +210,7 @@ def test_login_required_on_the_authorizer_lets_nobody_in_by_mistake(
     client.get("/login/7")
     events = stream(client, "/sse?channel=user-7")
     assert next(events).event == "sse-open"
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     assert client.get("/sse?channel=user-8").status_code == 403
     client.get("/logout")
     assert client.get("/sse?channel=user-7").status_code == 401
@@ -383,7 +383,7 @@ def test_its_database_session_is_back_in_the_pool_before_the_stream_begins(datab
             streams = []
             for _ in range(10):
                 events = stream(app.test_client(), "/sse?channel=orders")
-                stack.callback(events.close)  # type: ignore[attr-defined]
+                stack.callback(events.close)
                 assert next(events).event == "sse-open"
                 assert pool.checkedout() == 0
                 streams.append(events)
@@ -395,6 +395,20 @@ def test_its_database_session_is_back_in_the_pool_before_the_stream_begins(datab
         app.extensions["pg_sse"].close()
         with app.app_context():
             db.engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("worker", "driver", "warned"),
+    [("gevent", "psycopg2", 1), ("gevent", "psycopg", 0), ("gthread", "psycopg2", 0)],
+)
+def test_a_driver_that_stops_the_whole_worker_is_warned_about(
+    database_url: str, start_server: Start, worker: str, driver: str, warned: int
+) -> None:
+    url = database_url.replace("postgresql://", f"postgresql+{driver}://")
+    server = start_server(url, "-k", worker, "--threads", "4", app="tests.apps.members:app")
+    server.post("/notify/a", b'{"data": 1}')
+    server.post("/notify/a", b'{"data": 2}')
+    assert server.log().count("SQLALCHEMY_DATABASE_URI is for psycopg2") == warned
 
 
 def test_the_same_under_gunicorn(database_url: str, start_server: Start) -> None:

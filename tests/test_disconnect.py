@@ -187,7 +187,7 @@ def test_a_right_that_is_taken_away_while_it_is_asked_for(url: str) -> None:
     assert obeyed.is_set() and (event.event, event.json) == ("sse-end", REVOKED)
     events = stream(client, "/sse?channel=open")
     assert next(events).event == "sse-open", "who is asked for later has a right of its own"
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     app.extensions["pg_sse"].close()
 
 
@@ -206,7 +206,7 @@ def test_an_order_counts_again_soon_after_a_clock_was_set(url: str) -> None:
         disconnect(subject=7)
     event = next(event for event in events if event.event != "sse-cursor")
     assert (event.event, event.json) == ("sse-end", REVOKED)
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     app.extensions["pg_sse"].close()
 
 

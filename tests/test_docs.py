@@ -60,8 +60,8 @@ def test_the_reasons_are_those_of_the_code() -> None:
 def shop(database_url: str, start_server: Start, tmp_path: Path) -> WebServer:
     """The page's app, under gunicorn."""
     execute(database_url, schema_sql())
-    url = database_url.replace("postgresql://", "postgresql+psycopg2://")
-    code = example("app.py").replace("postgresql+psycopg2://postgres@localhost/shop", url)
+    url = database_url.replace("postgresql://", "postgresql+psycopg://")
+    code = example("app.py").replace("postgresql+psycopg://postgres@localhost/shop", url)
     assert url in code
     more = '\nwith app.app_context():\n    db.create_all()\n\n@app.get("/ping")\ndef ping(): return "pong"\n'
     (tmp_path / "docs_app.py").write_text(code + more)
@@ -244,7 +244,7 @@ def test_after_a_restore_everybody_is_told(own_postgres: postgres.Server, make_a
     def back() -> list[Received]:
         events = stream(app.test_client(), f"/sse?channel=orders&last_event_id={seen}")
         first = [next(events), next(events)]
-        events.close()  # type: ignore[attr-defined]
+        events.close()
         return first
 
     [_, reset] = back()

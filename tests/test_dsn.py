@@ -352,7 +352,7 @@ def test_every_notation_reaches_the_server(database_url: str, role: str, make_ap
         with app.app_context():
             notify("orders", "hello")
         assert next(events).data == "hello"
-        events.close()  # type: ignore[attr-defined]
+        events.close()
         users = execute(
             database_url, "SELECT DISTINCT usename FROM pg_stat_activity WHERE application_name ~ 'flask_pg_sse'"
         )
@@ -371,4 +371,4 @@ def test_the_listener_may_have_a_url_of_its_own(
     assert "SSE_LISTEN_URL" in caplog.text
     execute(database_url, "NOTIFY orders, 'hello'")
     assert next(events).data == "hello"
-    events.close()  # type: ignore[attr-defined]
+    events.close()

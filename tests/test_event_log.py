@@ -159,7 +159,7 @@ def test_a_log_that_is_installed_anew_is_taken_into_use(logged_url: str, make_ap
         log_id = notify("orders", "after the reset")
     event = next(event for event in events if event.event != "sse-cursor")
     assert (event.data, event.id) == ("after the reset", str(log_id))
-    events.close()  # type: ignore[attr-defined]
+    events.close()
 
 
 def test_a_role_that_may_not_use_the_log_is_told_the_remedy(
@@ -265,7 +265,7 @@ def test_a_quiet_channel_outlives_the_retention(logged_url: str, make_app: MakeA
             told = next(events)
             assert (told.event, told.data) == ("sse-cursor", "{}")
             last = int(told.id)
-        events.close()  # type: ignore[attr-defined]
+        events.close()
         again = stream(client, f"/sse?channel=quiet&last_event_id={last}")
         assert next(again).event == "sse-open"
         log_id = notify("quiet", "heard")

@@ -29,7 +29,7 @@ def test_pgsse_with_one_app_uses_that_apps_database_everywhere(
     assert next(events).data == "from outside any context"
     sse.close()
     assert next(events).json == {"reason": "shutdown"}
-    events.close()  # type: ignore[attr-defined]
+    events.close()
 
 
 def test_pgsse_with_several_apps_wants_to_know_which(database_url: str) -> None:

@@ -44,7 +44,7 @@ def streaming(app: Flask, url: str) -> Iterator[Iterator[Received]]:
         assert next(events).event == "sse-open"
         yield events
     finally:
-        events.close()  # type: ignore[attr-defined]
+        events.close()
 
 
 # -- headers and the first block
@@ -555,4 +555,4 @@ def test_the_test_client_can_stream_also_with_its_context_kept(database_url: str
     with make_app(database_url).test_client() as client:
         events = stream(client, "/sse?channel=a")
         assert next(events).event == "sse-open"
-        events.close()  # type: ignore[attr-defined]
+        events.close()

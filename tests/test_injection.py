@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,7 +206,7 @@ def url_of(channel: str, *, as_path: bool) -> str:
     return f"/sse?{urlencode({'channel': channel})}"
 
 
-def opened(app: Flask, url: str) -> Iterator[Received]:
+def opened(app: Flask, url: str) -> Generator[Received, None, None]:
     """Open a stream, and return its events but the package's own."""
     events = stream(app.test_client(), url)
     assert next(events).event == "sse-open"
@@ -245,7 +245,7 @@ def test_channels(place: Place, app: Flask, ways: Ways, listening_to: list[str])
         again = opened(app, url_of(channel, as_path=number % 2 == 1))
         notify(channel, "the other form")
         assert next(again).data == "the other form"
-        again.close()  # type: ignore[attr-defined]
+        again.close()
     names = {pg_name(channel) for channel in HOSTILE}
     eventually(lambda: {*listening_to} == {*names, "flask_pg_sse"}, 5)
 
@@ -274,7 +274,7 @@ def test_channels(place: Place, app: Flask, ways: Ways, listening_to: list[str])
     app.extensions["pg_sse"].runtime._process._threads[0]._wanted._linger = 0
     kept = streams.pop('"; UNLISTEN *; --')
     for events in streams.values():
-        events.close()  # type: ignore[attr-defined]
+        events.close()
     eventually(lambda: {*listening_to} == {'"; UNLISTEN *; --', "flask_pg_sse"}, 5)
     notify('"; UNLISTEN *; --', "still there")
     assert next(kept).data == "still there"
@@ -291,13 +291,13 @@ def test_all_on_one_stream(place: Place, app: Flask) -> None:
     for number, channel in enumerate(HOSTILE):
         notify(channel, str(number))
     assert [next(events).data for _ in HOSTILE] == [str(number) for number in range(len(HOSTILE))]
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     # Again within the moment that a channel is remembered, and then from the log alone.
     if place.logged:
         for _ in range(2):
             events = opened(app, f"/sse?{query}&last_event_id={before[-1]}")
             assert [next(events).data for _ in HOSTILE] == [str(number) for number in range(len(HOSTILE))]
-            events.close()  # type: ignore[attr-defined]
+            events.close()
             app.extensions["pg_sse"].close()
 
 
@@ -332,7 +332,7 @@ def test_positions_of_clients(place: Place, app: Flask) -> None:
         assert next(events).event == "sse-open"
         reason = "unknown-id" if place.logged else "no-log"
         assert next(events).json == {"reason": reason}, text
-        events.close()  # type: ignore[attr-defined]
+        events.close()
 
 
 # --- as events
@@ -489,11 +489,10 @@ def test_the_age_of_what_is_pruned(log_url: str, make_app: MakeApp) -> None:
     runner = make_app(log_url).test_cli_runner()
     with make_app(log_url).app_context():
         notify("orders", "kept")
-    for age in [*HOSTILE, "1; " + DROP, "1 day", "-1"]:
+    for age in [*HOSTILE, "1; " + DROP, "1 day", "-1", "inf", "1e300"]:
         result = runner.invoke(args=["sse", "prune", f"--max-age={age}"])
         assert result.exit_code == 2 and "--max-age" in result.stderr, age
-    for age in ("nan", "inf", "1e300"):
-        result = runner.invoke(args=["sse", "prune", f"--max-age={age}"])
-        assert result.exit_code == 1 and result.stderr.count("\n") == 1, age
+    result = runner.invoke(args=["sse", "prune", "--max-age=nan"])
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
     assert execute(log_url, "SELECT data FROM flask_pg_sse.event") == [("kept",)]
     assert_alive(log_url)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import ssl
+import subprocess
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy
+import trustme
 from flask import Flask
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, scoped_session, sessionmaker
 
@@ -82,7 +86,7 @@ def received(app: Flask, count: int, act: Callable[[], None]) -> list[tuple[str,
     assert next(events).event == "sse-open"
     act()
     found = [next(events) for _ in range(count)]
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     return [(event.event, event.data) for event in found]
 
 
@@ -132,7 +136,7 @@ def test_an_order_placed_while_the_page_is_on_its_way(app: Flask, database_url: 
     events = stream(client, client.get("/orders").text)
     assert next(events).event == "sse-open"
     assert next(events).id == str(placed[0])
-    events.close()  # type: ignore[attr-defined]
+    events.close()
 
 
 USERS = """
@@ -221,13 +225,29 @@ def test_the_version_is_in_the_changelog() -> None:
 def test_the_nginx_example_streams_without_delay(
     database_url: str, start_server: Callable[..., WebServer], tmp_path: Path
 ) -> None:
-    """With the listening side as it can be here: another port, and no certificate."""
+    """On another port, with a certificate, and as the nginx that is installed here wants to hear of HTTP/2."""
     nginx = shutil.which("nginx") or next(iter(p for p in ("/usr/sbin/nginx",) if os.path.exists(p)), None)
     if nginx is None:
         pytest.skip("nginx is not installed: apt-get install nginx-light")
-    app_server = start_server(database_url, "--forwarded-allow-ips", "*")
+    app_server = start_server(database_url, app="tests.apps.behind_proxy:app", FLASK_SSE_MAX_STREAMS_PER_CLIENT="1")
     port = free_port()
-    server = example("nginx").replace("listen 443 ssl;\n    http2 on;", f"listen 127.0.0.1:{port};")
+    listen, http2, older = re.findall(r"^ *(listen 443 ssl;)\n *(http2 on;) .*: (listen .*;)$", example("nginx"), re.M)[
+        0
+    ]
+    said = subprocess.run([nginx, "-v"], capture_output=True, text=True, check=True).stderr
+    version = tuple(map(int, re.findall(r"nginx/(\d+)\.(\d+)\.(\d+)", said)[0]))
+    server = example("nginx")
+    if version < (1, 25, 1):
+        server = server.replace(http2, "").replace(listen, older, 1)
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    issued.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "both.pem"))
+    trusted = ssl.create_default_context()
+    authority.configure_trust(trusted)
+    both = f"ssl_certificate {tmp_path}/both.pem; ssl_certificate_key {tmp_path}/both.pem;"
+    server = server.replace("# server_name", f"{both}  # server_name").replace(
+        "listen 443", f"listen 127.0.0.1:{port}", 1
+    )
     server = server.replace("127.0.0.1:8000", f"127.0.0.1:{app_server.port}")
     places = "".join(
         f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -237,8 +257,13 @@ def test_the_nginx_example_streams_without_delay(
         f"daemon off;\n{user}pid {tmp_path}/pid;\nerror_log {tmp_path}/error.log;\nevents {{}}\n"
         f"http {{\naccess_log off;\n{places}{textwrap.dedent(server)}}}\n"
     )
-    start_server("", command=lambda _: [nginx, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")], port=port)
-    with open_stream(port, "orders") as stream:
+    start_server(
+        "", command=lambda _: [nginx, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")], port=port, tls=trusted
+    )
+    with open_stream(port, "orders", tls=trusted) as stream:
+        for name in ("X-Forwarded-For", "X-Spare"):  # who says to be somebody else is not believed
+            with request(port, "/sse?channel=orders", tls=trusted, headers={name: "9.9.9.9"}) as refused:
+                assert refused.next().json == {"reason": "capacity"}
         for number in range(20):
             execute(database_url, "SELECT pg_notify('orders', %s)", (str(number),))
             assert stream.event().data == str(number)

@@ -40,7 +40,7 @@ def test_close_ends_everything_and_the_next_use_starts_anew(database_url: str, m
         assert next(events).data == "x"
         app.extensions["pg_sse"].close()
         assert next(events).json == {"reason": "shutdown"}
-        events.close()  # type: ignore[attr-defined]
+        events.close()
         assert threading.active_count() == 1
 
 
@@ -57,7 +57,7 @@ def test_a_start_that_fails_leaves_no_thread(
         assert app.test_client().get("/sse/orders").status_code == 500
     events = stream(app.test_client(), "/sse/orders")
     assert next(events).event == "sse-open"
-    events.close()  # type: ignore[attr-defined]
+    events.close()
 
 
 def test_a_close_during_a_start_waits_for_it(

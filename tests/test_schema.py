@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -703,3 +704,21 @@ def test_an_installed_wheel_has_the_sql(tmp_path: Path) -> None:
     )
     assert found.returncode == 0, found.stderr
     assert found.stdout == f"{target / 'flask_pg_sse' / '__init__.py'}\n{schema_sql()}"
+
+
+def test_the_sdist_has_what_the_repository_has(tmp_path: Path) -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    files = {name for name in listed if name and not name.startswith(".")}
+    source = tmp_path / "flask-pg-sse"
+    for name in files:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path / "dist")]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [archive] = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as packed:
+        found = {name.partition("/")[2] for name in packed.getnames()}
+    assert files <= found, files - found

@@ -84,6 +84,9 @@ def test_what_is_no_list_of_texts_is_refused(key: str, value: object) -> None:
 def test_origins_are_exact_and_in_lower_case() -> None:
     value = ["HTTPS://Example.COM", "http://localhost:5000", "http://[::1]:3000", "capacitor://localhost", "*"]
     assert read("SSE_ALLOWED_ORIGINS", value) == tuple(text.lower() for text in value)
+    said = ["https://a.com:443", "http://a.com:80", "https://a.com:80", "http://a.com:443", "https://[::1]:443"]
+    as_browsers_do = ("https://a.com", "http://a.com", "https://a.com:80", "http://a.com:443", "https://[::1]")
+    assert read("SSE_ALLOWED_ORIGINS", said) == as_browsers_do
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_stream_yields_events_as_a_browser_has_them(database_url: str, make_app:
     created, plain = next(events), next(events)
     assert (created.event, created.json, created.id) == ("created", {"id": 7}, "9")
     assert (plain.event, plain.data, plain.id) == ("message", "a\nb", "9")
-    events.close()  # type: ignore[attr-defined]
+    events.close()
 
 
 def test_closing_early_frees_the_stream(database_url: str, make_app: MakeApp) -> None:
@@ -172,7 +172,7 @@ def test_closing_early_frees_the_stream(database_url: str, make_app: MakeApp) ->
         events = stream(client, "/sse?channel=orders")
         next(events)
         assert streams(app) == 1
-        events.close()  # type: ignore[attr-defined]
+        events.close()
         eventually(lambda: streams(app) == 0)  # the ticker forgets it
 
 
@@ -216,7 +216,7 @@ def test_each_event_has_the_whole_timeout(database_url: str, make_app: MakeApp) 
         timer.start()
         assert next(events).data == str(number)
         timer.join()
-    events.close()  # type: ignore[attr-defined]
+    events.close()
 
 
 @pytest.mark.parametrize(
@@ -254,5 +254,5 @@ def test_two_streams_of_one_client(database_url: str, make_app: MakeApp) -> None
         notify("b", "for b")
         notify("a", "for a")
     assert (next(first).data, next(second).data) == ("for a", "for b")
-    first.close()  # type: ignore[attr-defined]
-    second.close()  # type: ignore[attr-defined]
+    first.close()
+    second.close()

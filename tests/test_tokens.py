@@ -45,7 +45,7 @@ def first(app: Flask, url: str) -> tuple[str, Any]:
     """Return the first event of a stream and its data."""
     events = stream(app.test_client(), url)
     event = next(events)
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     return event.event, event.json
 
 

@@ -40,7 +40,7 @@ def opened(client: FlaskClient, url: str) -> Iterator[Iterator[Received]]:
     try:
         yield events
     finally:
-        events.close()  # type: ignore[attr-defined]
+        events.close()
 
 
 def test_rows_that_no_event_can_be_made_of(

@@ -49,7 +49,10 @@ def connect(dsn: Dsn, application_name: str) -> Any:
             if connection is not None:
                 connection.close()
             raise
-    raise DatabaseUnavailable(f"PostgreSQL cannot be reached ({dsn}): {'; '.join(dict.fromkeys(errors))}")
+    why = "; ".join(dict.fromkeys(errors)).rstrip(".?")
+    raise DatabaseUnavailable(
+        f"PostgreSQL cannot be reached ({dsn}): {why}. See that it runs, and that {dsn.source} is right."
+    )
 
 
 def _reason(error: Exception) -> str:
