@@ -144,7 +144,7 @@ def _answer(names: list[str]) -> ResponseReturnValue:
     environ = here.environ
     state = current_state()
     runtime, settings = state.runtime, state.runtime.settings
-    shutdown.watch_here()
+    process = runtime.process  # which has found out what worker it is in
     reason = why_no_stream(environ, shutdown.gunicorn_worker())
     if reason is not None:
         logger.error("%s", reason)
@@ -164,7 +164,7 @@ def _answer(names: list[str]) -> ResponseReturnValue:
 
     # Last-Event-ID of an EventSource that reconnects; the query is for clients that cannot set a header.
     last_event_id = environ.get("HTTP_LAST_EVENT_ID") or query.get("last_event_id", [""])[0]
-    process, connection = runtime.process, Connection(environ)
+    connection = Connection(environ)
     try:
         subscription = _admitted(here, state, process, connection, channels, query.get("token", [""])[0])
         if here.method == "HEAD":

@@ -246,6 +246,7 @@ class Process:
         keys: Callable[[], Sequence[str | bytes]],
     ) -> None:
         self.pid = os.getpid()
+        shutdown.watch_here()  # before the room is asked for: it is the worker's
         self.admission = Admission(_places(settings))
         self._dsns = dsns
         self._keys = keys

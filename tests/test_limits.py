@@ -101,6 +101,16 @@ def test_two_apps_in_one_worker_have_its_room_together(database_url: str, start_
         assert server.get("/ping") == server.get("/two/ping") == "pong"
 
 
+def test_a_worker_that_notifies_before_its_first_stream_knows_its_room(database_url: str, start_server: Start) -> None:
+    """Under --preload the worker finds out what it is only once it is used."""
+    server = start_server(database_url, "--preload", "--worker-connections", "10")
+    server.post("/notify/a", b'{"data": "x"}')
+    with ExitStack() as stack:
+        for _ in range(9):
+            stack.enter_context(open_stream(server.port, "a"))
+        assert refused(server.port)
+
+
 def test_a_configured_cap(database_url: str, start_server: Start) -> None:
     server = start_server(database_url, FLASK_SSE_MAX_STREAMS="2")
     with open_stream(server.port, "a"), open_stream(server.port, "b"):
