@@ -176,7 +176,8 @@ def _answer(names: list[str]) -> ResponseReturnValue:
         return _refusal(500, str(error))
     except NotNow as later:
         return _ended(later.reason, last_event_id)
-    response = _response(stream(hub, replay, subscription, last_event_id, connection), connection, settings)
+    body = stream(hub, replay, subscription, last_event_id, connection)
+    response = _response(body, connection, settings, direct_write=settings.direct_write)
     if "flask_pg_sse.testing" in environ:
         environ["flask_pg_sse.testing"].append(subscription)
     return response
@@ -277,13 +278,11 @@ def _closed(channel: str, state: State, *, asked: bool, bad_token: bool) -> str:
     return guard.closed_text(channel, debug=debug, bad_token=bad_token, patterns=patterns, asked=asked)
 
 
-def _response(body: Iterable[bytes], connection: Connection, settings: Settings) -> Response:
+def _response(
+    body: Iterable[bytes], connection: Connection, settings: Settings, *, direct_write: bool | str = False
+) -> Response:
     begin = functools.partial(
-        connection.response_started,
-        # What ends at once is not written to past its body.
-        body=0 if isinstance(body, _Blocks) else id(body),
-        direct_write=settings.direct_write,
-        send_timeout=settings.send_timeout,
+        connection.response_started, body=id(body), direct_write=direct_write, send_timeout=settings.send_timeout
     )
     response: Response = _response_class(current_app.response_class)(body, begin)  # type: ignore[arg-type]
     return response

@@ -12,7 +12,6 @@ import functools
 import logging
 import operator
 import socket
-from collections.abc import Callable
 from typing import Any
 
 from .progress import ENOUGH_BYTES, Progress
@@ -42,18 +41,17 @@ class _Asked:
     would have to see all that leaves; lengths alone do not show who puts asterisks for the digits of a card.
     """
 
-    def __init__(self, wrapper: Any, body: int, answer: Callable[[bool], None]) -> None:
+    def __init__(self, wrapper: Any, body: int) -> None:
         self.wrapper = wrapper
+        self.of_the_body = False  # gunicorn is the last to ask: others may have, and then changed their minds
         self._body = body  # the number of the object, which itself would keep the whole stream in a circle
-        self._answer = answer
 
     def __call__(self, *args: Any) -> Any:
         return self.wrapper(*args)
 
     def __instancecheck__(self, instance: object) -> bool:
-        itself = id(instance) == self._body
-        self._answer(itself)  # gunicorn is the last to ask: others may have, and then changed their minds
-        if not itself:
+        self.of_the_body = id(instance) == self._body
+        if not self.of_the_body:
             _say_who_stands_between(type(instance))  # type: ignore[arg-type]
         return isinstance(instance, self.wrapper)
 
@@ -83,8 +81,8 @@ class Outlet(Progress):
         self._response: Any = None
         self._beside = 0  # bytes of the body that gunicorn counts and `Progress` does not
 
-    def lead_past(self, response: Any, environ: dict[str, Any], body: int, *, always: bool) -> None:
-        """Open the way if gunicorn's response is on a plain socket and goes out as it is.
+    def prepare(self, response: Any, environ: dict[str, Any], body: int, *, always: bool) -> None:
+        """Find out whether there is a way: whether gunicorn's response is on a plain socket and goes out as it is.
 
         That is: if gunicorn itself iterates over the generator, whose `id()` is `body`; `always`: it, or whoever else.
         """
@@ -95,11 +93,15 @@ class Outlet(Progress):
         if always:
             self._response = response
         elif "wsgi.file_wrapper" in environ:
+            environ["wsgi.file_wrapper"] = _Asked(environ["wsgi.file_wrapper"], body)
 
-            def answer(itself: bool) -> None:
-                self._response = response if itself else None
-
-            environ["wsgi.file_wrapper"] = _Asked(environ["wsgi.file_wrapper"], body, answer)
+    def lead_past(self, environ: dict[str, Any], response: Any) -> None:
+        """Open the way that was found, and leave the environ as it was. The response has begun."""
+        asked = environ.get("wsgi.file_wrapper")
+        if isinstance(asked, _Asked):
+            environ["wsgi.file_wrapper"] = asked.wrapper
+            if asked.of_the_body:
+                self._response = response
 
     def way(self) -> _socket.socket | None:
         """Return the socket if the response now stands between two chunks, with all that the generator has yielded.
@@ -135,13 +137,6 @@ class Outlet(Progress):
             with contextlib.suppress(OSError):
                 _socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
             raise
-
-
-def forget_asking(environ: dict[str, Any]) -> None:
-    """Let the environ be as it was: the response has begun."""
-    asked = environ.get("wsgi.file_wrapper")
-    if isinstance(asked, _Asked):
-        environ["wsgi.file_wrapper"] = asked.wrapper
 
 
 def is_gunicorns(response: Any) -> bool:

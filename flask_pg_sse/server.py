@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import wakeup
-from .outlet import Outlet, forget_asking, is_gunicorns
+from .outlet import Outlet, is_gunicorns
 from .sharing import share
 from .tokens import without_token
 
@@ -90,8 +90,8 @@ class Connection(Outlet):
         Said before the headers leave, so that the client reads `Connection: close`: a stream ends only because it is to
         end, and a client that keeps its connection would hold up the worker's exit.
 
-        `direct_write` allows for writing past the generator, whose `id()` is `body` (0: none): True or "always", see
-        `Outlet.lead_past()`. `send_timeout` is in seconds.
+        `direct_write` allows for writing past the generator, whose `id()` is `body`: True or "always", see
+        `Outlet.prepare()`. `send_timeout` is in seconds.
         """
         response: Any = getattr(write, "__self__", None)
         if hasattr(response, "force_close"):  # gunicorn
@@ -99,8 +99,8 @@ class Connection(Outlet):
             _mask_token(response.req)
             if self._begun is not None and is_gunicorns(response):
                 self._begun = (self._begun[0], response)
-                if direct_write and body:
-                    self.lead_past(response, self._begun[0], body, always=direct_write == "always")
+                if direct_write:
+                    self.prepare(response, self._begun[0], body, always=direct_write == "always")
         elif hasattr(response, "close_connection"):  # gevent's pywsgi
             response.close_connection = True
             self._take_socket(response.socket)
@@ -117,9 +117,12 @@ class Connection(Outlet):
                 _socket.socket.setsockopt(self._socket, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def share(self) -> None:
-        """Let go of what gunicorn keeps of the request in as far as others have the same. The response has begun."""
+        """Let go of what gunicorn keeps of the request in as far as others have the same. The response has begun.
+
+        The way past the generator, if there is one, is open from here on.
+        """
         if self._begun is not None and self._begun[1] is not None:
-            forget_asking(self._begun[0])
+            self.lead_past(*self._begun)
             # A gunicorn to come may keep it otherwise. It then stays as it is: the stream matters more.
             with contextlib.suppress(AttributeError, KeyError, TypeError):
                 share(*self._begun)
