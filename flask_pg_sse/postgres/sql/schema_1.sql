@@ -312,6 +312,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $func
 DECLARE
     pruned bigint;
     cut bigint;
+    last bigint;
     deleted integer := 0;
 BEGIN
     IF NOT pg_try_advisory_xact_lock(7380381037705062260) THEN
@@ -321,18 +322,17 @@ BEGIN
     -- order.
     LOCK TABLE flask_pg_sse.pending IN ROW EXCLUSIVE MODE;
     SELECT r.pruned_through INTO pruned FROM flask_pg_sse.retention r;
-    SELECT max(e.id) INTO cut
+    SELECT max(e.id) FILTER (WHERE e.expired AND NOT e.kept), max(e.id) INTO cut, last
     FROM (
         SELECT e.id, e.created_at < clock_timestamp() - max_age AS expired,
             bool_or(e.created_at BETWEEN clock_timestamp() - max_age AND clock_timestamp()) OVER (ORDER BY e.id) AS kept
         FROM (SELECT e.id, e.created_at FROM flask_pg_sse.event e WHERE e.id > pruned ORDER BY e.id LIMIT batch) AS e
-    ) AS e WHERE e.expired AND NOT e.kept;
+    ) AS e;
     IF cut IS NULL AND (
         SELECT e.created_at < clock_timestamp() - max_age FROM flask_pg_sse.event e
         WHERE e.id > pruned AND e.created_at <= clock_timestamp() ORDER BY e.id LIMIT 1
     ) THEN  -- the whole batch is dated in the future, and what follows it has expired
-        SELECT max(e.id) INTO cut
-        FROM (SELECT e.id FROM flask_pg_sse.event e WHERE e.id > pruned ORDER BY e.id LIMIT batch) AS e;
+        cut := last;
     END IF;
     DELETE FROM flask_pg_sse.event e WHERE e.id > pruned AND e.id <= cut;
     GET DIAGNOSTICS deleted = ROW_COUNT;
