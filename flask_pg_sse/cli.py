@@ -14,7 +14,7 @@ from werkzeug.routing import BuildError
 
 from .blueprint import sse_bp
 from .errors import DatabaseUnavailable, PgSSEError
-from .extension import current_state, sse_url
+from .extension import LONGEST, current_state, sse_url
 from .postgres import schema
 from .postgres.connect import connect, execute
 from .postgres.dsn import Dsn
@@ -62,14 +62,10 @@ def _init(sql: bool, grant_to: tuple[str, ...]) -> None:
     click.echo(f"{said} ({dsn}).{granted}")
 
 
-# Seconds, some three hundred years. What is more, or no number at all, PostgreSQL's intervals do not take.
-_LONGEST_AGE = 1e10
-
-
 @sse_bp.cli.command("prune")
 @click.option(
     "--max-age",
-    type=click.FloatRange(min=0, max=_LONGEST_AGE),
+    type=click.FloatRange(min=0, max=LONGEST),
     metavar="SECONDS",
     help="The age from which events are deleted; without it, the app's SSE_RETENTION.",
 )

@@ -267,11 +267,15 @@ class PgSSE(_CurrentApp):
         self._runtime().close()
 
 
+# Seconds, some three hundred years: what is more, or no number, is a slip.
+LONGEST = 1e10
+
+
 def _positive_seconds(value: object) -> float:
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise TypeError(f"expires is a number of seconds or a timedelta, not {type(value).__name__}.")
-    if not 0 < seconds < 1e10:  # some three hundred years; the inequalities are false for NaN too
+    if not 0 < seconds < LONGEST:  # the inequalities are false for NaN too
         raise ValueError(f"expires is a number of seconds from now, greater than 0, not {seconds!r}.")
     return float(seconds)
 
