@@ -209,14 +209,14 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make_app() -> Iterator[Callable[..., Flask]]:
-    """Make apps with the blueprint and open channels; what they start is ended after the test."""
+    """Make apps with the blueprint and open channels, or hooks; what they start is ended after the test."""
     apps: list[Flask] = []
 
-    def make(database_url: str | None = None, /, **config: Any) -> Flask:
+    def make(database_url: str | None = None, /, *, authorize: Any = None, subject: Any = None, **config: Any) -> Flask:
         app = Flask("tests")
         app.config.update(TESTING=True, SSE_CHANNELS=["*"], SSE_DATABASE_URL=database_url)
         app.config.update(config)
-        app.register_blueprint(sse_bp)
+        app.register_blueprint(sse_bp, authorize=authorize, subject=subject)
         apps.append(app)
         return app
 

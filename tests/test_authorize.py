@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,20 +30,13 @@ Start = Callable[..., WebServer]
 
 
 @pytest.fixture
-def app_with(database_url: str) -> Iterator[Callable[..., Flask]]:
+def app_with(database_url: str, make_app: Callable[..., Flask]) -> Callable[..., Flask]:
     """Make an app whose blueprint gets the hooks."""
-    apps: list[Flask] = []
 
     def make(*, channels: Any = (), testing: bool = True, **hooks: Any) -> Flask:
-        app = Flask("tests")
-        app.config.update(SECRET_KEY="x", SSE_CHANNELS=list(channels), SSE_DATABASE_URL=database_url, TESTING=testing)
-        app.register_blueprint(sse_bp, **hooks)
-        apps.append(app)
-        return app
+        return make_app(database_url, SECRET_KEY="x", SSE_CHANNELS=list(channels), TESTING=testing, **hooks)
 
-    yield make
-    for app in apps:
-        app.extensions["pg_sse"].close()
+    return make
 
 
 def status(app: Flask, url: str = "/sse?channel=orders", **options: Any) -> int:

@@ -231,12 +231,10 @@ def test_the_nginx_example_streams_without_delay(
         pytest.skip("nginx is not installed: apt-get install nginx-light")
     app_server = start_server(database_url, app="tests.apps.behind_proxy:app", FLASK_SSE_MAX_STREAMS_PER_CLIENT="1")
     port = free_port()
-    listen, http2, older = re.findall(r"^ *(listen 443 ssl;)\n *(http2 on;) .*: (listen .*;)$", example("nginx"), re.M)[
-        0
-    ]
+    server = example("nginx")
+    [(listen, http2, older)] = re.findall(r"^ *(listen 443 ssl;)\n *(http2 on;) .*: (listen .*;)$", server, re.M)
     said = subprocess.run([nginx, "-v"], capture_output=True, text=True, check=True).stderr
     version = tuple(map(int, re.findall(r"nginx/(\d+)\.(\d+)\.(\d+)", said)[0]))
-    server = example("nginx")
     if version < (1, 25, 1):
         server = server.replace(http2, "").replace(listen, older, 1)
     authority = trustme.CA()
@@ -245,9 +243,8 @@ def test_the_nginx_example_streams_without_delay(
     trusted = ssl.create_default_context()
     authority.configure_trust(trusted)
     both = f"ssl_certificate {tmp_path}/both.pem; ssl_certificate_key {tmp_path}/both.pem;"
-    server = server.replace("# server_name", f"{both}  # server_name").replace(
-        "listen 443", f"listen 127.0.0.1:{port}", 1
-    )
+    server = server.replace("# server_name", f"{both}  # server_name")
+    server = server.replace("listen 443", f"listen 127.0.0.1:{port}", 1)
     server = server.replace("127.0.0.1:8000", f"127.0.0.1:{app_server.port}")
     places = "".join(
         f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")

@@ -707,10 +707,8 @@ def test_an_installed_wheel_has_the_sql(tmp_path: Path) -> None:
 
 
 def test_the_sdist_has_what_the_repository_has(tmp_path: Path) -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    files = {name for name in listed if name and not name.startswith(".")}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = {name for name in listed.stdout.splitlines() if not name.startswith(".")}
     source = tmp_path / "flask-pg-sse"
     for name in files:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
