@@ -12,7 +12,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,25 +115,27 @@ def database_url(postgres_server: postgres.Server) -> Iterator[str]:
 
 
 @contextmanager
-def fresh_database(server: postgres.Server, options: str = "") -> Iterator[str]:
+def fresh_database(server: postgres.Server, options: str = "", *, template: str = "template0") -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex[:12]}"
     # From version 15 on the default is to write every block of it to the WAL too, which takes ten times as long.
     if int((server.data_dir / "PG_VERSION").read_text()) >= 15:
         options += " STRATEGY file_copy"
-    execute(server.url(), f"CREATE DATABASE {name} TEMPLATE template0 {options}")
-    try:
-        yield server.url(name)
+    with closing(connect(server.url())) as connection, connection.cursor() as cursor:
+
+        def sessions() -> list[tuple[Any, ...]]:
+            cursor.execute("SELECT application_name, state, query FROM pg_stat_activity WHERE datname = %s", (name,))
+            found: list[tuple[Any, ...]] = cursor.fetchall()
+            return found
+
+        cursor.execute(f"CREATE DATABASE {name} TEMPLATE {template} {options}")
         try:
-            eventually(lambda: not _sessions(server, name), 5, "no session is left in the test's database")
-        except AssertionError as error:
-            raise AssertionError(f"{error}: {_sessions(server, name)}") from None
-    finally:
-        execute(server.url(), f"DROP DATABASE {name} WITH (FORCE)")
-
-
-def _sessions(server: postgres.Server, name: str) -> list[tuple[Any, ...]]:
-    query = "SELECT application_name, state, query FROM pg_stat_activity WHERE datname = %s"
-    return execute(server.url(), query, (name,))
+            yield server.url(name)
+            try:
+                eventually(lambda: not sessions(), 5, "no session is left in the test's database")
+            except AssertionError as error:
+                raise AssertionError(f"{error}: {sessions()}") from None
+        finally:
+            cursor.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def _debian_binaries() -> Path | None:
@@ -159,11 +161,18 @@ def log_server(running_postgres: Running, log_binaries: Path | None) -> Iterator
         yield server
 
 
+@pytest.fixture(scope="session")
+def _log_template(log_server: postgres.Server) -> str:
+    name = "with_the_log"  # copied in less time than the log is installed in
+    execute(log_server.url(), f"CREATE DATABASE {name} TEMPLATE template0")
+    execute(log_server.url(name), schema_sql())
+    return name
+
+
 @pytest.fixture
-def log_url(log_server: postgres.Server) -> Iterator[str]:
+def log_url(log_server: postgres.Server, _log_template: str) -> Iterator[str]:
     """The URL of a fresh database with the event log in it."""
-    with fresh_database(log_server) as url:
-        execute(url, schema_sql())
+    with fresh_database(log_server, template=_log_template) as url:
         yield url
 
 

@@ -272,7 +272,7 @@ def test_clients_that_have_gone_are_forgotten(database_url: str, make_app: MakeA
 
 
 def test_a_flood_from_one_address_leaves_the_worker_as_it_was(database_url: str, start_server: Start) -> None:
-    """5,000 connections, of which 20 may stream; those that are refused read nothing and do not close."""
+    """2,500 connections, of which 20 may stream; those that are refused read nothing and do not close."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 8192)), hard))
     server = start_server(database_url, "--worker-connections", "1000", FLASK_SSE_MAX_STREAMS_PER_CLIENT="20")
@@ -295,7 +295,7 @@ def test_a_flood_from_one_address_leaves_the_worker_as_it_was(database_url: str,
             eventually(lambda: server.get("/ping"))
             before = resident(pid)
             other.start()
-            for _ in range(10):
+            for _ in range(5):
                 asked = [crowd.add("a") for _ in range(500)]
                 for reader in asked:
                     reader.reading = False

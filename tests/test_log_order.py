@@ -84,9 +84,9 @@ def test_ids_are_in_the_order_of_commits(log_url: str) -> None:
 
     with listening(log_url, *CHANNELS) as ear:
         watchers = [InThread(watch, log_url, stop), InThread(beat, log_url, stop, beats)]
-        publishers = [InThread(publish, f"t{number}") for number in range(8)]
         try:
-            for publisher in publishers:
+            eventually(lambda: beats)  # it listens: what was committed before that it would not have heard
+            for publisher in [InThread(publish, f"t{number}") for number in range(8)]:
                 publisher.join(60 * LONG)
             sent = sum(map(len, committed))
             ear.wait(sent)

@@ -76,7 +76,7 @@ def test_pages_have_every_event_once_and_in_order(log_url: str, seed: int) -> No
     pruned, head = ids[0] - 1, ids[-1]
     execute(log_url, "UPDATE flask_pg_sse.retention SET pruned_through = %s", (pruned,))
     with connected(log_url, transactions=False) as connection:
-        for round in range(40 * LONG):
+        for round in range(20 * LONG):
             many = rng.random() < 0.4
             channels = rng.sample(CHANNELS, rng.randint(17, 40) if many else rng.choice([0, 1, 1, 2, 5, 16]))
             if channels and rng.random() < 0.5:

@@ -17,6 +17,7 @@ from flask_pg_sse.page import Item
 from flask_pg_sse.recent import TOTAL_BYTES, Recent
 from flask_pg_sse.subscription import Subscription
 from tests import model, servers
+from tests.log import LONG
 from tests.model import FIRST, ModelLog, World, item, logged_in, opening_id, raw, raw_in
 
 CHANNELS = "abcd"
@@ -74,7 +75,7 @@ class Client(Subscription):
         assert model.RESET not in self.output
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=LARGE)
+@settings(deadline=None, max_examples=100 * LONG, suppress_health_check=LARGE)
 @given(st.randoms(use_true_random=False), st.sampled_from([0.0, 0.2]))
 def test_every_stream_has_exactly_the_log_whatever_the_order_of_things(chooser: random.Random, fails: float) -> None:
     world = World(ModelLog(chooser.randrange(1 << 30), 0.0))
@@ -117,7 +118,7 @@ def test_every_stream_has_exactly_the_log_whatever_the_order_of_things(chooser: 
         client.check(known)
 
 
-@settings(deadline=None, max_examples=50, suppress_health_check=LARGE)
+@settings(deadline=None, max_examples=30 * LONG, suppress_health_check=LARGE)
 @given(st.randoms(use_true_random=False), st.sampled_from([400, 2000, 100_000]))
 def test_what_is_remembered_is_all_there_was_or_nothing(chooser: random.Random, limit: int) -> None:
     """Against a list of all that came, and a set of what cannot be known."""

@@ -83,7 +83,7 @@ class Memory(threading.Thread):
         return ", ".join(f"{at:.0f} s {size >> 20} MB" for at, size in self.sizes[::every])
 
 
-@pytest.mark.parametrize("count", [150, *([1000] if LONG else [])])
+@pytest.mark.parametrize("count", [100, *([1000] if LONG else [])])
 def test_stalled_clients_cost_bounded_memory_delay_nobody_and_lose_nothing(
     database_url: str, start_server: Start, count: int
 ) -> None:
@@ -137,12 +137,12 @@ def test_stalled_clients_on_channels_of_their_own_cost_no_more(database_url: str
         stop(slow)
         names = [reader.channels[0] for reader in slow]
         with Memory(worker(server)) as memory:
-            for number in range(10):  # in all 1.25 MB each
+            for number in range(5):  # in all 625 kB each
                 flood(database_url, names, 25, 5000, batch=5)
                 publish(database_url, ("good", str(number)))
                 crowd.read_until(all_have([good], number + 1))
             go_on(slow, receive_buffer=1 << 18)
-            crowd.read_until(all_have(slow, 250))
+            crowd.read_until(all_have(slow, 125))
         bound = most_for(count, 65536)
         print(f"{count} stalled: at most +{(memory.most - before) >> 20} MB of {bound >> 20} MB; {memory}")
         assert all(reader.events == logged(database_url, reader.channels) for reader in slow)
