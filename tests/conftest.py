@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import shutil
@@ -115,7 +116,9 @@ def database_url(postgres_server: postgres.Server) -> Iterator[str]:
 
 
 @contextmanager
-def fresh_database(server: postgres.Server, options: str = "", *, template: str = "template0") -> Iterator[str]:
+def fresh_database(server: postgres.Server, options: str = "", *, logged: bool = False) -> Iterator[str]:
+    """Make a database, `logged`: with the event log in it; give its URL, and drop it."""
+    template = _log_template(server) if logged else "template0"
     name = f"test_{uuid.uuid4().hex[:12]}"
     # From version 15 on the default is to write every block of it to the WAL too, which takes ten times as long.
     if int((server.data_dir / "PG_VERSION").read_text()) >= 15:
@@ -136,6 +139,22 @@ def fresh_database(server: postgres.Server, options: str = "", *, template: str 
                 raise AssertionError(f"{error}: {sessions()}") from None
         finally:
             cursor.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@functools.cache
+def _log_template(server: postgres.Server) -> str:
+    """Return a database to be copied, in less time than the log is installed in."""
+    name = "with_the_log"
+    execute(server.url(), f"CREATE DATABASE {name} TEMPLATE template0")
+    execute(server.url(name), schema_sql())
+    return name
+
+
+@pytest.fixture
+def logged_url(postgres_server: postgres.Server) -> Iterator[str]:
+    """As `database_url`, with the event log."""
+    with fresh_database(postgres_server, logged=True) as url:
+        yield url
 
 
 def _debian_binaries() -> Path | None:
@@ -161,18 +180,10 @@ def log_server(running_postgres: Running, log_binaries: Path | None) -> Iterator
         yield server
 
 
-@pytest.fixture(scope="session")
-def _log_template(log_server: postgres.Server) -> str:
-    name = "with_the_log"  # copied in less time than the log is installed in
-    execute(log_server.url(), f"CREATE DATABASE {name} TEMPLATE template0")
-    execute(log_server.url(name), schema_sql())
-    return name
-
-
 @pytest.fixture
-def log_url(log_server: postgres.Server, _log_template: str) -> Iterator[str]:
-    """The URL of a fresh database with the event log in it."""
-    with fresh_database(log_server, template=_log_template) as url:
+def log_url(log_server: postgres.Server) -> Iterator[str]:
+    """The URL of a fresh database with the event log in it, on each of the servers."""
+    with fresh_database(log_server, logged=True) as url:
         yield url
 
 

@@ -39,10 +39,9 @@ def url(request: pytest.FixtureRequest, database_url: str) -> str:
 
 
 @pytest.fixture
-def logged_url(database_url: str) -> str:
-    execute(database_url, schema_sql())
-    members(database_url, *EVERYBODY)
-    return database_url
+def logged_url(logged_url: str) -> str:
+    members(logged_url, *EVERYBODY)
+    return logged_url
 
 
 def start_members(start_server: Start, url: str, *options: str, **env: str) -> WebServer:

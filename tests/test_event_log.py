@@ -31,12 +31,6 @@ def events(url: str) -> list[tuple[int, str, str]]:
     return execute(url, "SELECT id, channel, data FROM flask_pg_sse.event ORDER BY id")
 
 
-@pytest.fixture
-def logged_url(database_url: str) -> str:
-    execute(database_url, schema_sql())
-    return database_url
-
-
 # -- on, off, required
 
 

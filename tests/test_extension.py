@@ -88,7 +88,7 @@ def test_a_hook_that_reads_the_whole_body_fails_and_does_not_hang(database_url: 
     assert client.get("/sse/orders").status_code == 500
     assert client.get("/sse").status_code == 400
     asks = True
-    with client.get("/sse/orders", buffered=False) as response:
+    with client.get("/sse/orders") as response:
         assert response.status_code == 200
     assert client.get("/sse").status_code == 400
     assert read == [500, 400, 400]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from flask_pg_sse import schema_sql
 from tests.client import Response, eventually, open_stream
 from tests.conftest import connect, execute
 from tests.servers import WebServer
@@ -18,9 +17,8 @@ FAR_AHEAD = 2**62
 
 
 @pytest.fixture
-def url(database_url: str) -> str:
-    execute(database_url, schema_sql())
-    return database_url
+def url(logged_url: str) -> str:
+    return logged_url
 
 
 @pytest.fixture

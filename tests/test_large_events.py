@@ -91,7 +91,6 @@ def test_a_large_event_is_read_once_for_all_its_streams(database_url: str, start
             crowd.read_until(lambda: all(len(reader.events) == 3 * number + 3 for reader in crowd.readers))  # noqa: B023
         expected = logged(database_url, ["a"])
         assert all(reader.events == expected for reader in crowd.readers)
-    # One page at the listener's start, and one for each of the large ones.
     # At the listener's start; and for each of the large ones, and what came after it.
     assert calls_after(database_url, server)["page_v1"] == 1 + 3 * 2
 

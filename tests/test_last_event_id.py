@@ -11,7 +11,6 @@ from urllib.parse import quote
 
 import pytest
 
-from flask_pg_sse import schema_sql
 from tests.client import Message, Response, eventually, open_stream, request
 from tests.conftest import connect, execute
 from tests.servers import WebServer
@@ -20,9 +19,8 @@ Start = Callable[..., WebServer]
 
 
 @pytest.fixture
-def url(database_url: str) -> str:
-    execute(database_url, schema_sql())
-    return database_url
+def url(logged_url: str) -> str:
+    return logged_url
 
 
 def publish(url: str, channel: str, data: str) -> str:

@@ -12,10 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flask_pg_sse import schema_sql
 from flask_pg_sse.progress import ENOUGH_BYTES, Progress
 from tests.client import Response, eventually, open_stream
-from tests.conftest import execute
 from tests.crowd import Crowd, publish, resident, worker
 from tests.servers import WebServer
 
@@ -25,9 +23,8 @@ WORKERS = [(), ("-k", "gthread", "--threads", "20")]
 
 
 @pytest.fixture
-def url(database_url: str) -> str:
-    execute(database_url, schema_sql())  # without the log a client that does not read is `behind` much sooner
-    return database_url
+def url(logged_url: str) -> str:
+    return logged_url  # without the log a client that does not read is `behind` much sooner
 
 
 @pytest.fixture(params=WORKERS, ids=["gevent", "gthread"])
