@@ -26,7 +26,7 @@ from flask_pg_sse import DatabaseUnavailable, notify, sse_bp, sse_cursor
 app = Flask(__name__)
 app.config["SSE_CHANNELS"] = ["orders"]  # whoever can open the page may listen to this channel, and to no other
 app.register_blueprint(sse_bp)  # GET /sse?channel=orders
-app.register_blueprint(htmx_bp)  # GET /htmx/htmx-4.min.js
+app.register_blueprint(htmx_bp)  # GET /htmx/htmx.min.js
 
 
 @app.get("/")

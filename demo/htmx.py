@@ -1,4 +1,4 @@
-"""Serve htmx from the files of the installed django-htmx package, so that the page needs no CDN."""
+"""Serve htmx from the files that demo/htmx-files installs, so that the page needs no CDN."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from flask import Blueprint
 
 def find_htmx() -> Path:
     """Return the folder that holds htmx 4 and its extensions. Raises RuntimeError, with the remedy, without one."""
-    spec = find_spec("django_htmx")  # finds the package without importing it: it is only a box of static files here
+    spec = find_spec("demo_htmx")
     for folder in (spec and spec.submodule_search_locations) or ():
-        files = Path(folder, "static", "django_htmx")
-        if (files / "htmx-4.min.js").is_file() and (files / "ext" / "hx-sse-4.min.js").is_file():
+        files = Path(folder, "htmx-4", "dist")
+        if (files / "htmx.min.js").is_file() and (files / "ext" / "hx-sse.min.js").is_file():
             return files
     raise RuntimeError(
-        "The demo takes htmx 4 from the package django-htmx, and it is not installed here. "
-        "Start the demo with ./demo/run, or: pip install --no-deps django-htmx"
+        "htmx 4 is not installed here. Start the demo with ./demo/run, or: pip install -r demo/requirements-htmx.txt"
     )
 
 

@@ -125,6 +125,7 @@ def fingerprint(name: str) -> str:
         digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
     files = [Path(__file__).resolve(), ROOT / "setup.py"]
     files += [ROOT / argument for call in SETS[name][1] for argument in call if argument.endswith(".txt")]
+    files += sorted((ROOT / "demo").glob("*/pyproject.toml"))
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

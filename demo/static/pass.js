@@ -112,7 +112,7 @@ function light(state) {
 
 let connection;
 stream.addEventListener("sse-open", () => light("live"));
-stream.addEventListener("htmx:before:sse:connection", ({ detail }) => {
+stream.addEventListener("htmx:sse:before:connection", ({ detail }) => {
   connection = detail.connection;
   if (connection.attempt > 0) light("reconnecting"); // the stream has ended; htmx waits a little and opens a new one
 });

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
 from flask import render_template_string, send_from_directory
 from flask.typing import ResponseReturnValue
 
+from demo.htmx import find_htmx
 from tests.apps.basic import app
 
 
@@ -21,9 +21,7 @@ def page() -> ResponseReturnValue:
 
 @app.get("/htmx/<path:name>")
 def htmx(name: str) -> ResponseReturnValue:
-    spec = importlib.util.find_spec("django_htmx")
-    assert spec is not None and spec.origin is not None
-    return send_from_directory(Path(spec.origin).parent / "static" / "django_htmx", name)
+    return send_from_directory(find_htmx().parent.parent, name)
 
 
 __all__ = ["app"]
