@@ -1,16 +1,20 @@
 """Make ``.venv`` at the top of the checkout, install what is asked for, and run what comes after it.
 
-    python3 -I demo/setup_venv.py SET... [-- ARGUMENTS FOR .venv/bin/python]
+    python3 -I demo/setup_venv.py [--newest] SET... [-- ARGUMENTS FOR .venv/bin/python]
 
 demo/run, tests/run and benchmarks/run call this with the newest Python they find. Standard library only, since nothing
 is installed yet. Each set of packages (``SETS``) has a stamp in ``.venv``: a hash of the interpreter, the place of the
 checkout and the set's requirement files, written after everything else. A stamp that matches costs one read: no pip, no
 network.
+
+Versions are those of constraints.txt, with which everything was tested; --newest takes the newest of the day. The first
+lines of that file have the command that made it; with --upgrade it takes newer ones, and `./tests/run` tests them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import hashlib
 import importlib.util
@@ -27,6 +31,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
+CONSTRAINTS = ROOT / "constraints.txt"
 # A set that was begun and not finished. pip is not atomic: it leaves packages that look installed and are not whole,
 # so the next run starts from nothing.
 UNFINISHED = VENV / ".unfinished"
@@ -69,6 +74,8 @@ class Stopped(BaseException):
 def main(arguments: list[str]) -> int:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     wanted, then = arguments[:end], arguments[end + 1 :]
+    newest = wanted[:1] == ["--newest"]
+    wanted = wanted[newest:]
     for name in wanted:
         if name not in SETS:
             raise SystemExit(f"setup_venv.py: no set {name!r}; there are {', '.join(SETS)}")
@@ -78,7 +85,7 @@ def main(arguments: list[str]) -> int:
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        prepare(wanted)
+        prepare(wanted, newest)
     except SetupError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
@@ -97,24 +104,24 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def prepare(wanted: list[str]) -> None:
-    """Bring ``.venv`` to a state in which every set in `wanted` is whole."""
+def prepare(wanted: list[str], newest: bool = False) -> None:
+    """Bring ``.venv`` to a state in which every set in `wanted` is whole; `newest`: whatever constraints.txt says."""
     if VENV.is_symlink() or (VENV.exists() and not VENV.is_dir()):
         raise SetupError(f"{VENV} is not a directory of its own. Move it away and run this again.")
     with _lock() as lock:
-        if not _reusable(wanted):
+        if not _reusable(wanted, newest):
             _make(lock)
         for name in wanted:
-            if not _stamped(name):
+            if not _stamped(name, newest):
                 try:
-                    _install(name, lock)
+                    _install(name, lock, newest)
                 except SetupError as error:
                     if name != "postgres" or not os.environ.get("DATABASE_URL"):
                         raise
                     print(f"{error}\nDATABASE_URL is set; going on without it.", file=sys.stderr, flush=True)
 
 
-def fingerprint(name: str) -> str:
+def fingerprint(name: str, newest: bool = False) -> str:
     """Hash what the set `name` depends on.
 
     The place of the checkout is part of it because a virtual environment holds absolute paths: a moved or copied one
@@ -126,6 +133,10 @@ def fingerprint(name: str) -> str:
     files = [Path(__file__).resolve(), ROOT / "setup.py"]
     files += [ROOT / argument for call in SETS[name][1] for argument in call if argument.endswith(".txt")]
     files += sorted((ROOT / "demo").glob("*/pyproject.toml"))
+    if newest:
+        digest.update(f"newest of {datetime.date.today()}".encode())
+    else:
+        files.append(CONSTRAINTS)
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
@@ -143,14 +154,14 @@ def _stamp(name: str) -> Path:
     return VENV / f".stamp-{name}"
 
 
-def _stamped(name: str) -> bool:
+def _stamped(name: str, newest: bool) -> bool:
     try:
-        return _stamp(name).read_text(encoding="ascii").strip() == fingerprint(name)
+        return _stamp(name).read_text(encoding="ascii").strip() == fingerprint(name, newest)
     except (FileNotFoundError, UnicodeDecodeError):
         return False
 
 
-def _reusable(wanted: list[str]) -> bool:
+def _reusable(wanted: list[str], newest: bool = False) -> bool:
     """Whether ``.venv`` is whole as far as it goes, so that missing sets can be added to it.
 
     A set that was asked for, is there and has changed means a new start: pip would not take away what the old
@@ -160,7 +171,7 @@ def _reusable(wanted: list[str]) -> bool:
         return False
     present = [name for name in SETS if _stamp(name).exists()]
     # The first set is in every environment; any other stamp without it is not this script's work.
-    return "demo" in present and all(_stamped(name) for name in present if name in wanted)
+    return "demo" in present and all(_stamped(name, newest) for name in present if name in wanted)
 
 
 @contextlib.contextmanager
@@ -250,15 +261,16 @@ def _at_least(version: str, least: tuple[int, int]) -> bool:
 PIP_INSTALL = ["install", "--quiet", "--quiet", "--no-input", "--disable-pip-version-check"]
 
 
-def _install(name: str, lock: int) -> None:
+def _install(name: str, lock: int, newest: bool) -> None:
     title, calls = SETS[name]
+    versions = [] if newest else ["--constraint", str(CONSTRAINTS)]
     print(f"Installing {title} (once) …", flush=True)
     if name != "postgres":
         UNFINISHED.touch()
     for call in calls:
-        _run([str(PYTHON), "-m", "pip", *PIP_INSTALL, *call], lock, _failure(name))
+        _run([str(PYTHON), "-m", "pip", *PIP_INSTALL, *versions, *call], lock, _failure(name))
     temporary = VENV / f".stamp-{name}.new"
-    temporary.write_text(fingerprint(name) + "\n", encoding="ascii")
+    temporary.write_text(fingerprint(name, newest) + "\n", encoding="ascii")
     UNFINISHED.unlink(missing_ok=True)
     os.replace(temporary, _stamp(name))
 

