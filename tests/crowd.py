@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import selectors
 import socket
 import time
@@ -238,7 +239,7 @@ def logged(url: str, channels: Iterable[str], after: int = 0) -> list[Seen]:
 
 def worker(server: WebServer) -> int:
     """Return the process id of the first worker."""
-    return int(server.log().split("Booting worker with pid: ")[1].split()[0])
+    return int(re.findall(r"Worker is ready\. Its process: (\d+)\.", server.log())[0])
 
 
 def resident(pid: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from playwright.sync_api import Page, Route, expect
 
 from tests.client import request
 from tests.conftest import execute
-from tests.servers import WebServer
+from tests.servers import ROOT, WebServer
 from tests.test_demo_browser import HIDE
 from tests.test_readme import example
 
@@ -58,6 +59,14 @@ def scripts(version: int, *, defer: bool = False) -> str:
 
 def send(server: WebServer, dish: str, *, event: str = "") -> None:
     server.post("/notify/orders", json.dumps({"data": f"<li>{dish}</li>", "event": event}).encode())
+
+
+def test_the_readme_names_the_versions_that_are_tested() -> None:
+    text = (ROOT / "demo" / "htmx-files" / "pyproject.toml").read_text()
+    (htmx_4, htmx_2, extension) = re.findall(r'package = "\S+"\nversion = "(\S+)"', text)
+    readme = (ROOT / "README.md").read_text()
+    assert f"htmx 4.0 (tested: {htmx_4}), with its own SSE extension, " in readme
+    assert f"htmx 2 (tested: {htmx_2}), with its SSE extension (htmx-ext-sse {extension}), " in readme
 
 
 def test_htmx_2(page: Page, database_url: str, start_server: Start, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from demo import postgres
 from tests.client import eventually, open_stream, request
 from tests.conftest import connect, execute
+from tests.crowd import worker
 from tests.servers import WebServer
 
 Start = Callable[..., WebServer]
@@ -147,7 +148,7 @@ def resident_kb(pid: int) -> int:
 
 def test_the_memory_of_clients_that_went_is_used_again(database_url: str, start_server: Start) -> None:
     server = start_server(database_url, FLASK_SSE_HEARTBEAT="0.2")
-    pid = int(server.log().split("Booting worker with pid: ")[1].split()[0])
+    pid = worker(server)
     sizes = []
     for _ in range(6):
         streams = [open_stream(server.port, "orders") for _ in range(150)]

@@ -8,4 +8,4 @@ control_socket_disable = True  # it would be one file in the home directory for 
 
 
 def post_worker_init(worker: Any) -> None:
-    worker.log.info("Worker is ready.")
+    worker.log.info("Worker is ready. Its process: %d.", worker.pid)
