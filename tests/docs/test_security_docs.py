@@ -1,0 +1,122 @@
+"""What docs/security.md says is true: its examples run, in a browser where they are for one; its tests are there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from playwright.sync_api import Page, expect
+
+from flask_pg_sse import schema_sql
+from tests.support.client import request
+from tests.support.documents import Document
+from tests.support.postgres import execute
+from tests.support.servers import WebServer, gunicorn
+
+Start = Callable[..., WebServer]
+SECURITY = Document("docs/security.md")
+
+
+def test_examples_and_links() -> None:
+    SECURITY.assert_every_example_is_run("docs/test_security_docs.py", "engine/postgres/test_roles.py")
+    SECURITY.assert_links_lead_somewhere()
+
+
+def test_every_reason_of_an_end_is_in_the_readme() -> None:
+    package = Path(__file__).resolve().parents[2] / "flask_pg_sse"
+    code = "".join(path.read_text() for path in package.rglob("*.py"))
+    reasons = {"shutdown", "max_age", "expired", "revoked", "behind", "capacity", "unavailable"}
+    assert all(f'"{reason}"' in code for reason in reasons)
+    [row] = [line for line in Document("README.md").text.split("\n") if line.startswith("| `sse-end`")]
+    assert set(re.findall(r'"([a-z_]+)"', row)) - {"reason"} == reasons
+
+
+APP = """
+from flask import Flask, render_template_string
+from flask_login import LoginManager, UserMixin, current_user, login_required, login_user, logout_user
+from flask_pg_sse import notify, sse_bp, sse_url
+
+app = Flask(__name__)
+app.config["SECRET_KEY"] = "x"
+app.config.from_prefixed_env()
+app.register_blueprint(sse_bp)
+
+class User(UserMixin):
+    id = "7"
+
+@(LoginManager(app)).user_loader
+def load(id):
+    return User()
+
+@app.get("/ping")
+def ping():
+    return "pong"
+
+@app.get("/")
+def page():
+    login_user(User())
+    return render_template_string("<!doctype html><link rel=icon href=data:,><body>" + PAGE)
+
+@app.post("/logout")
+def logout():
+    logout_user()
+    return ""
+
+@app.post("/notify/<data>")
+def send(data):
+    notify("orders", data)
+    return ""
+"""
+
+
+def start(start_server: Start, tmp_path: Path, name: str, code: str, database_url: str, **env: str) -> WebServer:
+    (tmp_path / f"{name}.py").write_text(code)
+    return start_server(
+        database_url,
+        command=lambda port: gunicorn(f"{name}:app", port, "--pythonpath", str(tmp_path)),
+        **env,
+    )
+
+
+def test_a_page_fetches_another_url_when_its_own_has_expired(
+    page: Page, database_url: str, start_server: Start, tmp_path: Path
+) -> None:
+    """Time and again, and misses nothing that was sent in between; until it is logged out."""
+    execute(database_url, schema_sql())
+    code = APP + SECURITY.example("live-url").replace("expires=300", "expires=1.5")
+    code += "\nPAGE = " + repr(SECURITY.example("expired"))
+    server = start(start_server, tmp_path, "expiring", code, database_url)
+    streams: list[str] = []
+    page.on("request", lambda request: streams.append(request.url) if "/sse?" in request.url else None)
+    with page.expect_response("**/sse?*"):
+        page.goto(f"http://127.0.0.1:{server.port}/")
+    sent: list[str] = []
+    while len(streams) < 4:
+        sent.append(str(len(sent)))
+        server.post(f"/notify/{sent[-1]}")
+        page.wait_for_timeout(100)
+    expect(page.locator("#orders")).to_have_text("".join(sent))
+    assert len(set(streams)) == len(streams), "each time with another URL"
+    assert all("&token=" in url for url in streams) and all("last_event_id=" in url for url in streams[1:])
+    with page.expect_navigation():
+        page.evaluate("fetch('/logout', {method: 'POST'})")
+
+
+def test_streams_on_a_server_of_their_own(database_url: str, start_server: Start, tmp_path: Path) -> None:
+    """The example knows the key, the database and nobody's session."""
+    env = {"FLASK_SSE_SECRET_KEY": "shared", "FLASK_SSE_DATABASE_URL": database_url}
+    code = SECURITY.example("relay") + '\n@app.get("/ping")\ndef ping(): return "pong"\n'
+    relay = start(start_server, tmp_path, "relay", code, "", **env)
+    here = {"FLASK_SSE_SECRET_KEY": "shared", "FLASK_SSE_SERVER_URL": f"http://127.0.0.1:{relay.port}/sse"}
+    code = APP + SECURITY.example("live-url") + '\nPAGE = "{{ live_url() }}"\n'
+    app = start(start_server, tmp_path, "app_beside", code, database_url, **here)
+    url = app.get("/").partition("<body>")[2].replace("&amp;", "&")
+    assert url.startswith(f"http://127.0.0.1:{relay.port}/sse/?channel=orders&token=")
+    path = url.removeprefix(f"http://127.0.0.1:{relay.port}")
+    with request(relay.port, path) as stream:
+        assert stream.next().event == "sse-open"
+        app.post("/notify/hello")
+        assert stream.event().data == "hello"
+    with request(relay.port, "/sse?channel=orders") as refused:
+        assert refused.status == 403

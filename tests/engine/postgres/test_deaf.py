@@ -1,0 +1,121 @@
+"""Where LISTEN hears nothing: a real PgBouncer in transaction mode between the app and PostgreSQL."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg2
+import pytest
+from flask import Flask
+
+from demo import postgres
+from flask_pg_sse import notify, notify_many
+from flask_pg_sse.postgres.schema import schema_sql
+from flask_pg_sse.testing import Received, stream
+from tests.support.client import eventually
+from tests.support.postgres import connect, execute
+from tests.support.servers import free_port
+
+MakeApp = Callable[..., Flask]
+PROGRAM = shutil.which("pgbouncer", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+
+
+@pytest.fixture
+def through_pgbouncer(database_url: str) -> Iterator[str]:
+    """The URL of the test's database through a PgBouncer of this test's own."""
+    if PROGRAM is None:
+        pytest.skip("no PgBouncer: install it (Debian: apt-get install pgbouncer)")
+    direct = urlsplit(database_url)
+    port = free_port()
+    folder = postgres.scratch()
+    config = folder / "pgbouncer.ini"
+    config.write_text(
+        f"[databases]\n* = host=127.0.0.1 port={direct.port} user=postgres\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
+        "pool_mode = transaction\nserver_idle_timeout = 1\n"
+    )
+    config.chmod(0o644)
+    user: dict[str, Any] = {"user": "nobody"} if os.geteuid() == 0 else {}  # it refuses to run as root
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [PROGRAM, str(config)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", **user
+        )
+    url = f"postgresql://postgres@127.0.0.1:{port}{direct.path}"
+    try:
+        eventually(lambda: answers(url, process, folder / "log"), 10, "PgBouncer answers")
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(url: str, process: subprocess.Popen[bytes], log: Path) -> bool:
+    assert process.poll() is None, log.read_text()
+    try:
+        connect(url).close()
+    except psycopg2.OperationalError:
+        return False
+    return True
+
+
+def opened(app: Flask, url: str = "/sse?channel=orders") -> tuple[Received, Iterator[Received]]:
+    events = stream(app.test_client(), url, timeout=20)
+    return next(events), events
+
+
+def test_the_log_line_names_the_cause_and_events_of_the_log_still_come(
+    database_url: str, through_pgbouncer: str, make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    execute(database_url, schema_sql())
+    app = make_app(through_pgbouncer)
+    first, events = opened(app)
+    assert first.event == "sse-open" and first.id
+    said = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(said) == 1
+    assert "PgBouncer" in said[0].getMessage() and "SSE_LISTEN_URL" in said[0].getMessage()
+    with app.app_context():
+        ids = [notify("orders", number) for number in range(3)]
+        notify_many("orders", ["x" * 20000, "small"])
+    received = [next(events) for _ in range(5)]
+    assert [event.data for event in received] == ["0", "1", "2", "x" * 20000, "small"]
+    assert [int(event.id) for event in received[:3]] == ids
+    # Another channel, and one that resumes: also read from the log.
+    _, others = opened(app, "/sse?channel=other")
+    with app.app_context():
+        notify("other", "heard")
+    assert next(others).data == "heard"
+    _, again = opened(app, f"/sse?channel=orders&last_event_id={ids[1]}")
+    assert [next(again).data for _ in range(3)] == ["2", "x" * 20000, "small"]
+
+
+def test_a_direct_connection_for_listen_is_the_cure(
+    database_url: str, through_pgbouncer: str, make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    execute(database_url, schema_sql())
+    app = make_app(through_pgbouncer, SSE_LISTEN_URL=database_url)
+    _, events = opened(app)
+    with app.app_context():
+        notify("orders", "logged")
+        notify("orders", "not logged", durable=False)
+    execute(database_url, "NOTIFY orders, 'raw'")
+    assert [next(events).data for _ in range(3)] == ["logged", "not logged", "raw"]
+    assert "PgBouncer" not in caplog.text
+
+
+def test_without_the_log_a_deaf_stream_is_refused_and_not_kept_waiting_for_nothing(
+    through_pgbouncer: str, make_app: MakeApp, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_pg_sse.hub.OPEN_TIMEOUT", 0.5)
+    monkeypatch.setattr("flask_pg_sse.postgres.listener._ANSWER_WITHIN", 0.5)
+    app = make_app(through_pgbouncer)
+    first, _ = opened(app)
+    assert (first.event, first.json) == ("sse-end", {"reason": "unavailable"})
+    eventually(lambda: "SSE_LISTEN_URL" in caplog.text, 10)

@@ -1,0 +1,374 @@
+"""Which database is used: every notation that people have, the order of the sources, and no password in any text."""
+
+from __future__ import annotations
+
+import logging
+import re
+import ssl
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote
+
+import psycopg2
+import pytest
+from flask import Flask
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from psycopg2.extensions import parse_dsn
+from sqlalchemy.engine import URL, make_url
+
+from flask_pg_sse import ConfigurationError, DatabaseNotConfigured, PgSSE, notify
+from flask_pg_sse.postgres.dsn import Dsn, is_postgres, to_dsn
+from flask_pg_sse.testing import stream
+from tests.support.postgres import execute
+
+AWKWARD_PASSWORD = "p@ss/w:rd?%#&= +é€'\"\\[x]"
+
+
+def params(value: object, **connect_args: Any) -> dict[str, str]:
+    return dict(to_dsn(value, "SOURCE", connect_args).params)
+
+
+def refusal(value: object) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        to_dsn(value, "SOURCE")
+    return str(caught.value)
+
+
+# -- notations
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["postgres", "postgresql", "postgresql+psycopg2", "postgresql+psycopg", "postgresql+asyncpg", "postgresql+pg8000"],
+)
+def test_schemes(scheme: str) -> None:
+    expected = {"user": "u", "password": "p", "host": "h", "port": "5433", "dbname": "d"}
+    assert params(f"{scheme}://u:p@h:5433/d") == expected
+    assert params(f"  {scheme}://u:p@h:5433/d\n") == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("postgresql://", {}),
+        ("postgresql:///d", {"dbname": "d"}),
+        ("postgresql://h", {"host": "h"}),
+        ("postgresql://u@h/d", {"user": "u", "host": "h", "dbname": "d"}),
+        ("postgresql://u%40corp:p%2Fq@h/d%20b", {"user": "u@corp", "password": "p/q", "host": "h", "dbname": "d b"}),
+        ("postgresql://me@corp:p@h/d", {"user": "me@corp", "password": "p", "host": "h", "dbname": "d"}),
+        ("postgresql://[::1]:5433/d", {"host": "::1", "port": "5433", "dbname": "d"}),
+        ("postgresql://[2001:db8::1]/d", {"host": "2001:db8::1", "dbname": "d"}),
+        ("postgresql://h/d?sslmode=require", {"host": "h", "dbname": "d", "sslmode": "require"}),
+        ("postgresql://h/d?ssl=true", {"host": "h", "dbname": "d", "sslmode": "require"}),
+        ("postgresql+asyncpg://h/d?ssl=verify-full", {"host": "h", "dbname": "d", "sslmode": "verify-full"}),
+        ("postgresql+asyncpg://h/d?prepared_statement_cache_size=0", {"host": "h", "dbname": "d"}),
+        ("postgresql://h:5433/d?user=me@corp&password=p", {
+            "host": "h", "port": "5433", "dbname": "d", "user": "me@corp", "password": "p"}),
+        ("postgresql://h/d?options=-c%20search_path%3Dx&application_name=shop", {
+            "host": "h", "dbname": "d", "options": "-c search_path=x", "application_name": "shop"}),
+        # sockets
+        ("postgresql://%2Fvar%2Frun/d", {"host": "/var/run", "dbname": "d"}),
+        ("postgresql://u:p@/d?host=/var/run", {"user": "u", "password": "p", "host": "/var/run", "dbname": "d"}),
+        ("postgresql:///d?host=/cloudsql/a:b:c", {"host": "/cloudsql/a:b:c", "dbname": "d"}),
+        # several hosts, libpq's way
+        ("postgresql://a,b/d", {"host": "a,b", "dbname": "d"}),
+        ("postgresql://u:p@a:1,b:2/d?target_session_attrs=primary", {
+            "user": "u", "password": "p", "host": "a,b", "port": "1,2", "dbname": "d",
+            "target_session_attrs": "primary"}),
+        ("postgresql://a,b:2,[::1]:3/d", {"host": "a,b,::1", "port": ",2,3", "dbname": "d"}),
+        # and SQLAlchemy's
+        ("postgresql+psycopg2://u:p@/d?host=a:1&host=b:2", {
+            "user": "u", "password": "p", "host": "a,b", "port": "1,2", "dbname": "d"}),
+        ("postgresql+psycopg2://u@/d?host=a&host=b", {"user": "u", "host": "a,b", "dbname": "d"}),
+        ("postgresql+psycopg2://u@/d?host=a,b&port=1,2", {"user": "u", "host": "a,b", "port": "1,2", "dbname": "d"}),
+        ("postgresql+psycopg2://u@/d?host=[::1]:1&host=::2", {
+            "user": "u", "host": "::1,::2", "port": "1,", "dbname": "d"}),
+        # libpq's own strings
+        ("host=h dbname=d user=u password=p", {"host": "h", "dbname": "d", "user": "u", "password": "p"}),
+        ("dbname = 'a b' password='x://y'", {"dbname": "a b", "password": "x://y"}),
+        ("service=shop", {"service": "shop"}),
+    ],
+)  # fmt: skip
+def test_urls_and_strings(url: str, expected: dict[str, str]) -> None:
+    assert is_postgres(url)
+    assert params(url) == expected
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+@example(AWKWARD_PASSWORD)
+def test_any_password_in_a_url_object_arrives(password: str) -> None:
+    url = URL.create("postgresql+psycopg2", "me@corp", password, "::1", 5433, "a b/%")
+    expected = {"user": "me@corp", "password": password, "host": "::1", "port": "5433", "dbname": "a b/%"}
+    assert params(url) == {key: value for key, value in expected.items() if value}
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
+@example(AWKWARD_PASSWORD)
+def test_any_percent_encoded_password_arrives(password: str) -> None:
+    url = f"postgresql://u:{quote(password, safe='')}@h/d"
+    expected = {"user": "u", "password": password, "host": "h", "dbname": "d"}
+    assert params(url) == expected == parse_dsn(url)
+
+
+@pytest.mark.parametrize("password", ["pa/ss", "pa@ss", "p:a/s@s", "5/x", "5432/x@y", "a#b", "100%", "é ü"])
+def test_a_password_that_sqlalchemy_takes_without_encoding_is_taken_too(password: str) -> None:
+    assert params(f"postgresql+psycopg2://u:{password}@h:1/d") == {
+        "user": "u", "password": password, "host": "h", "port": "1", "dbname": "d",
+    }  # fmt: skip
+
+
+def test_url_objects_with_several_hosts() -> None:
+    url = make_url("postgresql+psycopg2://u:p@/d?host=a:1&host=b:2&sslmode=require")
+    expected = {"user": "u", "password": "p", "host": "a,b", "port": "1,2", "dbname": "d", "sslmode": "require"}
+    assert params(url) == expected
+
+
+def test_connect_args_of_sqlalchemy() -> None:
+    found = params(
+        "postgresql+psycopg2://u:p@h/d", sslmode="require", keepalives=1, password="q", database="e", port=5433,
+        sslrootcert=None, cursor_factory=object(), async_=True, dsn="host=x", statement_cache_size=0,
+    )  # fmt: skip
+    assert found == {
+        "user": "u", "password": "q", "host": "h", "port": "5433", "dbname": "e", "sslmode": "require",
+        "keepalives": "1",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"), [(True, "require"), ("verify-full", "verify-full"), (False, "disable"), (None, None)]
+)
+def test_connect_args_of_asyncpg(value: object, mode: str | None) -> None:
+    assert params("postgresql+asyncpg://h/d", ssl=value).get("sslmode") == mode
+
+
+def test_an_ssl_context_means_no_connection_without_ssl() -> None:
+    assert params("postgresql+asyncpg://h/d", ssl=ssl.create_default_context())["sslmode"] == "require"
+
+
+# -- what is refused, and how
+
+
+@pytest.mark.parametrize(
+    ("value", "engine"),
+    [("sqlite:///app.db", "sqlite"), ("sqlite://", "sqlite"), ("mysql+pymysql://u:hunter2@h/d", "mysql"),
+     (URL.create("sqlite", database="app.db"), "sqlite"), ("oracle://u:hunter2@h/x=1", "oracle")],
+)  # fmt: skip
+def test_another_engine_is_named(value: object, engine: str) -> None:
+    assert not is_postgres(value)
+    with pytest.raises(DatabaseNotConfigured, match=rf"SOURCE .*\({engine}://…\)") as caught:
+        to_dsn(value, "SOURCE")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", ["hunter2", "hunter2://x", "hunter2:hunter2@h", "u:hunter2@h/d", ":hunter2", "hunter2.x-y"]
+)
+def test_garbage_is_not_repeated(value: str) -> None:
+    with pytest.raises(DatabaseNotConfigured) as caught:
+        to_dsn(value, "SOURCE")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "hunter2=", "password=hunter2 hunter2", "password='hunter2", "host=h pass=x hunter2=1",
+        "user=u password=hunter2 =",
+        "postgresql://u:hunter2@h:x/d", "postgresql://u:hunter2@h/d?nonsense=1", "postgresql://u:hunter2@[::1/d",
+        "postgresql://u:hunter2@a:b:c/d", "postgresql://u:p?hunter2@h/d", "postgresql://u:1?hunter2=1@h/d",
+        "postgresql://u:hunter2?x=1@h/d", "postgresql://u:hunter2@h/d?port=x", "postgresql://u:hunter2@h/\0",
+        "postgresql://u:hunter2\ud800@h/d", "postgresql+asyncpg://u:hunter2?x@h/d",
+    ],
+)  # fmt: skip
+def test_what_libpq_cannot_read_is_refused_without_the_password(value: str) -> None:
+    message = refusal(value)
+    assert "SOURCE" in message
+    assert "postgresql://user:password@host" in message
+    assert "hunter2" not in message
+
+
+def test_a_misspelt_option_is_named() -> None:
+    assert "'sslmodee'" in refusal("postgresql+psycopg2://u:p@h/d?sslmodee=require")
+
+
+@given(
+    st.sampled_from(["postgresql://", "postgres://", "postgresql+asyncpg://", "host=h password=", "mysql://", ""]),
+    st.text("u@/:?#%&=' ,[]1x", max_size=6),
+    st.text("@/:?#%&=' ,[]12", max_size=6),
+)
+def test_whatever_is_configured_no_piece_of_a_password_is_shown(scheme: str, before: str, after: str) -> None:
+    """The secret stands behind `user:` or `password=`, where people put it; what surrounds it is broken in any way."""
+    assume("?" not in after and "?" not in before)
+    user = "" if scheme.startswith("host") else "user:"
+    value = f"{scheme}{user}{before}SECRET{after}" + ("" if scheme.startswith("host") else "@localhost/db")
+    try:
+        dsn = to_dsn(value, "SOURCE")
+    except ConfigurationError as error:
+        assert "SECRET" not in str(error)
+    else:
+        assert "SECRET" not in f"{dsn} {dsn!r} {dsn.host}"
+
+
+def test_a_dsn_shows_where_it_leads_and_nothing_else() -> None:
+    dsn = to_dsn("postgresql://user:hunter2@db.example.org:5433/shop?sslpassword=hunter2", "SOURCE")
+    assert str(dsn) == "db.example.org:5433, database shop"
+    assert "hunter2" not in repr(dsn)
+    assert str(Dsn("x", {})) == "local socket, database (default)"
+
+
+# -- sources
+
+
+def source_of(app: Flask, caplog: pytest.LogCaptureFixture) -> str:
+    """Notify, and return what the one log line says of the database."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "flask_pg_sse"), app.app_context():
+        notify("orders", "x")
+    (line,) = [record.getMessage() for record in caplog.records if "PostgreSQL" in record.getMessage()]
+    return line
+
+
+NOWHERE = "postgresql://u:hunter2@127.0.0.1:1/nowhere"
+
+
+def test_sse_database_url_comes_first(
+    database_url: str, make_app: Callable[..., Flask], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", NOWHERE)
+    app = make_app(database_url, SQLALCHEMY_DATABASE_URI=NOWHERE)
+    line = source_of(app, caplog)
+    expected = parse_dsn(database_url)
+    assert all(part in line for part in ("SSE_DATABASE_URL", expected["host"], expected["port"], expected["dbname"]))
+
+
+def test_then_comes_sqlalchemys_with_its_connect_args(
+    database_url: str, make_app: Callable[..., Flask], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", NOWHERE)
+    url = make_url(database_url).set(drivername="postgresql+psycopg2", password="hunter2", database="nowhere")
+    app = make_app(
+        SQLALCHEMY_DATABASE_URI=url,
+        SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"dbname": parse_dsn(database_url)["dbname"], "connect_timeout": 5}},
+    )
+    line = source_of(app, caplog)
+    assert "SQLALCHEMY_DATABASE_URI" in line
+    assert parse_dsn(database_url)["dbname"] in line
+    assert "hunter2" not in line
+
+
+@pytest.mark.parametrize("uri", [None, "", "sqlite:///:memory:", "mysql://u:p@h/d"])
+def test_then_comes_the_environment(
+    database_url: str,
+    make_app: Callable[..., Flask],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    uri: str | None,
+) -> None:
+    app = make_app(SQLALCHEMY_DATABASE_URI=uri)
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    assert "DATABASE_URL of the environment" in source_of(app, caplog)
+
+
+def test_a_wrong_sse_database_url_is_not_passed_over(
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", NOWHERE)
+    app = make_app("sqlite:///app.db")  # no error yet
+    with app.app_context(), pytest.raises(DatabaseNotConfigured, match="SSE_DATABASE_URL"):
+        notify("orders", "x")
+
+
+@pytest.mark.parametrize("uri", [None, "sqlite:///:memory:", URL.create("sqlite")])
+def test_without_postgresql_an_app_starts_and_the_first_use_says_what_is_missing(
+    make_app: Callable[..., Flask], uri: Any
+) -> None:
+    app = make_app(SQLALCHEMY_DATABASE_URI=uri)
+    with app.app_context(), pytest.raises(DatabaseNotConfigured, match="Set SSE_DATABASE_URL"):
+        notify("orders", "x")
+    with pytest.raises(DatabaseNotConfigured):
+        app.test_client().get("/sse?channel=orders")
+
+
+def test_no_error_of_connecting_shows_the_password(make_app: Callable[..., Flask]) -> None:
+    app = make_app(NOWHERE)
+    with app.app_context(), pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1, database nowhere") as caught:
+        notify("orders", "x")
+    texts = []
+    error: BaseException | None = caught.value
+    while error is not None:
+        texts.append(repr(error))
+        error = error.__cause__ or error.__context__
+    assert "hunter2" not in " ".join(texts)
+
+
+def test_the_extension_object_takes_the_environment_or_its_own_url(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", NOWHERE)
+    sse = PgSSE(database_url=database_url)
+    try:
+        sse.notify("orders", {"id": 7})
+    finally:
+        sse.close()
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    sse = PgSSE()
+    try:
+        sse.notify("orders", {"id": 7})
+    finally:
+        sse.close()
+
+
+# -- against the server
+
+
+@pytest.fixture
+def role(database_url: str) -> Any:
+    name = f"me@corp {parse_dsn(database_url)['dbname']}"
+    with_password = f'CREATE ROLE "{name}" LOGIN PASSWORD %s'
+    execute(database_url, with_password, (AWKWARD_PASSWORD,))
+    yield name
+    execute(database_url, f'DROP ROLE "{name}"')
+
+
+def test_every_notation_reaches_the_server(database_url: str, role: str, make_app: Callable[..., Flask]) -> None:
+    """As a role and with a password that need quoting, from notify() to the stream."""
+    where = parse_dsn(database_url)
+    host, port, name = where["host"], where["port"], where["dbname"]
+    user, password = quote(role, safe=""), quote(AWKWARD_PASSWORD, safe="")
+    refused = 1  # nothing listens there
+    notations: list[object] = [
+        f"postgres://{user}:{password}@{host}:{port}/{name}",
+        f"postgresql+asyncpg://{user}:{password}@{host}:{port}/{name}?ssl=prefer",
+        f"postgresql://{user}:{password}@{host}:{refused},{host}:{port}/{name}",
+        f"postgresql+psycopg2://{user}:{password}@/{name}?host={host}:{refused}&host={host}:{port}",
+        URL.create("postgresql+psycopg", role, AWKWARD_PASSWORD, host, int(port), name),
+        psycopg2.extensions.make_dsn(host=host, port=port, dbname=name, user=role, password=AWKWARD_PASSWORD),
+    ]
+    for notation in notations:
+        app = make_app(notation)
+        events = stream(app.test_client(), "/sse?channel=orders")
+        assert next(events).event == "sse-open"
+        with app.app_context():
+            notify("orders", "hello")
+        assert next(events).data == "hello"
+        events.close()
+        users = execute(
+            database_url, "SELECT DISTINCT usename FROM pg_stat_activity WHERE application_name ~ 'flask_pg_sse'"
+        )
+        assert users == [(role,)]
+        app.extensions["pg_sse"].close()
+
+
+def test_the_listener_may_have_a_url_of_its_own(
+    database_url: str, make_app: Callable[..., Flask], caplog: pytest.LogCaptureFixture
+) -> None:
+    other = re.sub(r"/[^/]*$", "/postgres", database_url)
+    app = make_app(other, SSE_LISTEN_URL=database_url)
+    with caplog.at_level(logging.INFO, "flask_pg_sse"):
+        events = stream(app.test_client(), "/sse?channel=orders")
+        next(events)
+    assert "SSE_LISTEN_URL" in caplog.text
+    execute(database_url, "NOTIFY orders, 'hello'")
+    assert next(events).data == "hello"
+    events.close()

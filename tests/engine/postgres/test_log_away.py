@@ -1,0 +1,215 @@
+"""Streams that want something of an event log that does not answer: each hears so in its time, and leaves nothing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+
+import pytest
+from flask import Flask
+
+from demo import postgres
+from flask_pg_sse import notify, schema_sql, sse_cursor
+from flask_pg_sse.errors import DatabaseUnavailable
+from flask_pg_sse.event import end_block
+from flask_pg_sse.page import Item, Page
+from flask_pg_sse.postgres import log, pool
+from flask_pg_sse.postgres.connect import connect as own_connection
+from flask_pg_sse.postgres.connect import execute as own_execute
+from flask_pg_sse.postgres.dsn import to_dsn
+from flask_pg_sse.replay import _LargeEvents
+from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.testing import stream
+from tests.support.client import eventually
+from tests.support.link import Link, through
+from tests.support.log import PUBLISH, InThread, connected, logged, run
+from tests.support.model import FIRST, ModelLog, World
+from tests.support.postgres import execute
+
+MakeApp = Callable[..., Flask]
+SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'flask_pg_sse %'"
+
+
+def test_streams_that_resume_do_not_wait_one_behind_the_other(
+    database_url: str, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On channels of their own each, of whose last events the log has to be asked; LISTEN stands."""
+    execute(database_url, schema_sql())
+    monkeypatch.setattr(pool, "TIMEOUT", 1.0)
+    monkeypatch.setattr(log, "_TAILS", "SELECT pg_sleep(60); " + log._TAILS)
+    app = make_app(database_url)
+    begun = next(stream(app.test_client(), "/sse?channel=a"))
+    heard: list[str] = []
+
+    def resume(number: int) -> None:
+        [event] = stream(app.test_client(), f"/sse?channel=room-{number}&last_event_id={begun.id}", timeout=60)
+        heard.append(event.data)
+
+    since = time.monotonic()
+    for thread in [InThread(resume, number) for number in range(20)]:
+        thread.join()
+    # One attempt for which they have waited, and one for those who came when it had begun; it was one for each.
+    assert time.monotonic() - since < 10
+    assert heard == ['{"reason": "unavailable"}'] * 20
+    assert not app.extensions["pg_sse"].runtime.process.streams[1]._unfilled
+
+
+def test_what_waits_for_a_lock_does_not_pile_up_in_postgresql(
+    database_url: str, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take all connections there are. And what notify() said has failed is not sent in the end."""
+    execute(database_url, schema_sql())
+    monkeypatch.setattr(pool, "TIMEOUT", 0.3)
+    app = make_app(database_url)
+    with app.app_context():
+        first = notify("orders", "first")
+        with connected(database_url) as holder:
+            run(holder, "LOCK TABLE flask_pg_sse.event IN ACCESS EXCLUSIVE MODE")
+            for _ in range(10):
+                with pytest.raises(DatabaseUnavailable):
+                    notify("orders", "not sent")
+                with pytest.raises(DatabaseUnavailable):
+                    sse_cursor()
+            eventually(lambda: execute(database_url, SESSIONS)[0][0] <= 1, 5, "no session waits for nobody")
+        last = notify("orders", "last")
+    assert [(row[0], row[3]) for row in logged(database_url)] == [(first, "first"), (last, "last")]
+
+
+def test_an_event_whose_connection_breaks_on_the_way_is_not_sent_twice(
+    postgres_server: postgres.Server, database_url: str, make_app: MakeApp
+) -> None:
+    """PostgreSQL does not see that the line was cut, and goes on; whoever called hears that nobody knows."""
+    execute(database_url, schema_sql())
+    with Link(postgres_server.port) as line:
+        app = make_app(through(line, database_url))
+
+        def call() -> None:
+            with app.app_context(), pytest.raises(DatabaseUnavailable):
+                notify("orders", "once")
+
+        with app.app_context():
+            notify("orders", "first")
+        with connected(database_url) as holder:
+            run(holder, PUBLISH, ("other", ["{}"], ["holds the lock of those who publish"]))
+            calling = InThread(call)
+            waits = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+            eventually(lambda: execute(database_url, waits)[0][0] == 1)
+            line.drop()  # a new connection would stand
+            calling.join()
+            holder.commit()
+        eventually(lambda: [row[3] for row in logged(database_url) if row[1] == "orders"] == ["first", "once"])
+        with app.app_context():
+            notify("orders", "last")
+    assert [row[3] for row in logged(database_url) if row[1] == "orders"] == ["first", "once", "last"]
+
+
+def test_a_long_answer_may_take_its_time_and_silence_may_not(
+    postgres_server: postgres.Server, database_url: str
+) -> None:
+    with Link(postgres_server.port) as line:
+        line.slow_down()
+        with closing(own_connection(to_dsn(through(line, database_url), "the test"), "own")) as own:
+            since = time.monotonic()
+            [(text,)] = own_execute(own, "SELECT repeat('x', 3000000)", timeout=1, limit=60)
+            assert len(text) == 3_000_000
+            assert time.monotonic() - since > 1, "the line is too fast for this test"
+            with pytest.raises(TimeoutError):
+                own_execute(own, "SELECT pg_sleep(3)", timeout=1, limit=60)
+
+
+def test_what_waits_for_the_lock_of_notify_does_not_pile_up_either(
+    own_postgres: postgres.Server, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its commit, where no statement's limit counts: here behind one that waits for a standby that is away."""
+    url = own_postgres.url()
+    execute(url, schema_sql())
+    monkeypatch.setattr(pool, "TIMEOUT", 0.3)
+    app = make_app(url)
+    execute(url, "ALTER SYSTEM SET synchronous_standby_names = 'away'")
+    execute(url, "SELECT pg_reload_conf()")
+    eventually(lambda: execute(url, "SHOW synchronous_standby_names")[0][0] == "away")
+    hanging = InThread(execute, url, PUBLISH, ("orders", ["{}"], ["hangs"]))
+    try:
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        eventually(lambda: execute(url, waits)[0][0] == 1)
+        with app.app_context():
+            for _ in range(10):
+                with pytest.raises(DatabaseUnavailable):
+                    notify("orders", "not kept", durable=False)
+        eventually(lambda: execute(url, SESSIONS)[0][0] <= 1, 5, "no session waits for nobody")
+    finally:
+        execute(url, "ALTER SYSTEM RESET synchronous_standby_names")
+        execute(url, "SELECT pg_reload_conf()")
+        hanging.join()
+
+
+class StandingStill(ModelLog):
+    """Answers its `question`-th question, or fails, when it is let go on."""
+
+    def __init__(self, question: int = 1) -> None:
+        super().__init__(0)
+        self._question = question
+        self.asked = threading.Event()
+        self.let = threading.Event()
+        self.fails = False
+
+    def _fail(self) -> None:
+        if self.pages < self._question:
+            return
+        self.asked.set()
+        assert self.let.wait(20)
+        if self.fails:
+            raise DatabaseUnavailable("The model says no.")
+
+    def tails(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[tuple[str, int, Sequence[Item]]]:
+        return []
+
+
+@pytest.mark.parametrize(("size", "question"), [(10, 1), (10_000, 2)], ids=["a page", "a large event"])
+def test_who_is_ended_while_the_log_is_read_is_not_sent_what_it_had(size: int, question: int) -> None:
+    model = StandingStill(question)
+    world = World(model)
+    model.append("a", size)
+    world.deliver(1)
+    subscription = Subscription(["a"], 1000)
+    assert world.hub.open(subscription) is None
+    subscription.sent = FIRST
+    output: list[bytes] = []
+    reading = InThread(lambda: output.extend(world.replay.read(subscription)))
+    assert model.asked.wait(20)
+    subscription.end(end_block("revoked", 1000), drop=True)
+    model.let.set()
+    reading.join()
+    assert output == []
+    world.hub.close(subscription)
+
+
+def test_a_large_event_that_cannot_be_read_is_not_asked_for_by_each_who_waits_for_it() -> None:
+    large = _LargeEvents(10**9)
+    model = StandingStill()
+    model.fails = True
+    loads = 0
+    failures: list[DatabaseUnavailable] = []
+
+    def load() -> Page:
+        nonlocal loads
+        loads += 1
+        return model.page(["a"], FIRST, 0, 10**6)
+
+    def hold() -> None:
+        try:
+            with large.hold(1, 10**6, load):
+                pass
+        except DatabaseUnavailable as error:
+            failures.append(error)
+
+    threads = [InThread(hold) for _ in range(10)]
+    eventually(lambda: 1 in large._held and len(large._held[1].holders) == 10)
+    model.let.set()
+    for thread in threads:
+        thread.join()
+    assert len(failures) == 10
+    assert loads <= 2, "and one of a thread that had not yet come to wait"
+    assert not large._held

@@ -1,0 +1,202 @@
+"""Publishing beside the deferred constraints and triggers that the user's own transaction has to check at commit.
+
+They may be slow, and may need rows that another publisher holds. Whoever numbers an event holds up every publisher
+until the end of the transaction; so it comes last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg2
+import pytest
+
+from tests.support.client import eventually
+from tests.support.log import NOTIFY, PUBLISH, InThread, connected, listening, logged, pending, run
+from tests.support.postgres import execute
+
+# Checking a row of `work` at commit needs a row of `gate`, which another session may hold; `indirect` writes to `work`
+# only then. The foreign key needs a row of `gate` too.
+TABLES = """
+CREATE TABLE gate (id integer PRIMARY KEY);
+INSERT INTO gate VALUES (1), (2);
+CREATE TABLE work (id serial PRIMARY KEY);
+CREATE TABLE indirect (id serial PRIMARY KEY);
+CREATE TABLE more_indirect (id serial PRIMARY KEY);
+CREATE TABLE child (gate integer REFERENCES gate DEFERRABLE INITIALLY DEFERRED);
+CREATE FUNCTION check_work() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM 1 FROM gate WHERE id = 1 FOR UPDATE;
+    RETURN NULL;
+END $$;
+CREATE FUNCTION check_indirect() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO work DEFAULT VALUES;
+    RETURN NULL;
+END $$;
+CREATE FUNCTION check_more_indirect() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO indirect DEFAULT VALUES;
+    RETURN NULL;
+END $$;
+CREATE CONSTRAINT TRIGGER check_work AFTER INSERT ON work
+DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION check_work();
+CREATE CONSTRAINT TRIGGER check_indirect AFTER INSERT ON indirect
+DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION check_indirect();
+CREATE CONSTRAINT TRIGGER check_more_indirect AFTER INSERT ON more_indirect
+DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION check_more_indirect();
+"""
+WORK = {
+    "trigger": "INSERT INTO work DEFAULT VALUES",
+    "foreign key": "INSERT INTO child VALUES (1)",
+    "trigger of a trigger": "INSERT INTO indirect DEFAULT VALUES",
+    "and one more": "INSERT INTO more_indirect DEFAULT VALUES",
+}
+LOCKS = (
+    "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = %s "
+    "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+
+
+@pytest.fixture
+def url(log_url: str) -> str:
+    execute(log_url, TABLES)
+    return log_url
+
+
+@contextmanager
+def gate_held(url: str) -> Iterator[Any]:
+    """A publisher that holds the row that checks at commit need, and that will publish itself."""
+    with connected(url) as holder:
+        run(holder, "SELECT 1 FROM gate WHERE id = 1 FOR UPDATE")
+        run(holder, "SET LOCAL deadlock_timeout = '50ms'")
+        run(holder, NOTIFY, ("orders", "holder"))
+        yield holder
+
+
+def wait_until_blocked(url: str, connection: Any, by: Any) -> None:
+    query = "SELECT pg_blocking_pids(%s)"
+    pid = connection.info.backend_pid
+    eventually(lambda: execute(url, query, (pid,))[0][0] == [by.info.backend_pid], 10, "one waits for the other")
+
+
+def check_others_publish(url: str, waiting: Any) -> None:
+    """Prove that the lock is free while `waiting` waits."""
+    assert execute(url, LOCKS, (waiting.info.backend_pid,)) == [(0,)]
+    with connected(url, transactions=False) as other:
+        run(other, "SET lock_timeout = '2s'")
+        run(other, PUBLISH, ("orders", ["{}"], ["immediate"]))
+        run(other, NOTIFY, ("orders", "deferred"))
+
+
+@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize("notify", ["before", "after", "before and after"])
+def test_the_lock_is_not_held_while_the_users_own_checks_run(url: str, work: str, notify: str) -> None:
+    with listening(url, "orders") as ear, gate_held(url) as holder, connected(url) as mine:
+        if "before" in notify:
+            run(mine, NOTIFY, ("orders", "mine"))
+        run(mine, WORK[work])
+        if "after" in notify:
+            run(mine, NOTIFY, ("orders", "mine"))
+        commit = InThread(mine.commit)
+        try:
+            wait_until_blocked(url, mine, holder)
+            check_others_publish(url, mine)
+        finally:
+            holder.commit()  # needs the lock, and has what we wait for
+            commit.join()
+        count = 2 if "and" in notify else 1
+        expected = ["immediate", "deferred", "holder", *["mine"] * count]
+        assert [heard.data for heard in ear.wait(len(expected))] == expected
+    assert [row[3] for row in logged(url)] == expected
+    assert pending(url) == 0
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_set_constraints_all_immediate_numbers_nothing_early(url: str, times: int) -> None:
+    """It is for the user's checks. Numbered here, the event would hold up all others until our commit."""
+    with listening(url, "orders") as ear, gate_held(url) as holder, connected(url) as mine:
+        run(mine, NOTIFY, ("orders", "1"))
+        for _ in range(times):
+            run(mine, "SET CONSTRAINTS ALL IMMEDIATE")
+        run(mine, NOTIFY, ("orders", "2"))
+        assert execute(url, LOCKS, (mine.info.backend_pid,)) == [(0,)]
+        run(mine, "SET CONSTRAINTS ALL DEFERRED")
+        run(mine, NOTIFY, ("orders", "3"))
+        run(mine, "SET CONSTRAINTS ALL IMMEDIATE")
+        waiting = InThread(run, mine, "SELECT 1 FROM gate WHERE id = 1 FOR UPDATE")
+        try:
+            wait_until_blocked(url, mine, holder)
+            check_others_publish(url, mine)
+        finally:
+            holder.commit()
+            waiting.join()
+        mine.commit()
+        expected = ["immediate", "deferred", "holder", "1", "2", "3"]
+        assert [heard.data for heard in ear.wait(6)] == expected
+    assert [row[3] for row in logged(url)] == expected
+    assert pending(url) == 0
+
+
+def test_a_check_that_fails_takes_the_events_along(url: str) -> None:
+    with listening(url, "orders") as ear, connected(url) as connection:
+        run(connection, NOTIFY, ("orders", "never"))
+        run(connection, "INSERT INTO child VALUES (77)")
+        run(connection, NOTIFY, ("orders", "never"))
+        with pytest.raises(psycopg2.errors.ForeignKeyViolation):
+            connection.commit()
+        run(connection, NOTIFY, ("orders", "then"))
+        connection.commit()
+        assert [heard.data for heard in ear.wait(1)] == ["then"]
+    assert [row[3] for row in logged(url)] == ["then"]
+
+
+def test_a_deferred_trigger_may_notify(url: str) -> None:
+    execute(
+        url,
+        """
+        CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM flask_pg_sse.notify('orders', 'from the trigger');
+            RETURN NULL;
+        END $$;
+        CREATE CONSTRAINT TRIGGER tell AFTER INSERT ON child
+        DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION tell();
+        """,
+    )
+    with listening(url, "orders") as ear, connected(url) as connection:
+        run(connection, NOTIFY, ("orders", "direct"))
+        run(connection, "INSERT INTO child VALUES (1), (2)")
+        connection.commit()
+        assert sorted(heard.data for heard in ear.wait(3)) == ["direct", "from the trigger", "from the trigger"]
+    assert [row[0] for row in logged(url)] == [heard.id for heard in ear.heard]
+    assert pending(url) == 0
+
+
+def test_publishers_wait_for_no_row_of_one_another(url: str) -> None:
+    """Each holds a row that the other does not need; both publish, one commits while the other goes on."""
+    with connected(url) as first, connected(url) as second, listening(url, "orders") as ear:
+        for connection, row in ((first, 1), (second, 2)):
+            run(connection, "SELECT 1 FROM gate WHERE id = %s FOR UPDATE", (row,))
+            run(connection, NOTIFY, ("orders", str(row)))
+        run(second, "SET LOCAL lock_timeout = '2s'")
+        second.commit()
+        ear.wait(1)
+        first.commit()
+        assert [heard.data for heard in ear.wait(2)] == ["2", "1"]
+
+
+def test_waiting_for_the_lock_ends_with_the_commit_before(log_url: str) -> None:
+    """The immediate way holds it until the end of its transaction; then the next in line goes on."""
+    with connected(log_url) as first, connected(log_url) as second:
+        run(first, PUBLISH, ("orders", ["{}"], ["first"]))
+        run(second, NOTIFY, ("orders", "second"))
+        commit = InThread(second.commit)
+        try:
+            wait_until_blocked(log_url, second, first)
+        finally:
+            first.commit()
+            commit.join()
+    assert [row[3] for row in logged(log_url)] == ["first", "second"]

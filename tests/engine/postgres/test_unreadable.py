@@ -1,0 +1,134 @@
+"""What stands in the log and cannot be sent is passed over: it stops no stream, and keeps no other event away."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
+import psycopg2
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from demo import postgres
+from flask_pg_sse.postgres.schema import schema_sql
+from flask_pg_sse.testing import Received, stream
+from tests.support.log import ENQUEUE, NOTIFY, PUBLISH, connected, logged, run
+from tests.support.postgres import execute, fresh_database
+
+MakeApp = Callable[..., Flask]
+LISTENERS = (
+    "SELECT pid FROM pg_stat_activity WHERE application_name = 'flask_pg_sse listener' AND datname = current_database()"
+)
+# Fields as JSON can write them and no event can have them: the first two make Python's own reader fail.
+UNREADABLE = [
+    '{"id": ' + "9" * 5000 + "}",
+    '{"retry": ' + "[" * 5000 + "]" * 5000 + "}",
+    '{"event": "a\\nb"}',
+    '{"event": "sse-end"}',
+    '{"retry": -1}',
+    '{"id": "half of a pair: \\ud800"}',
+    '{"unknown": 1}',
+    '{"data": "given twice"}',
+]  # fmt: skip
+
+
+@contextlib.contextmanager
+def opened(client: FlaskClient, url: str) -> Iterator[Iterator[Received]]:
+    events = stream(client, url, timeout=20)
+    try:
+        yield events
+    finally:
+        events.close()
+
+
+def test_rows_that_no_event_can_be_made_of(
+    database_url: str, make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever may publish can write them, and so can the tables' owner, who is not asked whether they are objects."""
+    execute(database_url, schema_sql())
+    client = make_app(database_url).test_client()
+    with opened(client, "/sse?channel=orders") as live:
+        begun = next(live)
+        listeners = execute(database_url, LISTENERS)
+        execute(
+            database_url,
+            "INSERT INTO flask_pg_sse.event SELECT nextval('flask_pg_sse.event_id'), 'orders', '[]', 'x', now()",
+        )
+        for number, fields in enumerate(UNREADABLE):
+            # The second is too large for NOTIFY: the listener reads it from the log.
+            for padding in ("", "x" * 10_000):
+                execute(database_url, PUBLISH, ("orders", [fields], [padding]))
+            execute(database_url, PUBLISH, ("orders", ["{}"], [f"after {number}"]))
+            assert next(live).data == f"after {number}"
+        assert execute(database_url, LISTENERS) == listeners, "it began anew"
+    expected = [f"after {number}" for number in range(len(UNREADABLE))]
+    for other in ("", "&channel=other"):  # what is remembered of a channel, and pages of the log
+        url = f"/sse?channel=orders{other}&last_event_id={begun.id}"
+        with opened(client, url) as resumed:
+            assert next(resumed).event == "sse-open"
+            assert [next(resumed).data for _ in expected] == expected
+    said = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert 1 <= len(said) <= 3, "once a minute at the most, each who reads"
+
+
+@pytest.mark.parametrize("encoding", ["WIN1252", "SQL_ASCII"])
+def test_bytes_that_are_no_text_in_utf_8_are_refused(log_server: postgres.Server, encoding: str) -> None:
+    """In other encodings than UTF8 a text may hold what PostgreSQL could not give to any reader."""
+    with fresh_database(log_server, f"ENCODING '{encoding}' LOCALE 'C'") as url:
+        execute(url, schema_sql())
+        with connected(f"{url}?client_encoding=utf8", transactions=False) as connection:
+            for call in (
+                "SELECT flask_pg_sse.notify('orders', E'x\\x81')",
+                "SELECT flask_pg_sse.notify('orders', 'x', event => E'x\\x81')",
+                "SELECT flask_pg_sse.notify('orders', 'x', comment => E'x\\x81')",
+                "SELECT flask_pg_sse.notify(E'x\\x81', 'x')",
+                "SELECT flask_pg_sse.publish_v1('orders', ARRAY['{}'::json], ARRAY[E'x\\x81'])",
+                "SELECT flask_pg_sse.publish_v1('orders', ARRAY[E'{\"id\": \"x\\x81\"}'::json], ARRAY['x'])",
+                "SELECT flask_pg_sse.publish_v1(E'x\\x81', ARRAY['{}'::json], ARRAY['x'])",
+                "SELECT flask_pg_sse.enqueue_v1('orders', ARRAY['{}'::json], ARRAY[E'x\\x81'])",
+            ):
+                with pytest.raises((psycopg2.errors.UntranslatableCharacter, psycopg2.errors.CharacterNotInRepertoire)):
+                    run(connection, call)
+            # In a transaction at the call, and not only at its end.
+            run(connection, "BEGIN")
+            with pytest.raises((psycopg2.errors.UntranslatableCharacter, psycopg2.errors.CharacterNotInRepertoire)):
+                run(connection, "SELECT flask_pg_sse.notify('orders', E'x\\x81')")
+            run(connection, "ROLLBACK")
+            assert logged(url) == []
+
+
+def test_fields_that_are_no_object_are_refused(log_url: str) -> None:
+    with connected(log_url, transactions=False) as connection:
+        for query in (PUBLISH, ENQUEUE):
+            for fields in ("[]", "1", '"x"', "null", "true"):
+                with pytest.raises(psycopg2.errors.InvalidParameterValue, match="JSON object"):
+                    run(connection, query, ("orders", [fields], ["x"]))
+    assert logged(log_url) == []
+
+
+@pytest.mark.parametrize("logs", [True, False])
+@pytest.mark.parametrize("encoding", ["WIN1252", "SQL_ASCII"])
+def test_a_notify_of_such_bytes_costs_the_connection_and_no_event_of_the_log(
+    log_server: postgres.Server, make_app: MakeApp, encoding: str, logs: bool
+) -> None:
+    """PostgreSQL itself ends the connection that listens, as nothing else could be sent on it."""
+    with fresh_database(log_server, f"ENCODING '{encoding}' LOCALE 'C'") as url:
+        if logs:
+            execute(url, schema_sql())
+        app = make_app(url)
+        with opened(app.test_client(), "/sse?channel=orders") as live:
+            next(live)
+            before = execute(url, LISTENERS)
+            execute(url, "SELECT pg_notify('orders', E'x\\x81')")
+            if logs:
+                for number in range(3):
+                    execute(url, NOTIFY, ("orders", str(number)))
+                assert [next(live).data for _ in range(3)] == ["0", "1", "2"]
+            else:
+                assert next(live).event == "sse-reset"
+                execute(url, "NOTIFY orders, 'after'")
+                assert next(live).data == "after"
+            assert execute(url, LISTENERS) != before
+        app.extensions["pg_sse"].close()

@@ -1,0 +1,1 @@
+"""Tests of apps and streams over HTTP, most of them against real web servers."""

@@ -1,0 +1,236 @@
+"""Streams that are being decided on: whoever waits for PostgreSQL holds a place, and other routes are answered."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from flask import Flask, abort
+
+from flask_pg_sse import schema_sql
+from flask_pg_sse.testing import stream
+from tests.support.client import eventually
+from tests.support.link import Link, through
+from tests.support.postgres import execute
+from tests.support.servers import WebServer, free_port
+
+Start = Callable[..., WebServer]
+CLIENTS = 14
+WORKERS = pytest.mark.parametrize(
+    ("options", "room"),
+    [(("--worker-connections", "10"), 9), (("-k", "gthread", "--threads", "4"), 3)],
+    ids=["gevent", "gthread"],
+)
+DECIDED_BY = pytest.mark.parametrize(
+    ("app", "env"),
+    [
+        ("tests.support.apps.asking:app", {}),
+        ("tests.support.apps.basic:app", {"FLASK_SSE_EVENT_LOG": "true"}),
+        ("tests.support.apps.basic:app", {}),
+    ],
+    ids=["authorizer", "log", "nobody"],
+)
+
+
+@pytest.fixture(params=["refuses", "is silent"])
+def away(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a PostgreSQL that cannot be reached."""
+    with ExitStack() as stack:
+        port = free_port()
+        if request.param == "is silent":
+            hole = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=128))
+            port = hole.getsockname()[1]
+        yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+
+
+@WORKERS
+@DECIDED_BY
+def test_with_postgres_away_other_routes_are_answered_and_a_deploy_goes_on(
+    away: str, start_server: Start, options: tuple[str, ...], room: int, app: str, env: dict[str, str]
+) -> None:
+    server = start_server(away, *options, app=app, **env)
+    answers: dict[socket.socket, bytes] = {}
+    with ExitStack() as stack:
+        for _ in range(CLIENTS):  # none of them closes its connection
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10))
+            sock.sendall(b"GET /sse?channel=a HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            sock.setblocking(False)
+            answers[sock] = b""
+
+        def refused() -> int:
+            for sock in answers:
+                receive(sock, answers)
+            return sum(b'"reason": "capacity"' in answer for answer in answers.values())
+
+        begun = time.monotonic()
+        eventually(lambda: refused() == CLIENTS - room, 5)
+        assert server.get("/ping") == "pong"
+        assert time.monotonic() - begun < 5, "long before those who wait are told that it is in vain"
+
+        begun = time.monotonic()
+        server.terminate()
+        assert server.process.wait(10) == 0
+        assert time.monotonic() - begun < 4
+        refused()
+        assert sum(b'"reason": "shutdown"' in answer for answer in answers.values()) == room, answers
+    assert "Traceback" not in server.log()
+
+
+def receive(sock: socket.socket, answers: dict[socket.socket, bytes]) -> None:
+    try:
+        while data := sock.recv(65536):
+            answers[sock] += data
+    except (BlockingIOError, ConnectionResetError):
+        pass
+
+
+@pytest.fixture
+def app_with(database_url: str, make_app: Callable[..., Flask]) -> Callable[..., Flask]:
+    """Make an app whose authorizer is given, and decides on all channels."""
+
+    def make(authorize: Callable[[str], bool] | None, **options: Any) -> Flask:
+        options = {"SSE_DATABASE_URL": database_url, "SSE_CHANNELS": [], "TESTING": False, **options}
+        return make_app(authorize=authorize, **options)
+
+    return make
+
+
+def places(app: Flask) -> int:
+    return len(app.extensions["pg_sse"].runtime.process.admission.places._taken)
+
+
+def test_a_place_is_held_while_the_app_is_asked_and_given_back_on_every_way_out(
+    app_with: Callable[..., Flask],
+) -> None:
+    held = []
+
+    def whose() -> None:
+        held.append(places(app))
+
+    def may_listen(channel: str) -> bool:
+        held.append(places(app))
+        if channel == "unauthorized":
+            abort(401)
+        return channel == "open" or bool(1 / 0)
+
+    app = app_with(may_listen, subject=whose, SSE_MAX_STREAMS=1)
+    client = app.test_client()
+    assert client.head("/sse?channel=open").status_code == 200
+    assert app.extensions["pg_sse"].runtime.process._streams is None, "HEAD opens nothing"
+    for url, status in (("open", 200), ("unauthorized", 401), ("failing", 200), ("open&channel=unauthorized", 401)):
+        response = client.get(f"/sse?channel={url}")
+        response.close()
+        assert (response.status_code, places(app)) == (status, 0)
+    assert held == [1] * 11
+    events = stream(client, "/sse?channel=open")
+    assert next(events).event == "sse-open" and places(app) == 1
+    assert client.get("/sse?channel=open").data.endswith(b'data: {"reason": "capacity"}\n\n')
+    assert len(held) == 13, "who cannot have a stream gives the app no work"
+    events.close()
+
+
+def test_a_log_that_is_missing_is_said_before_anybody_is_asked(app_with: Callable[..., Flask]) -> None:
+    app = app_with(lambda channel: True, SSE_EVENT_LOG=True)
+    for method in ("GET", "HEAD"):
+        response = app.test_client().open("/sse?channel=a", method=method)
+        assert response.status_code == 500 and places(app) == 0
+    assert "flask sse init" in app.test_client().get("/sse?channel=a").text
+
+
+@pytest.mark.parametrize("config", [{"SSE_EVENT_LOG": True}, {}], ids=["log", "authorizer"])
+def test_who_waits_is_told_in_time_that_it_is_in_vain(
+    away: str, app_with: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch, config: dict[str, bool]
+) -> None:
+    monkeypatch.setattr("flask_pg_sse.admission.OPEN_TIMEOUT", 0.5)
+    app = app_with(lambda channel: True, SSE_DATABASE_URL=away, **config)
+    for method in ("GET", "HEAD", "GET"):
+        begun = time.monotonic()
+        response = app.test_client().open("/sse?channel=a", method=method)
+        assert response.status_code == 200 and time.monotonic() - begun < 3
+        if method == "GET":
+            assert response.data.endswith(b'data: {"reason": "unavailable"}\n\n')
+    assert places(app) == 0
+
+
+def test_a_channel_that_nothing_opens_is_refused_at_once(away: str, app_with: Callable[..., Flask]) -> None:
+    """Strangers would hold all places otherwise."""
+    app = app_with(None, SSE_DATABASE_URL=away, SSE_EVENT_LOG=True, SSE_CHANNELS=["open"])
+    for method in ("GET", "HEAD"):
+        assert app.test_client().open("/sse?channel=closed", method=method).status_code == 403
+    assert app.extensions["pg_sse"].runtime.process._streams is None, "nothing has been started for it"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_log_that_is_required_and_a_postgres_that_falls_silent_hold_up_no_deploy(
+    database_url: str, app_with: Callable[..., Flask], installed: bool
+) -> None:
+    if installed:
+        execute(database_url, schema_sql())
+    with Link(urlsplit(database_url).port or 0) as line:
+        url = through(line, database_url)
+        app = app_with(lambda channel: True, SSE_DATABASE_URL=url, SSE_EVENT_LOG=True)
+        runtime = app.extensions["pg_sse"].runtime
+        assert app.test_client().get("/sse?channel=a").status_code == (200 if installed else 500)
+        line.silence()
+        if installed:
+            runtime._presence().forget()  # as a notify() that fails does
+        else:
+            eventually(lambda: not runtime.process.admission._answered.is_set(), 20, "the listener has noticed")
+        answers = []
+        waiting = threading.Thread(target=lambda: answers.append(app.test_client().get("/sse?channel=b").data))
+        waiting.start()
+        eventually(lambda: places(app) > 0)
+        begun = time.monotonic()
+        runtime.close(0)
+        waiting.join()
+        assert time.monotonic() - begun < 3
+        [answer] = answers
+        assert answer.endswith(b'data: {"reason": "shutdown"}\n\n')
+
+
+def test_a_stream_opens_where_it_was_decided_on(app_with: Callable[..., Flask]) -> None:
+    """What is started anew meanwhile has not heard the orders that came in between."""
+
+    def may_listen(channel: str) -> bool:
+        app.extensions["pg_sse"].close()
+        return True
+
+    app = app_with(may_listen)
+    [end] = stream(app.test_client(), "/sse?channel=a")
+    assert (end.event, end.json) == ("sse-end", {"reason": "shutdown"})
+
+
+def test_a_client_that_has_left_while_it_waited_does_not_count(start_server: Start) -> None:
+    url = f"postgresql://postgres@127.0.0.1:{free_port()}/postgres"
+    server = start_server(url, app="tests.support.apps.asking:app", FLASK_SSE_MAX_STREAMS_PER_CLIENT="1")
+    ask = b"GET /sse?channel=a HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    first = socket.create_connection(("127.0.0.1", server.port), 10)
+    first.sendall(ask)
+    with socket.create_connection(("127.0.0.1", server.port), 10) as refused:
+        eventually(lambda: server.get("/places") == "1")
+        refused.sendall(ask)
+        assert b"capacity" in refused.recv(65536) + refused.recv(65536)
+    first.close()
+    with socket.create_connection(("127.0.0.1", server.port), 10) as second:
+        second.sendall(ask)
+        second.settimeout(0.5)  # who is refused has the answer by then
+        with pytest.raises(TimeoutError):
+            second.recv(65536)
+
+
+def test_who_is_refused_a_head_holds_no_thread(database_url: str, start_server: Start) -> None:
+    """gthread lingers over a connection for its client to close it."""
+    server = start_server(database_url, "-k", "gthread", "--threads", "3")
+    with ExitStack() as stack:
+        for _ in range(6):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10))
+            sock.sendall(b"HEAD /sse?channel=a HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        begun = time.monotonic()
+        assert server.get("/ping") == "pong"
+        assert time.monotonic() - begun < 1.5

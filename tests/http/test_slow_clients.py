@@ -1,0 +1,208 @@
+"""SSE_SEND_TIMEOUT: who takes nothing, or a byte now and then, loses the stream; who is slow but steady is served."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flask_pg_sse.progress import ENOUGH_BYTES, Progress
+from tests.support.client import Response, eventually, open_stream
+from tests.support.crowd import Crowd, publish, resident, worker
+from tests.support.servers import WebServer
+
+Start = Callable[..., WebServer]
+SMALL_BUFFERS = ("-c", "python:tests.support.apps.small_buffers")
+WORKERS = [(), ("-k", "gthread", "--threads", "20")]
+
+
+@pytest.fixture
+def url(logged_url: str) -> str:
+    return logged_url  # without the log a client that does not read is `behind` much sooner
+
+
+@pytest.fixture(params=WORKERS, ids=["gevent", "gthread"])
+def server(request: pytest.FixtureRequest, url: str, start_server: Start) -> WebServer:
+    return start_server(url, *SMALL_BUFFERS, *request.param, FLASK_SSE_SEND_TIMEOUT="1", FLASK_SSE_HEARTBEAT="0.5")
+
+
+def streams(server: WebServer) -> int:
+    return int(server.get("/state").split('"streams":')[1].split("}")[0].split(",")[0])
+
+
+def slow(server: WebServer, channel: str) -> Response:
+    return open_stream(server.port, channel, receive_buffer=4096, timeout=20)
+
+
+def is_cut(response: Response) -> bool:
+    """Read what the kernel still has; tell whether the connection then comes to an end, or there is more to come."""
+    response.sock.settimeout(0.2)
+    try:
+        while response.sock.recv(65536):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        pass
+    return True
+
+
+def test_a_client_that_never_reads(server: WebServer, url: str) -> None:
+    with slow(server, "a") as sleeper, open_stream(server.port, "a") as awake:
+        publish(url, *[("a", "x" * 10_000)] * 100)
+        for _ in range(100):
+            assert awake.event().event == "message"
+        eventually(lambda: streams(server) == 1, 15)
+        assert is_cut(sleeper)
+        publish(url, ("a", "and on"))
+        while awake.event().data != "and on":
+            pass
+    assert "took less than 16384 bytes in time" in server.log() and "Traceback" not in server.log()
+
+
+def test_a_client_that_reads_a_byte_now_and_then(server: WebServer, url: str) -> None:
+    with slow(server, "a") as trickling:
+        publish(url, *[("a", "x" * 10_000)] * 100)
+        gone = threading.Event()
+
+        def read() -> None:
+            trickling.sock.settimeout(5)
+            try:
+                while trickling.sock.recv(1):
+                    if gone.wait(0.05):
+                        return
+            except OSError:
+                pass
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            eventually(lambda: streams(server) == 0, 15)
+        finally:
+            gone.set()
+            reader.join()
+
+
+def test_a_client_that_sleeps_while_nothing_waits_for_it(server: WebServer) -> None:
+    """Heartbeats go into the kernel's buffers: that is no client that does not read."""
+    with slow(server, "a") as sleeper, open_stream(server.port, "b") as other:
+        for _ in range(10):  # five times the timeout
+            other.next()
+        assert streams(server) == 2
+        server.post("/notify/a", b'{"data": "hello"}')
+        assert sleeper.event().data == "hello"
+
+
+@pytest.mark.parametrize(("size", "pace"), [(5_000_000, 1_000_000), (150_000, 30_000)])
+def test_a_phone_that_is_slow_but_steady_is_served(server: WebServer, url: str, size: int, pace: int) -> None:
+    """For five times the timeout: 5 MB, or what takes as long at twice the least pace."""
+    with slow(server, "a") as phone:
+        publish(url, ("a", "x" * size))
+        got, began = 0, time.monotonic()
+        phone.sock.settimeout(10)
+        while got < size:
+            data = phone.sock.recv(min(4096, pace // 20))
+            assert data, f"cut after {got} bytes in {time.monotonic() - began:.1f} s"
+            got += len(data)
+            time.sleep(max(0.0, began + got / pace - time.monotonic()))
+        assert streams(server) == 1
+    assert "less than" not in server.log()
+
+
+def test_headers_that_are_never_finished_are_no_stream(server: WebServer) -> None:
+    """They hold one of gunicorn's connections each, and nothing of ours."""
+    with ExitStack() as stack:
+        for _ in range(10):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            sock.sendall(b"GET /sse?channel=a HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+        with open_stream(server.port, "a") as stream:
+            assert streams(server) == 1
+            server.post("/notify/a", b'{"data": "hello"}')
+            assert stream.event().data == "hello"
+
+
+def test_many_that_never_read_cost_no_memory_in_the_end(url: str, start_server: Start) -> None:
+    server = start_server(url, *SMALL_BUFFERS, FLASK_SSE_SEND_TIMEOUT="1", FLASK_SSE_HEARTBEAT="0.5")
+    sizes = []
+    for _ in range(3):
+        with Crowd(server.port) as crowd:
+            crowd.open(100, "a", receive_buffer=4096)
+            publish(url, *[("a", "x" * 10_000)] * 100)
+            eventually(lambda: streams(server) == 0, 20)
+        sizes.append(resident(worker(server)))
+    assert sizes[2] - sizes[0] < 5 << 20, sizes
+
+
+# -- the judgement alone
+
+
+class Client:
+    """A client that takes `pace(now)` bytes a second, as the server sees it: whole pieces, one after the other."""
+
+    def __init__(self, timeout: float, piece: int, look: float) -> None:
+        self.progress = Progress()
+        self.timeout, self.piece, self.look = timeout, piece, look
+        self._taken = 0.0
+
+    def cut_after(self, seconds: float, pace: Callable[[float], float]) -> float | None:
+        """Return when the client is cut, None if it is not within `seconds`."""
+        progress, now, step = self.progress, 1000.0, self.look / 10
+        progress.in_flight = self.piece
+        next_look = now
+        while now < 1000 + seconds:
+            self._taken += pace(now - 1000) * step
+            pieces, self._taken = divmod(self._taken, self.piece)
+            progress.sent += int(pieces) * self.piece
+            now += step
+            if now >= next_look:
+                next_look = now + self.look
+                if progress.stalled(now, self.timeout):
+                    return now - 1000
+        return None
+
+
+PIECES = st.integers(1, ENOUGH_BYTES)
+LOOKS = st.sampled_from([0.1, 0.25, 0.5, 1.0])
+
+
+@settings(deadline=None)
+@given(PIECES, LOOKS, st.floats(1, 10))
+def test_who_takes_nothing_is_cut_soon(piece: int, look: float, timeout: float) -> None:
+    cut = Client(timeout, piece, look).cut_after(3 * timeout + 5, lambda now: 0)
+    assert cut is not None and timeout <= cut <= timeout + 3 * look
+
+
+@settings(deadline=None)
+@given(PIECES, LOOKS, st.floats(1, 10), st.floats(0, 0.45))
+def test_who_takes_less_than_half_is_cut(piece: int, look: float, timeout: float, share: float) -> None:
+    pace = share * ENOUGH_BYTES / timeout
+    assert Client(timeout, piece, look).cut_after(10 * timeout, lambda now: pace) is not None
+
+
+@settings(deadline=None)
+@given(PIECES, LOOKS, st.floats(2, 10), st.floats(2.2, 50))
+def test_who_takes_twice_as_much_is_not(piece: int, look: float, timeout: float, share: float) -> None:
+    pace = share * ENOUGH_BYTES / timeout
+    assert Client(timeout, piece, look).cut_after(20 * timeout, lambda now: pace) is None
+
+
+def test_who_has_nothing_to_take_is_not() -> None:
+    progress = Progress()
+    for now in range(1000, 2000):
+        assert not progress.stalled(now, 1)
+
+
+def test_the_time_begins_anew_with_the_next_piece() -> None:
+    progress = Progress()
+    assert not progress.stalled(1000, 30)
+    assert not progress.stalled(1900, 30)
+    progress.in_flight = 100
+    assert not progress.stalled(1901, 30)
+    assert not progress.stalled(1929, 30)
+    assert progress.stalled(1932, 30)

@@ -1,0 +1,258 @@
+"""flask_pg_sse.testing: what users' own tests are written with."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psycopg2
+import pytest
+from flask import Flask
+
+from flask_pg_sse import (
+    InvalidChannel,
+    InvalidEvent,
+    PayloadTooLarge,
+    PgSSE,
+    notify,
+    notify_many,
+    postgres_notify,
+    sse_cursor,
+)
+from flask_pg_sse.testing import Captured, capture, stream
+from tests.support.client import eventually
+from tests.support.postgres import execute
+
+MakeApp = Callable[..., Flask]
+
+
+@pytest.fixture
+def app(make_app: MakeApp) -> Flask:
+    """An app without any database."""
+    app = make_app()
+
+    @app.post("/orders/<int:number>")
+    def create(number: int) -> str:
+        notify("orders", {"id": number}, event="created")
+        return ""
+
+    return app
+
+
+def streams(app: Flask) -> int:
+    return len(app.extensions["pg_sse"].runtime.process.streams[0])
+
+
+# -- capture
+
+
+def test_capture_records_what_views_send_without_a_database(app: Flask) -> None:
+    with capture(app) as events:
+        app.test_client().post("/orders/7")
+        assert [event.json for event in events] == [{"id": 7}]  # it grows while the block runs
+        app.test_client().post("/orders/8")
+    assert [(event.channel, event.event, event.json) for event in events] == [
+        ("orders", "created", {"id": 7}),
+        ("orders", "created", {"id": 8}),
+    ]
+
+
+def test_captured_fields_are_those_that_would_have_travelled(app: Flask) -> None:
+    with capture(app) as events, app.app_context():
+        notify("a", b"\xc3\xa9", event="e", id=7, retry=5, comment="c", durable=False)
+        notify("b")
+        postgres_notify(channel="c", sse_payload={"event": "e", "id": 1, "data": [1], "retry": 2, "comment": "x"})
+        notify_many("d", ["x", {"y": 1}], event="e")
+    assert events == [
+        Captured("a", "é", "e", "7", 5, "c"),
+        Captured("b", "", None, None, None, None),
+        Captured("c", "[1]", "e", "1", 2, "x"),
+        Captured("d", "x", "e", None, None, None),
+        Captured("d", '{"y": 1}', "e", None, None, None),
+    ]
+
+
+def test_what_is_sent_in_a_transaction_is_captured_and_not_sent(database_url: str, app: Flask) -> None:
+    connection = psycopg2.connect(database_url)
+    try:
+        with capture(app) as events, app.app_context():
+            notify("orders", "x", connection=connection)
+        assert [event.data for event in events] == ["x"]
+        assert connection.info.transaction_status == psycopg2.extensions.TRANSACTION_STATUS_IDLE
+    finally:
+        connection.close()
+
+
+def test_a_view_that_asks_for_a_cursor_needs_no_database_either(app: Flask) -> None:
+    with app.test_request_context(), capture(app):
+        assert sse_cursor() is None
+
+
+def test_what_cannot_be_sent_fails_in_capture_too(app: Flask) -> None:
+    with capture(app) as events, app.app_context():
+        with pytest.raises(InvalidChannel):
+            notify("a\nb", "x")
+        with pytest.raises(InvalidEvent):
+            notify("a", "x", event="sse-open")
+        with pytest.raises(InvalidEvent):
+            notify("a", [float("nan")])
+        with pytest.raises(PayloadTooLarge):
+            notify("a", "x" * 8000)
+        with pytest.raises(TypeError):
+            notify("a", object())
+        with pytest.raises(TypeError):
+            notify("a", "x", sse_payload={"data": "x"})
+        with pytest.raises(TypeError):
+            notify_many("a", "xyz")
+        with pytest.raises(InvalidEvent):
+            notify_many("a", ["fine", b"\xff"])
+    assert events == []
+
+
+def test_captures_may_be_nested_and_end_with_their_blocks(app: Flask) -> None:
+    with app.app_context():
+        with capture(app) as outer:
+            notify("a", "1")
+            with pytest.raises(ZeroDivisionError), capture(app) as inner:
+                notify("a", "2")
+                raise ZeroDivisionError
+            notify("a", "3")
+        with pytest.raises(ValueError, match="SSE_DATABASE_URL"):
+            notify("a", "4")
+    assert [event.data for event in inner] == ["2"]
+    assert [event.data for event in outer if event.data != "2"] == ["1", "3"]
+
+
+def test_capture_is_for_one_app(app: Flask, make_app: MakeApp) -> None:
+    other = make_app()
+    with capture(app) as ours, capture(other) as theirs:
+        with app.app_context():
+            notify("a", "ours")
+        with other.app_context():
+            notify("a", "theirs")
+    assert [[event.data for event in events] for events in (ours, theirs)] == [["ours"], ["theirs"]]
+
+
+def test_capture_sees_the_extension_objects_calls() -> None:
+    app = Flask("tests")
+    sse = PgSSE(app)
+    with capture(app) as events, app.app_context():
+        sse.notify("a", "x")
+    assert [event.data for event in events] == ["x"]
+
+
+def test_capture_without_the_blueprint_says_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match="register_blueprint"), capture(Flask("tests")):
+        pass
+
+
+# -- stream
+
+
+def test_stream_yields_events_as_a_browser_has_them(database_url: str, make_app: MakeApp) -> None:
+    app = make_app(database_url)
+    events = stream(app.test_client(), "/sse?channel=orders")
+    opening = next(events)
+    assert (opening.event, opening.json, opening.id) == ("sse-open", {}, "")
+    with app.app_context():
+        notify("orders", {"id": 7}, event="created", id="9", comment="not seen")
+        notify("orders", "a\nb")
+    created, plain = next(events), next(events)
+    assert (created.event, created.json, created.id) == ("created", {"id": 7}, "9")
+    assert (plain.event, plain.data, plain.id) == ("message", "a\nb", "9")
+    events.close()
+
+
+def test_closing_early_frees_the_stream(database_url: str, make_app: MakeApp) -> None:
+    app = make_app(database_url)
+    client = app.test_client()
+    for _ in range(3):
+        events = stream(client, "/sse?channel=orders")
+        next(events)
+        assert streams(app) == 1
+        events.close()
+        eventually(lambda: streams(app) == 0)  # the ticker forgets it
+
+
+def test_a_stream_that_is_left_alone_is_freed(database_url: str, make_app: MakeApp) -> None:
+    app = make_app(database_url)
+    for event in stream(app.test_client(), "/sse?channel=orders"):
+        assert event.event == "sse-open"
+        break
+    eventually(lambda: streams(app) == 0)
+
+
+def test_silence_ends_in_a_timeout_that_leaves_nothing(database_url: str, make_app: MakeApp) -> None:
+    app = make_app(database_url)
+    before = set(threading.enumerate())
+    events = stream(app.test_client(), "/sse?channel=orders", timeout=0.1)
+    next(events)
+    with pytest.raises(TimeoutError, match=r"0\.1 s"):
+        next(events)
+    eventually(lambda: streams(app) == 0)
+    started = {thread.name for thread in set(threading.enumerate()) - before}
+    assert started == {"pg-sse-listener", "pg-sse-ticker", "pg-sse-pruner"}
+    assert next(events, None) is None
+
+
+def test_heartbeats_are_no_events_and_do_not_put_the_timeout_off(database_url: str, make_app: MakeApp) -> None:
+    app = make_app(database_url, SSE_HEARTBEAT=0.1)
+    events = stream(app.test_client(), "/sse?channel=orders", timeout=0.5)
+    next(events)
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError):
+        next(events)
+    assert time.monotonic() - begun < 3
+
+
+def test_each_event_has_the_whole_timeout(database_url: str, make_app: MakeApp) -> None:
+    app = make_app(database_url)
+    events = stream(app.test_client(), "/sse?channel=orders", timeout=0.6)
+    next(events)
+    for number in range(4):
+        timer = threading.Timer(0.3, execute, (database_url, "SELECT pg_notify('orders', %s)", (str(number),)))
+        timer.start()
+        assert next(events).data == str(number)
+        timer.join()
+    events.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "status", "text"),
+    [("/sse?channel=closed", "403", "SSE_CHANNELS"), ("/sse", "400", "channel="), ("/nothing", "404", "Not Found")],
+)
+def test_a_refused_stream_is_an_assertion_with_status_and_text(
+    make_app: MakeApp, url: str, status: str, text: str
+) -> None:
+    client = make_app(SSE_CHANNELS=["open"]).test_client()
+    with pytest.raises(AssertionError, match=f"(?s){status}.*{text}"):
+        next(stream(client, url))
+
+
+def test_a_page_that_is_no_stream_is_an_assertion(app: Flask) -> None:
+    app.add_url_rule("/page", view_func=lambda: "page")
+    with pytest.raises(AssertionError, match="text/html, not a stream"):
+        next(stream(app.test_client(), "/page"))
+
+
+def test_the_end_of_the_stream_ends_the_loop(database_url: str, make_app: MakeApp) -> None:
+    app = make_app(database_url)
+    events = stream(app.test_client(), "/sse?channel=orders")
+    next(events)
+    app.extensions["pg_sse"].close()
+    assert [(event.event, event.json) for event in events] == [("sse-end", {"reason": "shutdown"})]
+
+
+def test_two_streams_of_one_client(database_url: str, make_app: MakeApp) -> None:
+    app = make_app(database_url)
+    client: Any = app.test_client()
+    first, second = (stream(client, f"/sse?channel={name}") for name in ("a", "b"))
+    assert (next(first).event, next(second).event) == ("sse-open", "sse-open")
+    with app.app_context():
+        notify("b", "for b")
+        notify("a", "for a")
+    assert (next(first).data, next(second).data) == ("for a", "for b")
+    first.close()
+    second.close()

@@ -1,0 +1,134 @@
+"""Clients that come and go at random, on random channels, while events never pause and connections are killed."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.support.client import eventually, open_stream
+from tests.support.postgres import connect, execute
+from tests.support.servers import WebServer
+
+CHANNELS = [f"room-{number}" for number in range(8)]
+SECONDS = 4.0
+
+
+class Publisher(threading.Thread):
+    """Sends numbered events, each to one channel or, in one transaction, to several; `sent` holds them in order."""
+
+    def __init__(self, url: str, seed: int) -> None:
+        super().__init__()
+        self.sent: list[tuple[int, str]] = []
+        self.stop = threading.Event()
+        self._url = url
+        self._chooser = random.Random(seed)
+
+    def run(self) -> None:
+        connection = connect(self._url)
+        number = 0
+        with connection.cursor() as cursor:
+            while not self.stop.is_set():
+                many = self._chooser.choice([1, 1, 1, 5, 60])
+                batch = [(number + n, self._chooser.choice(CHANNELS)) for n in range(many)]
+                number += many
+                self.sent += batch
+                query = ",".join(cursor.mogrify("pg_notify(%s, %s)", (c, str(n))).decode() for n, c in batch)
+                cursor.execute("SELECT " + query)
+        connection.close()
+
+
+class Client(threading.Thread):
+    """Opens streams, reads some events, and leaves.
+
+    `rows` holds, for each stream and after each of its resets, the channels, how many events had been sent when the
+    promise to miss nothing was there, and what came.
+    """
+
+    def __init__(self, port: int, publisher: Publisher, seed: int, stop: threading.Event, stays: bool) -> None:
+        super().__init__()
+        self.rows: list[tuple[list[str], int, list[int]]] = []
+        self._publisher = publisher
+        self.resets = 0
+        self.failure: Exception | None = None
+        self._port = port
+        self._chooser = random.Random(seed)
+        self._stop_asked = stop
+        self._stays = stays
+
+    def run(self) -> None:
+        try:
+            while not self._stop_asked.is_set():
+                self._one_stream()
+        except Exception as error:
+            self.failure = error
+
+    def _one_stream(self) -> None:
+        channels = self._chooser.sample(CHANNELS, self._chooser.choice([1, 1, 2, 3, 8]))
+        with open_stream(self._port, *channels, timeout=20) as stream:
+            row = self._new_row(channels)
+            left = 10**9 if self._stays else self._chooser.choice([0, 1, 20, 300])
+            while left and not self._stop_asked.is_set():
+                left -= 1
+                message = stream.event()
+                if message.event == "sse-reset":
+                    self.resets += 1
+                    row = self._new_row(channels)
+                else:
+                    assert message.event == "message", message
+                    row.append(int(message.data or ""))
+
+    def _new_row(self, channels: list[str]) -> list[int]:
+        row: list[int] = []
+        self.rows.append((channels, len(self._publisher.sent), row))
+        return row
+
+
+@pytest.mark.parametrize("killing", [False, True], ids=["calm", "killing"])
+@pytest.mark.parametrize("options", [("-w", "2"), ("-k", "gthread", "--threads", "96")], ids=["gevent", "gthread"])
+def test_every_stream_gets_all_and_only_its_events_in_order(
+    database_url: str, start_server: Callable[..., WebServer], options: tuple[str, ...], killing: bool
+) -> None:
+    server = start_server(database_url, *options, FLASK_SSE_HEARTBEAT="0.5", FLASK_SSE_BUFFER_BYTES="10000000")
+    publisher = Publisher(database_url, seed=1)
+    stop = threading.Event()
+    # One stays, whatever happens: it sees every reset.
+    clients = [Client(server.port, publisher, seed, stop, stays=seed == 0) for seed in range(12)]
+    publisher.start()
+    for client in clients:
+        client.start()
+    deadline = time.monotonic() + SECONDS
+    if killing:
+        kill = (
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND application_name = 'flask_pg_sse listener'"
+        )
+        while time.monotonic() < deadline or clients[0].resets < 3:
+            execute(database_url, kill)
+            stop.wait(0.3)
+            assert time.monotonic() < deadline + 60, "resets come"
+    stop.wait(max(0.0, deadline - time.monotonic()))
+    stop.set()
+    for client in clients:
+        client.join()
+    publisher.stop.set()
+    publisher.join()
+
+    received = 0
+    for client in clients:
+        assert client.failure is None, (client.failure, server.log()[-2000:])
+        for channels, promised_from, row in client.rows:
+            if row:
+                expected = [n for n, channel in publisher.sent[promised_from : row[-1] + 1] if channel in channels]
+                earlier = [number for number in row if number < promised_from]
+                assert row == earlier + expected
+                assert earlier == sorted(set(earlier)), "what came of the time before is in order, and once"
+                received += len(row)
+    resets = sum(client.resets for client in clients)
+    assert received > 1000
+    assert bool(resets) == killing
+    assert "Traceback" not in server.log()
+    eventually(lambda: '"streams":0' in server.get("/state").replace(" ", ""))

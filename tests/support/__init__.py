@@ -1,0 +1,1 @@
+"""What tests start and talk to: servers, clients, PostgreSQL, a browser."""

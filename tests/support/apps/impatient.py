@@ -1,0 +1,10 @@
+"""The basic app where a stream that finds no room for a large event is told so after a second."""
+
+from __future__ import annotations
+
+from flask_pg_sse import replay
+from tests.support.apps.basic import app
+
+__all__ = ["app"]
+
+replay._PATIENCE = 1.0

@@ -1,0 +1,11 @@
+"""The basic app, with UNLISTEN at once."""
+
+from __future__ import annotations
+
+from flask_pg_sse.postgres import listener
+
+listener.Listener.__init__.__kwdefaults__["linger"] = 0.0  # type: ignore[index]
+
+from tests.support.apps.basic import app  # noqa: E402
+
+__all__ = ["app"]

@@ -1,0 +1,27 @@
+"""The basic app with one page, from the file PAGE, and htmx beside it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from flask import render_template_string, send_from_directory
+from flask.typing import ResponseReturnValue
+
+from demo.htmx import find_htmx
+from tests.support.apps.basic import app
+
+
+@app.get("/")
+def page() -> ResponseReturnValue:
+    return render_template_string(
+        "<!doctype html><link rel=icon href=data:,><body>" + Path(os.environ["PAGE"]).read_text()
+    )
+
+
+@app.get("/htmx/<path:name>")
+def htmx(name: str) -> ResponseReturnValue:
+    return send_from_directory(find_htmx().parent.parent, name)
+
+
+__all__ = ["app"]

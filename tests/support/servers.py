@@ -1,0 +1,154 @@
+"""Real web servers in subprocesses, for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support.client import eventually, request
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class WebServer:
+    """One server process on 127.0.0.1, with its log in a file; `stop()` and `kill()` end it and all it started."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        port: int,
+        log: Path,
+        env: Mapping[str, str],
+        ready: str,
+        tls: ssl.SSLContext | None = None,
+        listeners: Sequence[socket.socket] = (),
+    ) -> None:
+        self.port = port
+        self.tls = tls  # with which clients trust it, if it speaks TLS
+        self.log_path = log
+        self._workers = [int(command[at + 1]) for at, word in enumerate(command) if word == "-w"][-1:]
+        self._ready = ready
+        environ = {key: value for key, value in os.environ.items() if not key.startswith(("PG", "FLASK_", "SSE_"))}
+        environ.pop("DATABASE_URL", None)
+        environ.update(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", PYTHONWARNINGS="default", **env)
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                pass_fds=[listener.fileno() for listener in listeners],
+            )
+
+    def wait_ready(self) -> None:
+        try:
+            eventually(self._answers, 30, "the server answers")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log()}") from None
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.log()}"
+        try:
+            with request(self.port, self._ready, timeout=5, tls=self.tls) as response:
+                if response.status != 200:
+                    return False
+        except OSError:
+            return False
+        return all(self.log().count("Worker is ready.") >= workers for workers in self._workers)
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def get(self, path: str) -> str:
+        with request(self.port, path, tls=self.tls) as response:
+            body = response.read().decode()
+            assert response.status == 200, (response.status, body, self.log())
+            return body
+
+    def post(self, path: str, body: bytes = b"") -> str:
+        headers = {"Content-Type": "application/json"}
+        with request(self.port, path, method="POST", headers=headers, body=body or b"{}", tls=self.tls) as response:
+            text = response.read().decode()
+            assert response.status < 300, (response.status, text, self.log())
+            return text
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> None:
+        """End the process, gently at first, and all that is left of its session."""
+        if self.process.poll() is None:
+            self.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
+        self.kill()
+
+    def kill(self) -> None:
+        """End all of its session at once: a worker of gevent takes up to a second to notice that it is to stop."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def gunicorn(app: str, port: int, *options: str) -> list[str]:
+    """Return the command line of gunicorn with gevent workers; later options beat earlier ones."""
+    return [
+        sys.executable, "-m", "gunicorn", "-k", "gevent", "-w", "1", "-b", f"127.0.0.1:{port}",
+        "-c", "python:tests.support.apps.gunicorn_conf", *options, app,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[Callable[..., WebServer]]:
+    """Start web servers (by default gunicorn -k gevent with tests.support.apps.basic) that end with the test."""
+    servers: list[WebServer] = []
+
+    def start(
+        database_url: str,
+        *options: str,
+        app: str = "tests.support.apps.basic:app",
+        command: Callable[[int], list[str]] | None = None,
+        port: int | None = None,
+        ready: str = "/ping",
+        tls: ssl.SSLContext | None = None,
+        listeners: Sequence[socket.socket] = (),
+        **env: str,
+    ) -> WebServer:
+        port = port or free_port()
+        own: list[socket.socket] = []
+        if listeners:  # gunicorn takes sockets that are open already, or opens its own
+            own = [socket.create_server(("127.0.0.1", port))]
+            listeners = [*own, *listeners]
+            binds = [("-b", f"fd://{listener.fileno()}") for listener in listeners]
+            options = (*options, *itertools.chain.from_iterable(binds))
+        line = command(port) if command else gunicorn(app, port, *options)
+        log = tmp_path / f"server-{len(servers)}.log"
+        server = WebServer(line, port, log, {"DATABASE_URL": database_url, **env}, ready, tls, listeners)
+        for listener in own:
+            listener.close()
+        servers.append(server)
+        server.wait_ready()
+        return server
+
+    yield start
+    for server in servers:
+        server.kill()

@@ -1,0 +1,1 @@
+"""Tests of what is not the package: the two commands, the demo, the benchmarks."""
