@@ -7,7 +7,6 @@ starts nothing and connects to nothing.
 from __future__ import annotations
 
 from . import cli  # noqa: F401  # gives sse_bp its commands
-from .blueprint import sse_bp
 from .errors import (
     ConfigurationError,
     DatabaseNotConfigured,
@@ -18,8 +17,9 @@ from .errors import (
     PayloadTooLarge,
     PgSSEError,
 )
-from .extension import PgSSE, disconnect, notify, notify_many, postgres_notify, sse_cursor, sse_url
 from .postgres.schema import drop_schema_sql, schema_sql
+from .web.api import PgSSE, disconnect, notify, notify_many, postgres_notify, sse_cursor, sse_url
+from .web.blueprint import sse_bp
 
 __version__ = "0.1.0"
 

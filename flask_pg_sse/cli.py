@@ -12,13 +12,13 @@ import psycopg2
 from flask import current_app
 from werkzeug.routing import BuildError
 
-from .blueprint import sse_bp
 from .errors import DatabaseUnavailable, PgSSEError
-from .extension import LONGEST, current_state, sse_url
 from .postgres import schema
 from .postgres.connect import connect, execute
 from .postgres.dsn import Dsn
 from .postgres.prune import prune
+from .web.api import LONGEST, current_state, sse_url
+from .web.blueprint import sse_bp
 
 # Seconds for one batch.
 _PRUNE_TIMEOUT = 60.0

@@ -21,7 +21,7 @@ FLOORS = [
         "postgres.prune", "replay", "stream", "ticker", "orders",
     },
     {"runtime"},
-    {"extension", "guard", "blueprint"},
+    {"web.api", "web.authorize", "web.blueprint"},
     {"cli", "testing"},
 ]  # fmt: skip
 # Neighbours on one floor may use each other where the arrow goes one way.
@@ -45,9 +45,9 @@ ALLOWED_BESIDE = {
     ("postgres.listener", "postgres.decode"), ("postgres.listener", "postgres.control"),
     ("postgres.listener", "postgres.wanted"), ("postgres.listener", "orders"), ("postgres.control", "orders"),
     ("postgres.listener", "postgres.log"), ("postgres.listener", "postgres.presence"),
-    ("blueprint", "extension"), ("blueprint", "guard"), ("extension", "guard"),
+    ("web.blueprint", "web.api"), ("web.blueprint", "web.authorize"), ("web.api", "web.authorize"),
     # PgSSE registers the blueprint, within a function.
-    ("extension", "blueprint"),
+    ("web.api", "web.blueprint"),
 }  # fmt: skip
 
 
@@ -98,10 +98,11 @@ def test_the_readme_shows_the_same_floors() -> None:
     shown = {}
     for number, cell in re.findall(r"^\| (\d), [^|]*\| (.*) \|$", table, re.MULTILINE):
         names = re.findall(r"`([a-z_/]+)`", cell)
-        if "postgres/" in names:
-            inside = {name.partition(".")[2] for name in FLOORS[2] if name.startswith("postgres.")}
-            names = [f"postgres.{name}" if name in inside else name for name in names]
-            names.remove("postgres/")
+        for folder in ("postgres", "web"):
+            if f"{folder}/" in names:
+                inside = {name.partition(".")[2] for name in FLOORS[int(number)] if name.startswith(f"{folder}.")}
+                names = [f"{folder}.{name}" if name in inside else name for name in names]
+                names.remove(f"{folder}/")
         shown[int(number)] = set(names)
     assert shown == dict(enumerate(FLOORS))
 

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from flask import Blueprint
 from werkzeug.exceptions import HTTPException
 
-from . import access
-from .tokens import Token
+from .. import access
+from ..tokens import Token
 
 logger = logging.getLogger(__name__)
 

@@ -20,18 +20,19 @@ from flask_cors.core import FLASK_CORS_EVALUATED
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import NotFound
 
-from . import access, event, guard, shutdown
-from .admission import NotNow
-from .channels import check_channel
-from .errors import ConfigurationError, EventLogMissing, InvalidChannel
-from .extension import EXTENSION, ServerUrl, State, current_state, sse_cursor, sse_url
-from .guard import SSEBlueprint
-from .runtime import Process
-from .server import Connection, why_no_stream
-from .settings import Settings, secret_keys
-from .stream import stream
-from .subscription import Subscription
-from .tokens import Token, read_token, without_token
+from .. import access, event, shutdown
+from ..admission import NotNow
+from ..channels import check_channel
+from ..errors import ConfigurationError, EventLogMissing, InvalidChannel
+from ..runtime import Process
+from ..server import Connection, why_no_stream
+from ..settings import Settings, secret_keys
+from ..stream import stream
+from ..subscription import Subscription
+from ..tokens import Token, read_token, without_token
+from . import authorize as guard
+from .api import EXTENSION, ServerUrl, State, current_state, sse_cursor, sse_url
+from .authorize import SSEBlueprint
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from urllib.parse import urlencode
 from flask import Flask, current_app, has_app_context, json, url_for
 from markupsafe import escape
 
-from .access import to_subject
-from .channels import check_channel
-from .event import FIELDS
-from .guard import Authorizer, SubjectOf, check_hook
-from .runtime import Runtime
-from .tokens import Token, sign_token
+from ..access import to_subject
+from ..channels import check_channel
+from ..event import FIELDS
+from ..runtime import Runtime
+from ..tokens import Token, sign_token
+from .authorize import Authorizer, SubjectOf, check_hook
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
