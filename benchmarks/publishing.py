@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.clients import MANY, OWN_ROWS, TABLES, Clients
 from benchmarks.database import Database, database
 from demo import postgres
-from flask_pg_sse.postgres.prune import BATCH
+from flask_pg_sse.engine.postgres.retention import BATCH
 
 # Name of the call in clients.py, what it does, and its events.
 SINGLE = [

@@ -6,7 +6,8 @@ starts nothing and connects to nothing.
 
 from __future__ import annotations
 
-from . import cli  # noqa: F401  # gives sse_bp its commands
+from .cli import commands as _commands  # noqa: F401  # gives sse_bp its commands
+from .engine.postgres.schema import drop_schema_sql, schema_sql
 from .errors import (
     ConfigurationError,
     DatabaseNotConfigured,
@@ -17,9 +18,9 @@ from .errors import (
     PayloadTooLarge,
     PgSSEError,
 )
-from .postgres.schema import drop_schema_sql, schema_sql
-from .web.api import PgSSE, disconnect, notify, notify_many, postgres_notify, sse_cursor, sse_url
+from .web.api import disconnect, notify, notify_many, postgres_notify, sse_cursor, sse_url
 from .web.blueprint import sse_bp
+from .web.extension import PgSSE
 
 __version__ = "0.1.0"
 

@@ -17,28 +17,29 @@ from typing import Any
 
 from psycopg2.extensions import get_wait_callback
 
-from . import shutdown, wakeup
-from .admission import Admission, NotNow
+from . import concurrency as wakeup
 from .channels import RESERVED_PREFIX as CONTROL
 from .channels import check_channel, pg_name
+from .engine.postgres.codec import to_payload, to_row
+from .engine.postgres.dsn import Dsn, is_postgres, to_dsn
+from .engine.postgres.history import EventLog
+from .engine.postgres.installation import Presence
+from .engine.postgres.listener import BEAT_EVERY, CLOCK, Listener
+from .engine.postgres.orders import Orders
+from .engine.postgres.pool import Pool
+from .engine.postgres.publish import Publisher, check_caller, execute_on, log_in_transaction, send_in_transaction
+from .engine.postgres.retention import Pruner
 from .errors import ConfigurationError, DatabaseNotConfigured, DatabaseUnavailable
 from .event import Event, make_event
-from .hub import Hub
-from .orders import Orders
-from .places import Places
-from .postgres.dsn import Dsn, is_postgres, to_dsn
-from .postgres.listener import BEAT_EVERY, CLOCK, Listener
-from .postgres.log import EventLog
-from .postgres.pool import Pool
-from .postgres.presence import Presence
-from .postgres.prune import Pruner
-from .postgres.publish import Publisher, check_caller, execute_on, log_in_transaction, send_in_transaction
-from .replay import Replay
-from .server import room_for_streams
+from .hub.admission import Admission, NotNow
+from .hub.hub import Hub
+from .hub.places import Places
+from .hub.replay import Replay
+from .hub.ticker import Ticker
+from .server import shutdown
+from .server.connection import room_for_streams
 from .settings import Settings, database_sources, secret_keys
-from .ticker import Ticker
 from .tokens import sign_disconnect
-from .wire import to_payload, to_row
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from .event import Event
-from .subscription import Subscription
-from .web.api import state_of
+from .hub.subscription import Subscription
+from .web.state import state_of
 
 
 @dataclass(frozen=True, slots=True)

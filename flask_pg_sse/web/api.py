@@ -1,73 +1,29 @@
-"""What Flask developers call: `notify()` and its relatives, and `PgSSE` for those who prefer an extension object."""
+"""What Flask developers call: `notify()` and its relatives, for the current app."""
 
 from __future__ import annotations
 
 import time
 import uuid
-import weakref
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from flask import Flask, current_app, has_app_context, json, url_for
+from flask import url_for
 from markupsafe import escape
 
-from ..access import to_subject
 from ..channels import check_channel
 from ..event import FIELDS
 from ..runtime import Runtime
 from ..tokens import Token, sign_token
-from .authorize import Authorizer, SubjectOf, check_hook
+from .authorize import to_subject
+from .state import current_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-EXTENSION = "pg_sse"
 
-
-class State:
-    """What `app.extensions["pg_sse"]` holds: the app's runtime, and the blueprint's name in that app."""
-
-    def __init__(self, app: Flask, blueprint_name: str) -> None:
-        self.runtime = Runtime(app.config, lambda data: app.json.dumps(data))
-        self.blueprint_name = blueprint_name
-        self.warned_closed = False  # the warning that no channel is open is given once
-        self.authorize: Authorizer | None = None
-        self.subject: SubjectOf | None = None
-
-    def set_hooks(self, authorize: Any, subject: Any) -> None:
-        """Set the functions that decide who may listen in this app, where they are given."""
-        for name, function in (("authorize", authorize), ("subject", subject)):
-            if function is None:
-                continue
-            check_hook(function, name)
-            before = getattr(self, name)
-            if before is not None and before is not function:
-                raise RuntimeError(f"This app has an {name} already; register_blueprint(sse_bp, {name}=…) takes one.")
-            setattr(self, name, function)
-
-    def close(self) -> None:
-        """End all streams, threads and connections of this app in this process."""
-        self.runtime.close()
-
-
-def state_of(app: Flask) -> State:
-    """Return the state of an app; RuntimeError with the remedy where the blueprint is not registered."""
-    state: State | None = app.extensions.get(EXTENSION)
-    if state is None:
-        raise RuntimeError(
-            "flask_pg_sse is not set up for this app: call app.register_blueprint(sse_bp), or PgSSE(app), first."
-        )
-    return state
-
-
-def current_state() -> State:
-    """Return the state of the current app."""
-    return state_of(current_app._get_current_object())  # type: ignore[attr-defined]
-
-
-class _CurrentApp:
+class CurrentApp:
     """The calls, for the current app. The module's functions are this class's methods."""
 
     def _runtime(self) -> Runtime:
@@ -205,68 +161,6 @@ class _CurrentApp:
         return f"{path}{'&' if '?' in path else '?'}{query}"  # an app's url_defaults may stand in a query
 
 
-class PgSSE(_CurrentApp):
-    """The package as an extension object, for one app, for several, or for none.
-
-    database_url: beats what the app's config says; without an app and without it, the environment's `DATABASE_URL`.
-    url_prefix, name: of the blueprint, which `init_app` registers.
-    authorize, subject: the functions that decide who may listen, as `sse_bp.authorize` and `sse_bp.subject` say.
-
-    Within an app context the methods work on the current app, as the module's functions do; elsewhere on the one app
-    that this object was given, or without any app on a runtime of its own, which has no secret key: it can neither sign
-    nor `disconnect()`. `sse_url()` needs an app context, unless `SSE_SERVER_URL` says where the streams are.
-    """
-
-    def __init__(
-        self,
-        app: Flask | None = None,
-        *,
-        database_url: str | None = None,
-        url_prefix: str = "/sse",
-        name: str = "sse",
-        authorize: Authorizer | None = None,
-        subject: SubjectOf | None = None,
-    ) -> None:
-        self._hooks = {"authorize": authorize, "subject": subject}
-        for hook, function in self._hooks.items():
-            if function is not None:
-                check_hook(function, hook)
-        self._database_url = database_url
-        self._url_prefix = url_prefix
-        self._name = name
-        self._own = Runtime({"SSE_DATABASE_URL": database_url}, json.dumps)
-        self._states: weakref.WeakSet[State] = weakref.WeakSet()  # of the apps that init_app() got
-        if app is not None:
-            self.init_app(app)
-
-    def init_app(self, app: Flask) -> None:
-        """Register the blueprint under this object's name and prefix."""
-        from .blueprint import sse_bp
-
-        if not isinstance(app, Flask):
-            raise TypeError(f"PgSSE() takes a Flask app, not {type(app).__name__}; for a URL say database_url=….")
-        if self._database_url is not None:
-            app.config["SSE_DATABASE_URL"] = self._database_url
-        app.register_blueprint(sse_bp, url_prefix=self._url_prefix, name=self._name, **self._hooks)
-        self._states.add(state_of(app))
-
-    def _runtime(self) -> Runtime:
-        if has_app_context() and EXTENSION in current_app.extensions:
-            return current_state().runtime
-        states = list(self._states)
-        if len(states) > 1:
-            raise RuntimeError(
-                "This PgSSE serves several apps, and here none is the current one: call it within app.app_context()."
-            )
-        return states[0].runtime if states else self._own
-
-    cursor = _CurrentApp.sse_cursor
-
-    def close(self) -> None:
-        """End the streams, threads and connections that the methods have started; the next use starts anew."""
-        self._runtime().close()
-
-
 # Seconds, some three hundred years: what is more, or no number, is a slip.
 LONGEST = 1e10
 
@@ -289,7 +183,7 @@ def _split_sse_payload(payload: Mapping[str, Any]) -> tuple[Any, Mapping[str, An
     return payload.get("data"), {key: payload.get(key) for key in FIELDS - {"data"}}
 
 
-_current_app = _CurrentApp()
+_current_app = CurrentApp()
 notify = _current_app.notify
 notify_many = _current_app.notify_many
 sse_url = _current_app.sse_url

@@ -1,71 +1,35 @@
-"""Asking the app who a client is and what it may listen to. In the request's own context, once a request."""
+"""Who may listen to which channel: public patterns, the app's hooks, and what a refused client is told.
+
+The hooks run in the request's own context, once a request.
+"""
 
 from __future__ import annotations
 
 import inspect
+import ipaddress
+import json
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import re
+import uuid
+from collections.abc import Callable, Collection, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
 
-from flask import Blueprint
 from werkzeug.exceptions import HTTPException
 
-from .. import access
 from ..tokens import Token
 
 logger = logging.getLogger(__name__)
 
+_SUBJECT_BYTES = 255
 _NOBODY = frozenset[str]()  # one object for all streams that are nobody's
 
 Authorizer = Callable[[str], bool]
 SubjectOf = Callable[[], "str | int | None"]
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class HookFailed(Exception):
     """A function of the app's raised what is no HTTP answer; it has been logged."""
-
-
-class SSEBlueprint(Blueprint):
-    """The blueprint, with the two functions by which all apps of the process decide who may listen.
-
-    An app's own, given to `register_blueprint()` or to `PgSSE`, come before these.
-    """
-
-    default_authorize: Authorizer | None = None
-    default_subject: SubjectOf | None = None
-
-    def authorize(self, function: _F) -> _F:
-        """Have `function(channel)` decide who may listen to the channels that are neither public nor signed for.
-
-        It runs in the request's context, so that `session` and flask_login's `current_user` are there, once for each
-        such channel. Only `True` opens the channel; `False` refuses; an HTTP exception (`abort(401)`) is the answer. An
-        authorizer that fails refuses for the moment: the browser tries again.
-
-        Raises TypeError for what cannot be called so, and RuntimeError where another one was set before: it would
-        decide for all apps of the process. An app's own is `register_blueprint(sse_bp, authorize=…)`.
-        """
-        self.default_authorize = _only(self.default_authorize, function, "authorize")
-        return function
-
-    def subject(self, function: _F) -> _F:
-        """Have `function()` name the client: a string, a whole number or a UUID; None for a stranger.
-
-        A user's id, as a rule. `disconnect(subject=…)` finds the streams by it, and `SSE_MAX_STREAMS_PER_CLIENT` counts
-        by it. It runs in the request's context, for every stream. Raises as `authorize` does.
-        """
-        self.default_subject = _only(self.default_subject, function, "subject")
-        return function
-
-
-def _only(before: Any, function: _F, name: str) -> _F:
-    check_hook(function, name)
-    if before is not None and before is not function:
-        raise RuntimeError(
-            f"@sse_bp.{name} was set before, to {_name_of(before)}, and is one for all apps of the process. Give each "
-            f"app its own: register_blueprint(sse_bp, {name}=…)."
-        )
-    return function
 
 
 def check_hook(function: object, name: str) -> None:
@@ -73,7 +37,7 @@ def check_hook(function: object, name: str) -> None:
     if not callable(function):
         raise TypeError(f"{name} is to be a function, not {type(function).__name__}.")
     if inspect.iscoroutinefunction(function):
-        raise TypeError(f"{name} is to be an ordinary function; {_name_of(function)} is a coroutine, always true.")
+        raise TypeError(f"{name} is to be an ordinary function; {name_of(function)} is a coroutine, always true.")
 
 
 def subjects_of(hook: SubjectOf | None, token: Token | None) -> frozenset[str] | None:
@@ -86,9 +50,9 @@ def subjects_of(hook: SubjectOf | None, token: Token | None) -> frozenset[str] |
         answer = _call(hook, "subject")
         if answer is not None:
             try:
-                subjects.add(access.to_subject(answer))
+                subjects.add(to_subject(answer))
             except (TypeError, ValueError) as error:
-                logger.error("A stream was refused: subject %s: %s", _name_of(hook), error)
+                logger.error("A stream was refused: subject %s: %s", name_of(hook), error)
                 return None
     return frozenset(subjects) if subjects else _NOBODY
 
@@ -103,7 +67,7 @@ def may_listen(hook: Authorizer | None, channel: str) -> bool:
             "Channel %r was refused: only True opens it, and the authorizer %s returned %s. (A decorator such as "
             "login_required answers in its place; ask current_user.is_authenticated in the function.)",
             channel,
-            _name_of(hook),
+            name_of(hook),
             type(answer).__name__,
         )
     return answer is True
@@ -115,7 +79,7 @@ def _call(hook: Callable[..., Any], name: str, *args: str) -> Any:
     except HTTPException:
         raise
     except Exception as error:
-        logger.exception("%s %s failed; the client is told to come back later.", name, _name_of(hook))
+        logger.exception("%s %s failed; the client is told to come back later.", name, name_of(hook))
         raise HookFailed from error
 
 
@@ -129,13 +93,67 @@ def closed_text(channel: str, *, debug: bool, bad_token: bool, patterns: Sequenc
     text = f"Channel {channel!r} is not open to you: {ways[0]}, {ways[1]}, and {ways[2]}."
     if not debug:
         return f"{text} Log in, load the page anew, or ask who runs the site to open it."
-    quoted = access.quoted(channel)
+    name = quoted(channel)
     return (
-        f"{text} To open it to everybody: {access.how_to_open(channel)}; to who has the URL: sse_url({quoted}, "
+        f"{text} To open it to everybody: {how_to_open(channel)}; to who has the URL: sse_url({name}, "
         f"sign=True, expires=3600); to whom you choose: @sse_bp.authorize on a function of the channel that returns "
         "True for them."
     )
 
 
-def _name_of(function: object) -> str:
+def name_of(function: object) -> str:
     return getattr(function, "__qualname__", type(function).__name__) + "()"
+
+
+def is_public(channel: str, patterns: Sequence[str]) -> bool:
+    """Tell whether one of the patterns of `SSE_CHANNELS` opens `channel` to everybody; upper and lower case differ."""
+    return any(fnmatchcase(channel, pattern) for pattern in patterns)
+
+
+def how_to_open(channel: str) -> str:
+    """Return the line of configuration that opens `channel` and no other, for a developer to copy.
+
+    The name comes from a URL, so that anybody chooses what stands in this line.
+    """
+    pattern = re.sub(r"([*?[])", r"[\1]", channel)
+    return f'app.config["SSE_CHANNELS"] = [{quoted(pattern)}]'
+
+
+def quoted(text: str) -> str:
+    """Return a text as a literal of Python, in one line."""
+    return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)
+
+
+def to_subject(value: object) -> str:
+    """Return a subject as text: a string, or a user's id as databases give it, a whole number or a UUID.
+
+    Raises TypeError for other types, which may not have one text, and ValueError for text that is empty, longer than
+    255 bytes in UTF-8, or no Unicode.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | uuid.UUID):
+        raise TypeError(f"A subject is a string, a whole number or a UUID, not {type(value).__name__}.")
+    text = str.__str__(value) if isinstance(value, str) else str(value)
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ValueError("The subject is not valid Unicode text: it holds half of a surrogate pair.") from None
+    if not 1 <= size <= _SUBJECT_BYTES:
+        raise ValueError(f"A subject has 1 to {_SUBJECT_BYTES} bytes in UTF-8; this one has {size}.")
+    return text
+
+
+def counted_under(subjects: Collection[str], address: str | None) -> tuple[str, ...]:
+    """Return what the streams of a client are counted under: its subjects or, where it has none, its address.
+
+    Of an IPv6 address the first 64 bits count: the others are its owner's to choose.
+    https://www.rfc-editor.org/rfc/rfc4291#section-2.5.4
+    """
+    if subjects:
+        return tuple(f"subject {subject}" for subject in sorted(subjects))
+    try:
+        known = ipaddress.ip_address(address or "")
+    except ValueError:  # the peer of a Unix socket has none
+        return (f"address {address or ''}",)
+    if isinstance(known, ipaddress.IPv6Address):
+        known = known.ipv4_mapped or ipaddress.IPv6Address(int(known) >> 64 << 64)
+    return (f"address {known}",)

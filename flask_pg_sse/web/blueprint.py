@@ -6,78 +6,83 @@ import functools
 import logging
 import math
 import random
-import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any
-from urllib.parse import unquote_to_bytes
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
-from flask import Request, Response, current_app, request
+from flask import Blueprint, Request, current_app, request
 from flask.blueprints import BlueprintSetupState
 from flask.typing import ResponseReturnValue
-from flask_cors import cross_origin
-from flask_cors.core import FLASK_CORS_EVALUATED
-from werkzeug.datastructures import Headers
 from werkzeug.exceptions import NotFound
 
-from .. import access, event, shutdown
-from ..admission import NotNow
 from ..channels import check_channel
-from ..errors import ConfigurationError, EventLogMissing, InvalidChannel
+from ..errors import EventLogMissing, InvalidChannel
+from ..hub.admission import NotNow
+from ..hub.stream import stream
+from ..hub.subscription import Subscription, Terms
 from ..runtime import Process
-from ..server import Connection, why_no_stream
+from ..server import shutdown
+from ..server.connection import Connection, why_no_stream
 from ..settings import Settings, secret_keys
-from ..stream import stream
-from ..subscription import Subscription
 from ..tokens import Token, read_token, without_token
-from . import authorize as guard
-from .api import EXTENSION, ServerUrl, State, current_state, sse_cursor, sse_url
-from .authorize import SSEBlueprint
+from . import authorize
+from .api import ServerUrl, sse_cursor, sse_url
+from .authorize import Authorizer, SubjectOf, check_hook, name_of
+from .cors import cross_origin_headers
+from .request import parse_query
+from .response import Blocks, ended, refusal, stream_response
+from .state import EXTENSION, State, current_state
 
 logger = logging.getLogger(__name__)
 
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class SSEBlueprint(Blueprint):
+    """The blueprint, with the two functions by which all apps of the process decide who may listen.
+
+    An app's own, given to `register_blueprint()` or to `PgSSE`, come before these.
+    """
+
+    default_authorize: Authorizer | None = None
+    default_subject: SubjectOf | None = None
+
+    def authorize(self, function: _F) -> _F:
+        """Have `function(channel)` decide who may listen to the channels that are neither public nor signed for.
+
+        It runs in the request's context, so that `session` and flask_login's `current_user` are there, once for each
+        such channel. Only `True` opens the channel; `False` refuses; an HTTP exception (`abort(401)`) is the answer. An
+        authorizer that fails refuses for the moment: the browser tries again.
+
+        Raises TypeError for what cannot be called so, and RuntimeError where another one was set before: it would
+        decide for all apps of the process. An app's own is `register_blueprint(sse_bp, authorize=…)`.
+        """
+        self.default_authorize = _only(self.default_authorize, function, "authorize")
+        return function
+
+    def subject(self, function: _F) -> _F:
+        """Have `function()` name the client: a string, a whole number or a UUID; None for a stranger.
+
+        A user's id, as a rule. `disconnect(subject=…)` finds the streams by it, and `SSE_MAX_STREAMS_PER_CLIENT` counts
+        by it. It runs in the request's context, for every stream. Raises as `authorize` does.
+        """
+        self.default_subject = _only(self.default_subject, function, "subject")
+        return function
+
+
+def _only(before: Any, function: _F, name: str) -> _F:
+    check_hook(function, name)
+    if before is not None and before is not function:
+        raise RuntimeError(
+            f"@sse_bp.{name} was set before, to {name_of(before)}, and is one for all apps of the process. Give each "
+            f"app its own: register_blueprint(sse_bp, {name}=…)."
+        )
+    return function
+
+
 # Whatever the blueprint's name in an app, its commands (cli.py) are `flask sse …`.
 sse_bp = SSEBlueprint("sse", __name__, url_prefix="/sse", cli_group="sse")
-
-
-_HEADERS = (
-    ("Content-Type", "text/event-stream; charset=utf-8"),
-    # "no-transform" and nginx's own header keep proxies from collecting what should flow.
-    ("Cache-Control", "no-cache, no-transform"),
-    ("X-Accel-Buffering", "no"),
-)
-
-
-class _Begins:
-    """Mixed into a class of responses: tells the connection when the server has begun with this one."""
-
-    def __init__(self, body: Iterable[bytes], begin: Callable[[Any], None]) -> None:
-        """Make a response as Flask would. `begin` gets what `start_response` has returned."""
-        super().__init__(body, headers=_HEADERS)  # type: ignore[call-arg]
-        # What reads a whole body (a log, a compressor) fails or passes on, and does not wait for the end of a stream.
-        self.direct_passthrough = True
-        self._pg_sse_begin = begin
-
-    def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
-        def start(*answer: Any) -> Any:
-            write = start_response(*answer)
-            self._pg_sse_begin(write)
-            return write
-
-        body: Iterable[bytes] = super().__call__(environ, start)  # type: ignore[misc]
-        return body
-
-
-class _StreamResponse(_Begins, Response):
-    def get_wsgi_headers(self, environ: Any) -> Headers:
-        """Return the headers as they are. Werkzeug would copy them, for what it may have to do to those of others."""
-        return self.headers
-
-
-@functools.cache
-def _response_class(apps: type[Response]) -> type[Any]:
-    """Return the class for an app's streams. Of the app's own `response_class` Flask would make it that one."""
-    return _StreamResponse if apps is Response else type("StreamResponse", (_Begins, apps), {})
 
 
 @sse_bp.record
@@ -149,19 +154,19 @@ def _answer(names: list[str]) -> ResponseReturnValue:
     reason = why_no_stream(environ, shutdown.gunicorn_worker())
     if reason is not None:
         logger.error("%s", reason)
-        return _refusal(500, reason)
+        return refusal(500, reason)
     try:
-        query = _query(here.query_string, settings.max_channels)
+        query = parse_query(here.query_string, settings.max_channels)
         channels = tuple(dict.fromkeys(check_channel(name) for name in names + query.get("channel", [])))
     except InvalidChannel as error:
-        return _refusal(400, str(error))
+        return refusal(400, str(error))
     except ValueError as error:
-        return _refusal(414, str(error))
+        return refusal(414, str(error))
     if not channels:
-        return _refusal(400, "The URL names no channel: add ?channel=NAME, once for each.")
+        return refusal(400, "The URL names no channel: add ?channel=NAME, once for each.")
     if len(channels) > settings.max_channels:
         most = settings.max_channels
-        return _refusal(400, f"The URL names {len(channels)} channels, and one stream has {most} at the most.")
+        return refusal(400, f"The URL names {len(channels)} channels, and one stream has {most} at the most.")
 
     # Last-Event-ID of an EventSource that reconnects; the query is for clients that cannot set a header.
     last_event_id = environ.get("HTTP_LAST_EVENT_ID") or query.get("last_event_id", [""])[0]
@@ -169,16 +174,16 @@ def _answer(names: list[str]) -> ResponseReturnValue:
     try:
         subscription = _admitted(here, state, process, connection, channels, query.get("token", [""])[0])
         if here.method == "HEAD":
-            return _response(_Blocks(connection), connection, settings)
+            return stream_response(Blocks(connection), connection, settings)
         hub, replay = process.streams
     except _Refused as refused:
-        return _refusal(403, str(refused))
+        return refusal(403, str(refused))
     except EventLogMissing as error:
-        return _refusal(500, str(error))
+        return refusal(500, str(error))
     except NotNow as later:
-        return _ended(later.reason, last_event_id)
+        return ended(later.reason, last_event_id)
     body = stream(hub, replay, subscription, last_event_id, connection)
-    response = _response(body, connection, settings, direct_write=settings.direct_write)
+    response = stream_response(body, connection, settings, direct_write=settings.direct_write)
     if "flask_pg_sse.testing" in environ:
         environ["flask_pg_sse.testing"].append(subscription)
     return response
@@ -197,61 +202,30 @@ def _admitted(
     token = read_token(runtime.keys(), signed) if signed else None
     if token is not None and token.expires_at is not None and token.expires_at <= time.time():
         raise NotNow("expired")
-    authorize = state.authorize or sse_bp.default_authorize
+    authorizer = state.authorize or sse_bp.default_authorize
     opened = token.channels if token is not None else frozenset[str]()
-    to_ask = [name for name in channels if name not in opened and not access.is_public(name, settings.channels)]
-    closed = functools.partial(_closed, state=state, asked=authorize is not None, bad_token=bool(signed) and not token)
-    if to_ask and authorize is None:
+    to_ask = [name for name in channels if name not in opened and not authorize.is_public(name, settings.channels)]
+    closed = functools.partial(_closed, state=state, asked=authorizer is not None, bad_token=bool(signed) and not token)
+    if to_ask and authorizer is None:
         raise _Refused(closed(to_ask[0]))
-    subscription = Subscription(channels, settings.buffer_bytes, access.Terms(asked_at=asked_at))
+    subscription = Subscription(channels, settings.buffer_bytes, Terms(asked_at=asked_at))
     subscription.connection = connection
     try:
         with process.admission.place(subscription):
-            subjects = guard.subjects_of(state.subject or sse_bp.default_subject, token)
+            subjects = authorize.subjects_of(state.subject or sse_bp.default_subject, token)
             if subjects is None:
                 raise _Refused("This site cannot tell whose stream this would be. Ask who runs it to look at its log.")
             each = settings.max_streams_per_client is not None
-            clients = access.counted_under(subjects, here.remote_addr) if each else ()
-            terms = access.Terms(subjects, clients, asked_at, *_end_of(token, settings.max_age))
+            clients = authorize.counted_under(subjects, here.remote_addr) if each else ()
+            terms = Terms(subjects, clients, asked_at, *_end_of(token, settings.max_age))
             process.admission.hold_as(subscription, terms)
             process.wait_until_decidable(asks=bool(to_ask) and here.method != "HEAD")
             for channel in to_ask:
-                if not guard.may_listen(authorize, channel):
+                if not authorize.may_listen(authorizer, channel):
                     raise _Refused(closed(channel))
-    except guard.HookFailed:
+    except authorize.HookFailed:
         raise NotNow("unavailable") from None
     return subscription
-
-
-# Bytes of a query beside its channels, and for each channel: its name with every byte as %XX, and again in the token.
-_QUERY_BYTES = 16384
-_QUERY_BYTES_EACH = 1200
-# Parameters that are none of ours: a site may add some to every URL.
-_OTHER_PARAMETERS = 100
-
-
-def _query(raw: bytes, max_channels: int) -> dict[str, list[str]]:
-    """Return the parameters of a query. ValueError where it is larger than any that could be answered.
-
-    Looked at before it is taken apart, which for a million parameters takes a second.
-    """
-    most = _QUERY_BYTES + max_channels * _QUERY_BYTES_EACH
-    if len(raw) > most:
-        raise ValueError(f"The URL's query has {len(raw)} bytes, and {most} at the most are read.")
-    if raw.count(b"&") >= max_channels + _OTHER_PARAMETERS:
-        raise ValueError(
-            f"The URL's query has {raw.count(b'&') + 1} parameters; one stream has {max_channels} channels."
-        )
-    found: dict[str, list[str]] = {}
-    for parameter in raw.split(b"&"):
-        name, _, value = parameter.replace(b"+", b" ").partition(b"=")
-        found.setdefault(_unquoted(name), []).append(_unquoted(value))
-    return found
-
-
-def _unquoted(raw: bytes) -> str:
-    """Return a name or a value. Bytes that are not UTF-8 become lone surrogates, which no channel's name may hold."""
-    return unquote_to_bytes(raw).decode("utf-8", "surrogateescape")
 
 
 def _end_of(token: Token | None, max_age: float | None) -> tuple[float, str]:
@@ -273,89 +247,10 @@ def _closed(channel: str, state: State, *, asked: bool, bad_token: bool) -> str:
             "A stream on channel %r was refused: no channel is open until SSE_CHANNELS names it. To open this one to "
             "everybody: %s",
             channel,
-            access.how_to_open(channel),
+            authorize.how_to_open(channel),
         )
     debug = current_app.debug
-    return guard.closed_text(channel, debug=debug, bad_token=bad_token, patterns=patterns, asked=asked)
+    return authorize.closed_text(channel, debug=debug, bad_token=bad_token, patterns=patterns, asked=asked)
 
 
-def _response(
-    body: Iterable[bytes], connection: Connection, settings: Settings, *, direct_write: bool | str = False
-) -> Response:
-    begin = functools.partial(
-        connection.response_started, body=id(body), direct_write=direct_write, send_timeout=settings.send_timeout
-    )
-    response: Response = _response_class(current_app.response_class)(body, begin)  # type: ignore[arg-type]
-    return response
-
-
-class _Blocks:
-    """The body of a stream that ends at once. (Of a tuple werkzeug would say the length.)"""
-
-    def __init__(self, connection: Connection, *blocks: bytes) -> None:
-        self._connection = connection
-        self._blocks = blocks
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._blocks)
-
-    def close(self) -> None:  # werkzeug iterates over nothing for HEAD, and closes even so
-        self._connection.stop_reading()
-
-
-def _refusal(status: int, text: str) -> Response:
-    return current_app.response_class(text + "\n", status, mimetype="text/plain")
-
-
-def _ended(reason: str, last_event_id: str) -> Response:
-    """Refuse for the moment: a browser's EventSource comes back after this, and never after an error status.
-
-    The client's position goes back to it as the event's id: a page that fetches a new URL can go on from there.
-    """
-    settings = current_state().runtime.settings
-    block = event.end_block(reason, settings.retry, id=event.to_log_id(last_event_id))
-    connection = Connection(request.environ)
-    return _response(_Blocks(connection, *() if request.method == "HEAD" else (block,)), connection, settings)
-
-
-@sse_bp.after_request
-def _cross_origin(response: Response) -> Response:
-    """Let the pages of listed origins read the answer, and of no others, whatever CORS the app has besides.
-
-    Flask runs a blueprint's functions before the app's, and flask-cors leaves a response alone that it has seen.
-    """
-    try:
-        origins = current_state().runtime.settings.allowed_origins
-    except ConfigurationError:  # the view has failed with it already
-        return response
-    # CORS(app) has had its hand on what an error handler returned, before any function that runs after a request.
-    for name in [name for name, _ in response.headers if name.lower().startswith("access-control-")]:
-        del response.headers[name]
-    origin = request.environ.get("HTTP_ORIGIN", "").lower()
-    if not origin and "*" not in origins:  # the site's own pages ask for no leave: spare the way through flask-cors
-        setattr(response, FLASK_CORS_EVALUATED, True)
-    else:
-        _decide(response, origin, origins)
-    if origins:
-        response.vary.add("Origin")
-    return response
-
-
-def _decide(response: Response, origin: str, origins: Collection[str]) -> None:
-    listed = bool(origin) and origin in origins
-    # As a pattern of its own: flask-cors takes any text with brackets, an IPv6 origin say, for a regular expression.
-    exactly = re.compile(re.escape(origin) + r"\Z", re.IGNORECASE)
-    decide = cross_origin(
-        origins=[exactly] if listed else "*" if "*" in origins else [],
-        supports_credentials=listed,
-        send_wildcard=not listed,
-        always_send=False,
-        automatic_options=False,
-        vary_header=False,
-        methods=["GET", "HEAD"],
-        allow_headers="*",
-        expose_headers=None,
-        max_age=None,
-        allow_private_network=False,
-    )
-    decide(lambda: response)()
+sse_bp.after_request(cross_origin_headers)

@@ -19,8 +19,8 @@ from playwright.sync_api import Page, expect
 
 from demo import postgres
 from flask_pg_sse import EventLogMissing, notify
-from flask_pg_sse.postgres.prune import prune
-from flask_pg_sse.postgres.schema import schema_sql
+from flask_pg_sse.engine.postgres.retention import prune
+from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.testing import Received, stream
 from tests.support.client import open_stream, request
 from tests.support.documents import Document

@@ -21,7 +21,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, scoped_sessio
 
 import flask_pg_sse
 from flask_pg_sse import notify, notify_many, settings, sse_cursor, sse_url
-from flask_pg_sse.postgres.schema import schema_sql
+from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.testing import stream
 from tests.support.client import open_stream, request
 from tests.support.documents import Document

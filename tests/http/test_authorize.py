@@ -20,7 +20,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from flask_pg_sse import PgSSE, notify, sse_bp
 from flask_pg_sse.testing import stream
-from flask_pg_sse.web.authorize import SSEBlueprint
+from flask_pg_sse.web.blueprint import SSEBlueprint
 from tests.support.client import request as http
 from tests.support.postgres import members
 from tests.support.servers import WebServer

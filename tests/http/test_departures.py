@@ -13,11 +13,11 @@ from contextlib import ExitStack
 
 import pytest
 
-from flask_pg_sse.departures import Departures
-from flask_pg_sse.hub import Hub
-from flask_pg_sse.server import Connection
-from flask_pg_sse.subscription import Subscription
-from flask_pg_sse.ticker import Ticker
+from flask_pg_sse.hub.hub import Hub
+from flask_pg_sse.hub.subscription import Subscription
+from flask_pg_sse.hub.ticker import Ticker
+from flask_pg_sse.server.connection import Connection
+from flask_pg_sse.server.hangups import Departures
 from tests.http.test_hostile_requests import cpu
 from tests.http.test_limits import streams
 from tests.support.client import eventually, open_stream
@@ -97,7 +97,7 @@ def watched(departures: Departures, sock: socket.socket) -> Subscription:
 
 def test_a_descriptor_that_is_another_streams_by_now_stays_watched() -> None:
     """A stream is forgotten some time after its end; its socket's number may have been given out again."""
-    departures = Departures()
+    departures = Departures[Subscription]()
     departures.start()
     with ExitStack() as sockets:
         ours, theirs, new, far = map(sockets.enter_context, (*socket.socketpair(), *socket.socketpair()))

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_pg_sse.access import counted_under
-from flask_pg_sse.places import Places, _taken_here
-from flask_pg_sse.server import room_for_streams
-from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.hub.places import Places, _taken_here
+from flask_pg_sse.hub.subscription import Subscription
+from flask_pg_sse.server.connection import room_for_streams
 from flask_pg_sse.testing import parse, stream
 from flask_pg_sse.tokens import Token, sign_token
+from flask_pg_sse.web.authorize import counted_under
 from tests.support.client import eventually, open_stream, request
 from tests.support.crowd import Crowd, resident, worker
 from tests.support.postgres import execute, members

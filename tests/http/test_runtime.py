@@ -9,8 +9,8 @@ import pytest
 from flask import Flask
 
 from flask_pg_sse import notify
+from flask_pg_sse.hub.ticker import Ticker
 from flask_pg_sse.testing import stream
-from flask_pg_sse.ticker import Ticker
 from tests.support.postgres import execute
 
 MakeApp = Callable[..., Flask]

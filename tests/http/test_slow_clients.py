@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flask_pg_sse.progress import ENOUGH_BYTES, Progress
+from flask_pg_sse.server.stall import ENOUGH_BYTES, Progress
 from tests.support.client import Response, eventually, open_stream
 from tests.support.crowd import Crowd, publish, resident, worker
 from tests.support.servers import WebServer

@@ -11,10 +11,10 @@ import pytest
 from flask import Flask
 
 from flask_pg_sse import notify, schema_sql, sse_cursor, sse_url
-from flask_pg_sse.hub import Hub
-from flask_pg_sse.page import Page
-from flask_pg_sse.postgres.listener import Listener
-from flask_pg_sse.postgres.log import EventLog
+from flask_pg_sse.engine.base import Page
+from flask_pg_sse.engine.postgres.history import EventLog
+from flask_pg_sse.engine.postgres.listener import Listener
+from flask_pg_sse.hub.hub import Hub
 from flask_pg_sse.testing import Received, stream
 from tests.support.client import eventually
 from tests.support.postgres import execute

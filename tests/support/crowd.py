@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
-from flask_pg_sse.postgres.schema import schema_sql
+from flask_pg_sse.engine.postgres.schema import schema_sql
 from tests.support.postgres import connect, execute
 from tests.support.servers import WebServer
 

@@ -7,14 +7,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flask_pg_sse.engine.base import Item, Page
 from flask_pg_sse.errors import DatabaseUnavailable
 from flask_pg_sse.event import control_block
-from flask_pg_sse.hub import Hub
-from flask_pg_sse.page import Item, Page
-from flask_pg_sse.progress import Progress
-from flask_pg_sse.replay import Replay
-from flask_pg_sse.stream import stream
-from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.hub.hub import Hub
+from flask_pg_sse.hub.replay import Replay
+from flask_pg_sse.hub.stream import stream
+from flask_pg_sse.hub.subscription import Subscription
+from flask_pg_sse.server.stall import Progress
 
 FIRST = 100  # the log's head before its first event; ids have gaps
 

@@ -17,7 +17,7 @@ import psycopg2
 import pytest
 
 from demo import postgres
-from flask_pg_sse.postgres.schema import drop_schema_sql, schema_sql
+from flask_pg_sse.engine.postgres.schema import drop_schema_sql, schema_sql
 from tests.support.client import eventually
 
 MEMORY = Path("/dev/shm")

@@ -12,8 +12,8 @@ import psycopg2
 from flask import Flask
 
 from flask_pg_sse import notify, notify_many
+from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.errors import DatabaseUnavailable
-from flask_pg_sse.postgres.schema import schema_sql
 from tests.support.eventsource import FOREIGN_IDS, LOGGED
 from tests.support.postgres import connect, execute
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from flask_pg_sse.access import Terms
-from flask_pg_sse.attention import Attention
-from flask_pg_sse.block import Block
-from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.hub.block import Block
+from flask_pg_sse.hub.subscription import Subscription, Terms
+from flask_pg_sse.hub.timers import Attention
 from tests.support.model import Connection
 
 

@@ -17,12 +17,11 @@ from typing import Any
 
 import pytest
 
-from flask_pg_sse import hub as hub_module
-from flask_pg_sse import subscription as subscription_module
-from flask_pg_sse.access import Terms
-from flask_pg_sse.group import OFFERS_BETWEEN_YIELDS
-from flask_pg_sse.hub import Hub
-from flask_pg_sse.subscription import Subscription, offer_to_all
+from flask_pg_sse.hub import hub as hub_module
+from flask_pg_sse.hub import subscription as subscription_module
+from flask_pg_sse.hub.fanout import OFFERS_BETWEEN_YIELDS
+from flask_pg_sse.hub.hub import Hub
+from flask_pg_sse.hub.subscription import Subscription, Terms, offer_to_all
 
 # Bytecode instructions of a delivery, the system call aside. CPython 3.10 takes 31, and 30, 28 and 25 the next three.
 MOST_STEPS = 31 if sys.version_info < (3, 12) else 29

@@ -7,15 +7,15 @@ import sys
 
 import pytest
 
-from flask_pg_sse.group import OFFERS_BETWEEN_YIELDS
+from flask_pg_sse.hub.fanout import OFFERS_BETWEEN_YIELDS
 from tests.support import servers
 
 STREAMS = 5000
 BEGINNING = """
 import gevent.monkey; gevent.monkey.patch_all()
 import socket, sys, threading, time, gevent
-from flask_pg_sse.hub import Hub
-from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.hub.hub import Hub
+from flask_pg_sse.hub.subscription import Subscription
 
 class Heard:
     def wait(self, timeout): return True

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flask_pg_sse import recent as recent_module
-from flask_pg_sse.block import Block
-from flask_pg_sse.page import Item
-from flask_pg_sse.recent import TOTAL_BYTES, Recent
-from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.engine.base import Item
+from flask_pg_sse.hub import history as recent_module
+from flask_pg_sse.hub.block import Block
+from flask_pg_sse.hub.history import TOTAL_BYTES, Recent
+from flask_pg_sse.hub.subscription import Subscription
 from tests.support import model, servers
 from tests.support.log import LONG
 from tests.support.model import FIRST, ModelLog, World, item, logged_in, opening_id, raw, raw_in
@@ -246,7 +246,7 @@ if "gevent" in sys.argv:
     import gevent.monkey
     gevent.monkey.patch_all()
 sys.setswitchinterval(1e-6)
-from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.hub.subscription import Subscription
 from tests.support.model import ModelLog, World, logged_in, opening_id, FIRST, RESET
 log = ModelLog(1)
 world = World(log, heartbeat=0.01)

@@ -13,10 +13,9 @@ from gunicorn.glogging import Logger
 from gunicorn.http.parser import RequestParser
 from gunicorn.http.wsgi import FileWrapper, create
 
-from flask_pg_sse import sharing
-from flask_pg_sse.access import Terms
-from flask_pg_sse.server import Connection
-from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.hub.subscription import Subscription, Terms
+from flask_pg_sse.server import interning as sharing
+from flask_pg_sse.server.connection import Connection
 from tests.support.model import ModelLog, World
 
 REQUEST = (

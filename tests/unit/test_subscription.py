@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flask_pg_sse import event, wakeup
-from flask_pg_sse import hub as hub_module
-from flask_pg_sse.access import Terms
-from flask_pg_sse.backlog import PIECE_BYTES
-from flask_pg_sse.block import Block, Standing
-from flask_pg_sse.hub import Hub
-from flask_pg_sse.subscription import Subscription
+from flask_pg_sse import concurrency as wakeup
+from flask_pg_sse import event
+from flask_pg_sse.hub import hub as hub_module
+from flask_pg_sse.hub.block import Block, Standing
+from flask_pg_sse.hub.buffer import PIECE_BYTES
+from flask_pg_sse.hub.hub import Hub
+from flask_pg_sse.hub.subscription import Subscription, Terms
 
 
 class Confirmed:
@@ -143,8 +143,8 @@ if "gevent" in sys.argv:
     gevent.monkey.patch_all()
 import random, threading, time
 sys.setswitchinterval(1e-6)
-from flask_pg_sse.block import Block
-from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.hub.block import Block
+from flask_pg_sse.hub.subscription import Subscription
 for round in range(30):
     subscription = Subscription(["a"], 1 << 30)
     subscription.go_live(0, Block(b""), 0.0)
@@ -184,8 +184,8 @@ KILL = """
 import gevent.monkey
 gevent.monkey.patch_all()
 import gevent
-from flask_pg_sse.block import Block
-from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.hub.block import Block
+from flask_pg_sse.hub.subscription import Subscription
 subscription = Subscription(["a"], 1000)
 subscription.go_live(0, Block(b""), 0.0)
 reader = gevent.spawn(subscription.take)

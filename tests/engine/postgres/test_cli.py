@@ -17,8 +17,8 @@ from click.testing import Result
 from flask import Blueprint, Flask
 
 from flask_pg_sse import PgSSE, schema_sql, sse_bp
-from flask_pg_sse.postgres import schema
-from flask_pg_sse.postgres.prune import BATCH
+from flask_pg_sse.engine.postgres import schema
+from flask_pg_sse.engine.postgres.retention import BATCH
 from tests.docs.test_readme import example
 from tests.support.postgres import connect, execute
 

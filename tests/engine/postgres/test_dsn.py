@@ -18,7 +18,7 @@ from psycopg2.extensions import parse_dsn
 from sqlalchemy.engine import URL, make_url
 
 from flask_pg_sse import ConfigurationError, DatabaseNotConfigured, PgSSE, notify
-from flask_pg_sse.postgres.dsn import Dsn, is_postgres, to_dsn
+from flask_pg_sse.engine.postgres.dsn import Dsn, is_postgres, to_dsn
 from flask_pg_sse.testing import stream
 from tests.support.postgres import execute
 

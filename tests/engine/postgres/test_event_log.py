@@ -109,7 +109,7 @@ def test_true_makes_a_missing_log_an_error_until_it_is_there(database_url: str, 
 def test_a_log_that_is_installed_while_streams_are_open_is_taken_into_use(
     database_url: str, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_pg_sse.postgres.presence._LOOK_AGAIN", 0.1)
+    monkeypatch.setattr("flask_pg_sse.engine.postgres.installation._LOOK_AGAIN", 0.1)
     app = make_app(database_url, SSE_HEARTBEAT=0.2)
     opened = stream(app.test_client(), "/sse?channel=orders")
     assert next(opened).id == ""

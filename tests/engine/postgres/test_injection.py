@@ -25,10 +25,10 @@ from psycopg2 import sql
 from demo import postgres
 from flask_pg_sse import InvalidChannel, InvalidEvent, PayloadTooLarge, notify, notify_many, schema_sql
 from flask_pg_sse.channels import pg_name
+from flask_pg_sse.engine.postgres.codec import from_payload
+from flask_pg_sse.engine.postgres.listener import Listener
 from flask_pg_sse.event import Event
-from flask_pg_sse.postgres.listener import Listener
 from flask_pg_sse.testing import Received, stream
-from flask_pg_sse.wire import from_payload
 from tests.support.client import eventually
 from tests.support.log import run
 from tests.support.postgres import connect, execute, fresh_database

@@ -16,14 +16,14 @@ import psycopg2
 import pytest
 
 from demo import postgres
-from flask_pg_sse.backoff import Backoff
 from flask_pg_sse.channels import pg_name
+from flask_pg_sse.engine.backoff import Backoff
+from flask_pg_sse.engine.base import Item
+from flask_pg_sse.engine.postgres.connect import connect
+from flask_pg_sse.engine.postgres.dsn import to_dsn
+from flask_pg_sse.engine.postgres.installation import Presence
+from flask_pg_sse.engine.postgres.listener import Listener
 from flask_pg_sse.errors import DatabaseUnavailable
-from flask_pg_sse.page import Item
-from flask_pg_sse.postgres.connect import connect
-from flask_pg_sse.postgres.dsn import to_dsn
-from flask_pg_sse.postgres.listener import Listener
-from flask_pg_sse.postgres.presence import Presence
 from tests.support.client import eventually
 from tests.support.link import Link, through
 from tests.support.postgres import connect as plain_connect
@@ -245,7 +245,7 @@ def test_the_listener_notices_that_the_server_does_not_answer(
     database_url: str, make_listener: Make, monkeypatch: pytest.MonkeyPatch, reloading: bool
 ) -> None:
     """A half-open connection: the server's process is stopped, so that nothing comes and nothing breaks."""
-    monkeypatch.setattr("flask_pg_sse.postgres.listener._ANSWER_WITHIN", 0.3)
+    monkeypatch.setattr("flask_pg_sse.engine.postgres.listener._ANSWER_WITHIN", 0.3)
     listener, turns, gaps = make_listener(database_url, beat_every=0.1)
     assert listener.listen(["orders"]).wait(10)
     pid = listener_pid(database_url)

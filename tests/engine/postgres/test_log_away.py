@@ -12,15 +12,16 @@ from flask import Flask
 
 from demo import postgres
 from flask_pg_sse import notify, schema_sql, sse_cursor
+from flask_pg_sse.engine.base import Item, Page
+from flask_pg_sse.engine.postgres import history as log
+from flask_pg_sse.engine.postgres import pool
+from flask_pg_sse.engine.postgres.connect import connect as own_connection
+from flask_pg_sse.engine.postgres.connect import execute as own_execute
+from flask_pg_sse.engine.postgres.dsn import to_dsn
 from flask_pg_sse.errors import DatabaseUnavailable
 from flask_pg_sse.event import end_block
-from flask_pg_sse.page import Item, Page
-from flask_pg_sse.postgres import log, pool
-from flask_pg_sse.postgres.connect import connect as own_connection
-from flask_pg_sse.postgres.connect import execute as own_execute
-from flask_pg_sse.postgres.dsn import to_dsn
-from flask_pg_sse.replay import _LargeEvents
-from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.hub.replay import _LargeEvents
+from flask_pg_sse.hub.subscription import Subscription
 from flask_pg_sse.testing import stream
 from tests.support.client import eventually
 from tests.support.link import Link, through

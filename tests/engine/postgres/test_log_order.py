@@ -16,10 +16,12 @@ from urllib.parse import urlsplit
 import psycopg2
 import pytest
 
-from flask_pg_sse.postgres import listener, log, prune, publish
-from flask_pg_sse.postgres.connect import connect as own_connection
-from flask_pg_sse.postgres.connect import execute as own_execute
-from flask_pg_sse.postgres.dsn import to_dsn
+from flask_pg_sse.engine.postgres import history as log
+from flask_pg_sse.engine.postgres import listener, publish
+from flask_pg_sse.engine.postgres import retention as prune
+from flask_pg_sse.engine.postgres.connect import connect as own_connection
+from flask_pg_sse.engine.postgres.connect import execute as own_execute
+from flask_pg_sse.engine.postgres.dsn import to_dsn
 from tests.support.client import eventually
 from tests.support.log import (
     ENQUEUE,

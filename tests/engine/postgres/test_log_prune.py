@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from flask_pg_sse.postgres import pool
-from flask_pg_sse.postgres.dsn import to_dsn
-from flask_pg_sse.postgres.prune import prune
+from flask_pg_sse.engine.postgres import pool
+from flask_pg_sse.engine.postgres.dsn import to_dsn
+from flask_pg_sse.engine.postgres.retention import prune
 from tests.support.client import eventually
 from tests.support.log import NOTIFY, PUBLISH, InThread, connected, fill, listening, logged, pending, run
 from tests.support.postgres import execute
@@ -188,7 +188,7 @@ def test_what_is_dated_in_the_future_is_as_old_as_what_follows_it(
     log_url: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server's clock was ahead for a time, or behind. Nothing goes before its time for that."""
-    monkeypatch.setattr("flask_pg_sse.postgres.prune.BATCH", batch)
+    monkeypatch.setattr("flask_pg_sse.engine.postgres.retention.BATCH", batch)
     ages = {"old": "1 hour", "future": "-10 years", "young": "0"}
     for dated, deleted in (
         (["future", "old", "old", "young"], 3),

@@ -12,8 +12,8 @@ from flask import Flask
 
 from demo import postgres
 from flask_pg_sse import notify, schema_sql
+from flask_pg_sse.engine.postgres import installation as presence
 from flask_pg_sse.errors import DatabaseUnavailable
-from flask_pg_sse.postgres import presence
 from tests.support.client import eventually
 from tests.support.postgres import execute
 

@@ -27,9 +27,9 @@ from flask_pg_sse import (
     notify_many,
     postgres_notify,
 )
+from flask_pg_sse.engine.postgres.codec import from_payload
+from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.event import Event
-from flask_pg_sse.postgres.schema import schema_sql
-from flask_pg_sse.wire import from_payload
 from tests.support.client import eventually
 from tests.support.postgres import connect, execute
 

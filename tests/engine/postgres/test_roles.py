@@ -18,7 +18,7 @@ from flask import Flask
 
 from demo import postgres
 from flask_pg_sse import notify, schema_sql
-from flask_pg_sse.postgres import schema
+from flask_pg_sse.engine.postgres import schema
 from flask_pg_sse.testing import stream
 from tests.docs.test_readme import example
 from tests.support.documents import Document

@@ -26,9 +26,9 @@ from flask import Flask
 
 from demo import postgres
 from flask_pg_sse import EventLogMissing, drop_schema_sql, notify, schema_sql
-from flask_pg_sse.postgres import schema
-from flask_pg_sse.postgres.connect import connect as connect_async
-from flask_pg_sse.postgres.dsn import to_dsn
+from flask_pg_sse.engine.postgres import schema
+from flask_pg_sse.engine.postgres.connect import connect as connect_async
+from flask_pg_sse.engine.postgres.dsn import to_dsn
 from flask_pg_sse.testing import stream
 from tests.docs.test_readme import example
 from tests.support.catalog import NotDescribed, describe, read_catalog

@@ -9,7 +9,7 @@ from flask import Flask, current_app, jsonify, request
 from flask.typing import ResponseReturnValue
 
 from flask_pg_sse import notify, notify_many, sse_bp
-from flask_pg_sse.subscription import Subscription
+from flask_pg_sse.hub.subscription import Subscription
 
 logging.basicConfig(level=logging.INFO)
 

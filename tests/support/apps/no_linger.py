@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flask_pg_sse.postgres import listener
+from flask_pg_sse.engine.postgres import listener
 
 listener.Listener.__init__.__kwdefaults__["linger"] = 0.0  # type: ignore[index]
 

@@ -1,0 +1,141 @@
+"""The command line: `flask sse …`, in every app that has the blueprint."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+import psycopg2
+from flask import current_app
+from werkzeug.routing import BuildError
+
+from ..engine.postgres import schema
+from ..engine.postgres.connect import connect, execute
+from ..engine.postgres.dsn import Dsn
+from ..engine.postgres.retention import prune
+from ..errors import DatabaseUnavailable, PgSSEError
+from ..web.api import LONGEST, sse_url
+from ..web.blueprint import sse_bp
+from ..web.state import current_state
+
+# Seconds for one batch.
+_PRUNE_TIMEOUT = 60.0
+
+sse_bp.cli.help = "Server-Sent Events out of PostgreSQL: the event log, signed URLs."
+sse_bp.cli.short_help = sse_bp.cli.help
+
+
+@sse_bp.cli.command("init")
+@click.option("--sql", is_flag=True, help="Print the SQL instead of running it; needs no database.")
+@click.option(
+    "--grant-to",
+    multiple=True,
+    metavar="ROLE",
+    help="Let a role use the event log, where the app runs as another role than this command; repeatable.",
+)
+def _init(sql: bool, grant_to: tuple[str, ...]) -> None:
+    """Install the event log in the app's database, or bring it up to date.
+
+    Harmless where it is installed already: a deploy may always run it.
+    """
+    try:
+        script = schema.schema_sql(grant_to)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--grant-to") from None
+    if sql:
+        click.echo(script, nl=False)
+        return
+    with _database("The event log was not installed", _INIT_REMEDIES) as (connection, dsn):
+        before = schema.install(connection, grant_to)
+    new = schema.VERSION
+    if before == 0:
+        said = f"Installed version {new} of the event log"
+    elif before < new:
+        said = f"Upgraded the event log from version {before} to version {new}"
+    elif before == new:
+        said = f"Version {new} of the event log is already there"
+    else:
+        said = f"The event log has version {before}, and this flask_pg_sse brings version {new}: left as it is"
+    granted = f" Granted to {', '.join(grant_to)}." if grant_to else ""
+    click.echo(f"{said} ({dsn}).{granted}")
+
+
+@sse_bp.cli.command("prune")
+@click.option(
+    "--max-age",
+    type=click.FloatRange(min=0, max=LONGEST),
+    metavar="SECONDS",
+    help="The age from which events are deleted; without it, the app's SSE_RETENTION.",
+)
+def _prune(max_age: float | None) -> None:
+    """Delete the event log's old events now."""
+    with _database("The event log was not pruned", _PRUNE_REMEDIES) as (connection, dsn):
+        if max_age is None:
+            max_age = current_state().runtime.settings.retention
+        run = functools.partial(execute, connection, timeout=_PRUNE_TIMEOUT)
+        deleted, another = prune(lambda query, args: run(query, tuple(args)), max_age)
+    click.echo(f"Deleted {deleted} event{'' if deleted == 1 else 's'} older than {max_age:g} s ({dsn}).")
+    if another:
+        click.echo("Another session is pruning at this moment, and was left to it.")
+
+
+@sse_bp.cli.command("sign")
+@click.argument("channels", metavar="CHANNEL...", nargs=-1, required=True)
+@click.option("--expires", type=float, metavar="SECONDS", help="For how long the URL is good; else as long as the key.")
+@click.option("--subject", help="For whom the URL is, for disconnect() and the number of streams.")
+def _sign(channels: tuple[str, ...], expires: float | None, subject: str | None) -> None:
+    """Print a URL that opens the channels, and no others, to whoever has it."""
+    try:
+        with current_app.test_request_context():  # a path can be built without knowing the site's name
+            click.echo(sse_url(channels, sign=True, expires=expires, subject=subject))
+    except (PgSSEError, ValueError, BuildError) as error:
+        raise click.ClickException(f"The URL was not signed: {error}") from None
+
+
+_RIGHTS = (
+    'Let a role do it that owns the schema or may create it, or hand the output of "flask sse init --sql --grant-to '
+    'ROLE" to who may.'
+)
+_INIT_REMEDIES: dict[type[Exception], str] = {
+    psycopg2.errors.InsufficientPrivilege: _RIGHTS,
+    psycopg2.errors.UndefinedObject: "Create the role first, or correct --grant-to. Nothing has been changed.",
+    psycopg2.errors.ReadOnlySqlTransaction: "Name the primary server in the URL, and a database that takes writes.",
+    psycopg2.errors.DeadlockDetected: "Run it again; sessions that were using the log came between.",
+    psycopg2.errors.FeatureNotSupported: "Upgrade PostgreSQL; without the event log the older one serves.",
+}
+_NOT_INSTALLED = 'It is not installed there: run "flask sse init".'
+_PRUNE_REMEDIES: dict[type[Exception], str] = {
+    psycopg2.errors.InvalidSchemaName: _NOT_INSTALLED,
+    psycopg2.errors.UndefinedFunction: _NOT_INSTALLED,
+    psycopg2.errors.InsufficientPrivilege: 'Let the role in with "flask sse init --grant-to ROLE".',
+    psycopg2.errors.ReadOnlySqlTransaction: _INIT_REMEDIES[psycopg2.errors.ReadOnlySqlTransaction],
+}
+
+
+@contextmanager
+def _database(failed: str, remedies: dict[type[Exception], str]) -> Iterator[tuple[Any, Dsn]]:
+    """Connect to the app's database; any failure becomes one line that says what, why and the remedy."""
+    try:
+        dsn, _ = current_state().runtime.dsns()
+    except PgSSEError as error:
+        raise click.ClickException(f"{failed}: {error}") from None
+    try:
+        connection = connect(dsn, "flask_pg_sse cli")
+        try:
+            yield connection, dsn
+        finally:
+            connection.close()
+    except DatabaseUnavailable as error:
+        raise click.ClickException(f"{failed}: {error}") from None
+    except (TimeoutError, psycopg2.errors.QueryCanceled, psycopg2.errors.LockNotAvailable):
+        raise click.ClickException(
+            f"{failed} ({dsn}): PostgreSQL did not finish in time. Look in pg_stat_activity for what holds it up."
+        ) from None
+    except psycopg2.Error as error:
+        # A server's message is one line, but in its translation or from an extension it need not be.
+        why = " ".join((error.diag.message_primary or str(error)).split()).rstrip(".")
+        remedy = next((text for kind, text in remedies.items() if isinstance(error, kind)), error.diag.message_hint)
+        raise click.ClickException(f"{failed} ({dsn}): {why}. {remedy or ''}".rstrip()) from None

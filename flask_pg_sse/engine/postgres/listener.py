@@ -1,0 +1,398 @@
+"""The one connection of a process that listens, and the one background thread that waits for it.
+
+Others only change what is wanted and wake the thread through a socketpair; no statement runs outside it. It LISTENs in
+batches, hands over what arrives turn by turn, and reconnects when PostgreSQL goes away.
+https://www.postgresql.org/docs/current/sql-listen.html
+
+With the event log it knows its position: the id up to which it has handed over everything. Events move it, and beats:
+notifications to itself that name the log's head. PostgreSQL delivers in the order of commits, so when one comes back
+everything up to that head has come. What the connection did not bring (because it was lost, because an event is too
+large for NOTIFY, or because LISTEN is deaf) is read from the log, from the position on.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import psycopg2
+from psycopg2.extensions import quote_ident
+
+from ...concurrency import Wakeup, give_way
+from ...errors import DatabaseUnavailable, EventLogMissing, PgSSEError
+from ..backoff import Backoff
+from ..base import Item, Page
+from . import codec as wire
+from . import control
+from .connect import connect, execute
+from .decode import Decoder
+from .dsn import Dsn
+from .history import LONGEST_READ, read_page
+from .installation import Presence
+from .listens import ListenTicket, Wanted
+from .orders import Orders
+
+logger = logging.getLogger(__name__)
+
+# Channels in one round-trip. Statements of one query are one transaction, and its length delays what has arrived.
+_BATCH = 500
+# One turn at the most, so that a flood still leaves in pieces and the others get their time between them.
+_TURN_EVENTS = 1000
+_TURN_BYTES = 65536
+# A payload that is shorter was read whole and alone: libpq reads as much as there is, up to 8 kB at least.
+_ALONE_CHARS = 1024
+# The largest event there is: PostgreSQL's values end at 1 GB.
+_ANY_SIZE = 2**30
+# Seconds a channel stays listened to after its last stream: a page that reloads costs no round-trip.
+LINGER = 10.0
+# Seconds between two beats, which are the sign of life too: a peer that vanished without a word (a dropped NAT entry, a
+# host that lost power) is noticed by nothing else. And within how many seconds the server must answer.
+BEAT_EVERY = 10.0
+_ANSWER_WITHIN = 5.0
+# The same for a page of the log, which may be one event of many megabytes.
+_READ_WITHIN = 30.0
+# A flood comes faster than one stream's buffer takes it: between two full turns streams are to send what they have, or
+# they would end for it where there is no log. Seconds for threads: as long as the interpreter lets one run on.
+_PAUSE = 0.005
+# Seconds between two looks at the log where LISTEN is deaf.
+_DEAF_PACE = 1.0
+_BACKOFF_FIRST = 0.1
+_BACKOFF_MOST = 5.0
+
+# A server's limits on idle sessions and long transactions are meant for others; which exist depends on its version.
+_SETUP = """
+SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
+WHERE name IN ('idle_session_timeout', 'transaction_timeout')
+"""
+# PostgreSQL's time, in seconds since the epoch.
+CLOCK = "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float8"
+# Both say what time it is in PostgreSQL; and the log's key, where there is a log.
+_BEAT = (
+    "SELECT pg_catalog.pg_notify('flask_pg_sse', pg_catalog.json_build_object('beat', %s::text)::text); "
+    f"{CLOCK}, NULL::bytea"
+)
+_BEAT_OF_LOG = f"SELECT flask_pg_sse.beat_v1(%s); {CLOCK}, (SELECT key FROM flask_pg_sse.installed_v1())"
+_DEAF = "LISTEN hears nothing here, as through PgBouncer: set SSE_LISTEN_URL to a direct connection to PostgreSQL"
+
+
+class Listener:
+    """Listens to the channels that are wanted, from `start()` to `stop()`.
+
+    `deliver(turn, position)` gets each turn in the order of arrival, and the log's position after it (0 without a log);
+    `gap(reason, position)` is called when events may have been missed and cannot be had again, and `pruned(through)`
+    when the log has lost its beginning; `orders` gets the orders to end streams, all that come after
+    `answered(True)`. `answered(False)` says that there is no log, and one is required, `answered(None)` that the
+    connection has failed. All run in the listener's thread. `linger` and `beat_every` are in seconds.
+    """
+
+    def __init__(
+        self,
+        dsn: Dsn,
+        deliver: Callable[[Sequence[Item], int], None],
+        gap: Callable[[str, int], None],
+        presence: Presence,
+        *,
+        pruned: Callable[[int], None] = lambda through: None,
+        answered: Callable[[bool | None], None] = lambda hears_orders: None,
+        orders: Orders | None = None,
+        linger: float = LINGER,
+        beat_every: float = BEAT_EVERY,
+    ) -> None:
+        self._dsn = dsn
+        self._deliver = deliver
+        self._gap = gap
+        self._answered = answered
+        self._presence = presence
+        self._orders = orders or Orders(lambda: (), lambda subject, channel: None)
+        self._control = control.Control(pruned, self._orders)
+        self._beat_every = beat_every
+        self._wanted = Wanted(linger)
+        self._decoder = Decoder()
+        self._position = 0  # in the log; 0: not known, or no log
+        self._beat_at = 0.0  # when the last beat came back
+        self._left: list[Any] = []  # arrived, and not handed over yet; the first one last
+        self._lost_one = False  # a connection on which a LISTEN may have stood
+        self._stopping = False
+        self._wakeup = Wakeup()
+        self._backoff = Backoff(_BACKOFF_FIRST, _BACKOFF_MOST)
+        self._thread = threading.Thread(target=self._run, name="pg-sse-listener", daemon=True)
+
+    # -- called by others
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """End the thread and its connection, within `timeout` seconds; streams that wait for LISTEN are let go."""
+        self._stopping = True
+        self._wanted.cancel()
+        self._wakeup.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        else:  # it may never have started
+            self._wakeup.close()
+
+    def listen(self, channels: Iterable[str]) -> ListenTicket:
+        """Want each of `channels` once more. The ticket tells when LISTEN stands; often it does already."""
+        ticket, missing = self._wanted.add(channels)
+        if missing:
+            self._wakeup.set()
+        return ticket
+
+    def unlisten(self, channels: Iterable[str]) -> None:
+        """Want each of `channels` once less. UNLISTEN follows later, if nobody wants it again until then."""
+        if self._wanted.remove(channels):  # the thread knows of no UNLISTEN to come yet
+            self._wakeup.set()
+
+    # -- the thread
+
+    def _run(self) -> None:
+        try:
+            self._connect_and_serve()
+        finally:  # not in stop(), which may give up before this thread does
+            self._wakeup.close()
+
+    def _connect_and_serve(self) -> None:
+        while not self._stopping:
+            connection: Any = None
+            failure: Exception | None = None
+            what = "Cannot listen"
+            try:
+                connection = connect(self._dsn, "flask_pg_sse listener")
+                what = "Lost the connection that listens"
+                self._serve(connection)
+            except PgSSEError as error:  # nobody to connect to, no log where one is required, or deaf
+                what, failure = "Cannot listen", error
+            except (psycopg2.Error, OSError) as error:
+                failure = error
+            except Exception as error:  # a listener that died would leave every stream deaf
+                logger.exception("The listener failed; it begins anew.")
+                failure = error
+            finally:
+                if connection is not None:
+                    self._lost_one = True
+                    self._wanted.lost()
+                    self._wakeup.watch(-1)
+                    connection.close()
+            if failure is not None:
+                self._answered(False if isinstance(failure, EventLogMissing) else None)
+                self._pause(what, failure)
+
+    def _pause(self, what: str, error: Exception) -> None:
+        delay = self._backoff.next()
+        reason = " ".join(str(error).split()).rstrip(".?") or type(error).__name__
+        logger.warning("%s: %s. Next attempt in %.1f s; open streams stay open.", what, reason, delay)
+        self._wakeup.clear()
+        deadline = time.monotonic() + delay
+        # New streams wake the thread too, and must not shorten the pause.
+        while not self._stopping and (left := deadline - time.monotonic()) > 0:
+            self._wakeup.wait(left)
+
+    def _serve(self, connection: Any) -> None:
+        """Keep LISTENing on a connection that stands, until it breaks."""
+        if self._stopping:
+            return
+        self._left = []
+        self._find_log(connection, anew=True)
+        self._wanted.restart()
+        self._execute(connection, f"LISTEN {control.CHANNEL}")
+        try:
+            self._beat(connection, _BEAT)
+        except _Deaf:
+            self._follow_log(connection)
+            return
+        self._execute(connection, _SETUP)
+        confirmed = []
+        while names := self._wanted.due(_BATCH)[1]:
+            confirmed.append((names, self._listen(connection, names)))
+        # After every LISTEN, so that from here on nothing is missed; and before any event that has come meanwhile,
+        # which would look like the next one.
+        self._recover(connection)
+        for names, heard in confirmed:
+            self._wanted.confirm(names, heard)
+        self._backoff.reset()
+
+        self._wakeup.watch(connection.fileno())
+        while not self._stopping:
+            # One batch between two hand-overs: subscribers that keep coming do not hold up events.
+            busy = self._change_listens(connection)
+            while self._hand_over(connection) and not self._stopping:
+                pass
+            self._wakeup.wait(0 if busy else self._next_chore_in())
+            if time.monotonic() >= self._beat_at + self._beat_every:
+                self._find_log(connection)
+                self._beat(connection, self._beat_query())
+
+    def _find_log(self, connection: Any, *, anew: bool = False) -> None:
+        installation = self._presence.look(lambda query: self._execute(connection, query), anew=anew)
+        self._decoder.key = installation.key if installation is not None else None
+
+    @property
+    def _log_is_on(self) -> bool:
+        return self._decoder.key is not None
+
+    def _next_chore_in(self) -> float:
+        """Return the seconds until an UNLISTEN or a beat is due."""
+        beat_in = self._beat_at + self._beat_every - time.monotonic()
+        return max(0.0, min(beat_in, self._wanted.next_due_in()))
+
+    def _change_listens(self, connection: Any) -> bool:
+        """Bring the LISTENs of the connection to what is wanted, one batch; tell whether to call again."""
+        if self._stopping:
+            return False
+        ended, begun = self._wanted.due(_BATCH)
+        if ended:
+            self._execute(connection, ";".join(f"UNLISTEN {quote_ident(name, connection)}" for name in ended))
+        if begun:
+            heard = self._listen(connection, begun)
+            # The position is then one that was the log's head after LISTEN.
+            self._beat(connection, self._beat_query())
+            self._wanted.confirm(begun, heard)
+        return bool(ended or begun)
+
+    def _listen(self, connection: Any, names: Sequence[str]) -> set[str]:
+        """LISTEN to `names`; return those that stand: not those that the database's encoding cannot write."""
+        try:
+            self._execute(connection, ";".join(f"LISTEN {quote_ident(name, connection)}" for name in names))
+            return set(names)
+        except psycopg2.errors.UntranslatableCharacter:
+            if len(names) == 1:
+                return set()
+            half = len(names) // 2
+            return self._listen(connection, names[:half]) | self._listen(connection, names[half:])
+
+    def _execute(self, connection: Any, query: str, args: Sequence[Any] = ()) -> Any:
+        return execute(connection, query, tuple(args), timeout=_ANSWER_WITHIN)
+
+    def _beat_query(self) -> str:
+        return _BEAT_OF_LOG if self._log_is_on else _BEAT
+
+    def _beat(self, connection: Any, query: str) -> None:
+        """Notify ourselves, and hand over what has come until that comes back. Raises `_Deaf` if it does not."""
+        [(now, key)] = self._execute(connection, query, (self._control.next_beat(),))
+        self._orders.set_clock(now)  # again and again: clocks are set, and machines suspended
+        if query == _BEAT_OF_LOG and (key is None or bytes(key) != self._decoder.key):
+            # Before the position moves: what it has sent since was taken for forged, and is to be read.
+            raise DatabaseUnavailable("The event log is another one: it was installed anew, or restored")
+        deadline = time.monotonic() + _ANSWER_WITHIN
+        poller = select.poll()
+        poller.register(connection.fileno(), select.POLLIN)
+        while True:
+            more = self._hand_over(connection)
+            if self._control.returned == self._control.beats:
+                self._beat_at = time.monotonic()
+                return
+            left = deadline - time.monotonic()
+            if not more and (left <= 0 or not poller.poll(left * 1000)):
+                raise _Deaf(_DEAF)
+
+    def _hand_over(self, connection: Any) -> bool:
+        """Deliver one turn of what has arrived; tell whether it was a full one, so that there may be more.
+
+        One poll() reads one buffer. The first after the server has gone succeeds; the next, when the descriptor is
+        readable again, raises.
+        """
+        turn: list[Item] = []
+        size = 0
+        before = self._position
+        fetch = alone = False
+        try:
+            while len(turn) < _TURN_EVENTS and size < _TURN_BYTES and not fetch:
+                if not self._left:
+                    if alone:
+                        return False
+                    connection.poll()
+                    self._left, connection.notifies = connection.notifies[::-1], []
+                    if not self._left:
+                        return False
+                    # Nothing was left behind in libpq or, decrypted, in OpenSSL. What comes later makes the descriptor
+                    # readable again; to look for it now would cost as much as all the rest.
+                    alone = len(self._left) == 1 and len(self._left[0].payload) < _ALONE_CHARS
+                notification = self._left.pop()
+                if notification.channel == control.CHANNEL:
+                    ours = notification.pid == connection.info.backend_pid
+                    self._position = max(self._position, self._control.notified(notification.payload, ours))
+                    continue
+                channel = self._wanted.channel_of(notification.channel)
+                if channel is None:
+                    continue
+                log_id, block = self._decoder.decode(notification.payload)
+                if log_id and log_id <= self._position:
+                    continue  # read from the log already
+                if block is None:
+                    fetch = log_id > 0
+                    continue
+                self._position = log_id or self._position
+                turn.append((channel, block, log_id))
+                size += len(block)
+        finally:  # what came before the connection broke has come
+            if turn or self._position != before:
+                self._deliver(turn, self._position)
+        if fetch:
+            self._catch_up(connection)
+        give_way(_PAUSE)
+        return True
+
+    def _recover(self, connection: Any) -> None:
+        """Make up for what came while no LISTEN stood, or say that it cannot be had again."""
+        lost_one, self._lost_one = self._lost_one, False
+        if self._log_is_on and self._position:
+            self._catch_up(connection)
+            return
+        self._position = self._read(connection, [], 0).head if self._log_is_on else 0
+        self._answered(True)
+        if lost_one:
+            logger.warning("Listening again to %s; events since the connection broke may be lost.", self._dsn)
+            self._gap("reconnected", self._position)
+        else:
+            logger.info("Listening to PostgreSQL at %s.", self._dsn)
+            if self._position:
+                self._deliver((), self._position)
+
+    def _catch_up(self, connection: Any) -> None:
+        """Read the log from the position to its end, and hand over what it has."""
+        while not self._stopping:
+            # What has arrived of the log is in the pages to come, and would be too much to keep after a long absence.
+            connection.poll()
+            arrived, connection.notifies = [*self._left[::-1], *connection.notifies], []
+            self._left = [one for one in reversed(arrived) if not wire.is_logged(one.payload)]
+            page = self._read(connection, [*self._wanted.channels(), control.CHANNEL], self._position)
+            reason = page.why_not_from(self._position)
+            if reason is not None:
+                logger.warning("The event log of %s does not reach back to what was received last.", self._dsn)
+                self._position = page.head
+                self._gap(reason, page.head)
+                return
+            self._position = page.upto
+            self._deliver(self._control.logged(page.items), page.upto)
+            if page.upto >= page.head:
+                return
+            give_way(_PAUSE)
+
+    def _read(self, connection: Any, channels: Sequence[str], after: int) -> Page:
+        def run(query: str, args: Sequence[Any]) -> Any:
+            return execute(connection, query, tuple(args), timeout=_READ_WITHIN, limit=LONGEST_READ)
+
+        return read_page(run, channels, after, _TURN_BYTES, _ANY_SIZE, self._decoder.dropped)
+
+    def _follow_log(self, connection: Any) -> None:
+        """Serve without LISTEN: look at the log from time to time."""
+        if not self._log_is_on:
+            raise _Deaf(_DEAF)
+        logger.error("%s. Until then events of the log come late, and others not at all.", _DEAF)
+        while not self._stopping:
+            _, begun = self._wanted.due(_BATCH)
+            self._recover(connection)
+            self._wanted.confirm(begun, set(begun))
+            while self._hand_over(connection) and not self._stopping:
+                pass
+            self._backoff.reset()
+            self._wakeup.wait(_DEAF_PACE)
+
+
+class _Deaf(DatabaseUnavailable):
+    """The connection LISTENs and hears nothing."""

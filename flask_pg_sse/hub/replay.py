@@ -1,0 +1,233 @@
+"""What a stream has missed, out of the event log: after a reconnect, and when its client reads slower than events come.
+
+Each stream reads at its client's pace and holds one page at a time, so that what is kept for slow clients is bounded:
+by pages that shrink as more streams read, and by a budget for events that are larger than a page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from .. import event
+from ..engine.base import Item, Page
+from ..errors import DatabaseUnavailable
+from .buffer import PIECE_BYTES
+from .hub import Hub
+from .subscription import Subscription
+
+logger = logging.getLogger(__name__)
+
+# Bytes of one page; all pages together have PAGES_BYTES, as long as each has its least.
+PAGE_BYTES = 65536
+PAGE_BYTES_LEAST = 8192
+PAGES_BYTES = 16 * 1024 * 1024
+# Bytes of events larger than a page that may be on their way to clients that read the log; one event always may.
+LARGE_BYTES = 64 * 1024 * 1024
+# Seconds until a stream that finds no room there is told to come back.
+_PATIENCE = 10.0
+# Channels whose last events are asked for in one query, and bytes: an answer takes several times as much while it is
+# read.
+_FILL = 200
+FILL_BYTES = 4 * 1024 * 1024
+# Seconds between two attempts to read while PostgreSQL is away.
+_RETRY = 1.0
+
+
+class Log(Protocol):
+    """Reads the event log. Both raise `DatabaseUnavailable`."""
+
+    def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
+        """Return the events after an id: `max_bytes` of them, or a larger one alone, up to `max_event` bytes."""
+
+    def tails(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[tuple[str, int, Sequence[Item]]]:
+        """Return the last `max_bytes` of each channel up to an id of each, and after which id they are complete."""
+
+
+class Replay:
+    """Reads the log for the streams of one process. `heartbeat` is in seconds."""
+
+    def __init__(self, hub: Hub, log: Log, *, heartbeat: float) -> None:
+        self._hub = hub
+        self._log = log
+        self._heartbeat = heartbeat
+        self._readers: set[object] = set()
+        self._filling = _Attempts()
+        self._unfilled: dict[str, None] = {}  # channels whose last events streams wait for, in order
+        self._large = _LargeEvents(LARGE_BYTES)
+
+    def read(self, subscription: Subscription, *, opening: bool = False) -> Iterator[bytes]:
+        """Yield what a stream that is not live has missed since `sent`, until it is live or has ended.
+
+        Until the log has answered, `opening` lets `DatabaseUnavailable` through; later the stream stays open.
+        """
+        reader = object()
+        self._readers.add(reader)
+        try:
+            for page in self._pages(subscription, opening):
+                for start in range(0, len(page), PIECE_BYTES):
+                    yield page[start : start + PIECE_BYTES]
+        finally:
+            self._readers.discard(reader)
+
+    def _pages(self, subscription: Subscription, opening: bool) -> Iterator[bytes]:
+        channels = sorted(subscription.channels)
+        exists = not opening  # whether the stream's position is known to be one of the log's
+        sign_of_life_at = time.monotonic() + self._heartbeat  # if the log does not answer until then
+        while not (subscription.live or subscription.ended):
+            try:
+                self._fill(channels)
+                if self._hub.join(subscription, exists=exists):
+                    return
+                page = self._log.page(channels, subscription.sent, self._page_bytes(), 0)
+                if subscription.ended:  # meanwhile, and who has lost the right to listen is to hear no more
+                    return
+                opening, exists = False, True
+                reason = page.why_not_from(subscription.sent)
+                if reason is not None:
+                    subscription.sent = page.head
+                    yield event.control_block("reset", {"reason": reason}, id=page.head)
+                elif page.too_large:
+                    yield from self._one_large(subscription, channels, *page.too_large)
+                else:
+                    subscription.sent = page.upto
+                    block = b"".join([data for _, data, _ in page.items])
+                    del page  # not kept while the client takes its time
+                    if block:
+                        yield block
+            except DatabaseUnavailable:
+                if opening:
+                    raise
+                if time.monotonic() >= sign_of_life_at:
+                    sign_of_life_at = time.monotonic() + self._heartbeat
+                    yield event.HEARTBEAT
+                time.sleep(min(_RETRY, self._heartbeat))
+
+    def _one_large(
+        self, subscription: Subscription, channels: Sequence[str], log_id: int, size: int
+    ) -> Iterator[bytes]:
+        """Yield the next event of a stream, which is larger than a page."""
+        after = subscription.sent
+        with self._large.hold(log_id, size, lambda: self._log.page(channels, after, 0, size)) as page:
+            if page is None:
+                logger.info("A stream was ended: too many large events wait for clients that read slowly.")
+                subscription.end(self._hub.end_block("behind"))
+            elif page.why_not_from(after) is None and not page.too_large and not subscription.ended:
+                # The page may be another stream's, and what it says beyond this event is of that one's channels.
+                subscription.sent = log_id
+                yield from (data for _, data, item_id in page.items if item_id == log_id)
+
+    def _fill(self, channels: Sequence[str]) -> None:
+        """Have the hub remember the last events of `channels`, if it never has.
+
+        One stream asks for all that wait meanwhile, so that many that come at once make few queries.
+        """
+        self._hub.follow(channels)
+        missing = self._hub.unremembered(channels)
+        if not missing:
+            return
+        self._unfilled.update(dict.fromkeys(missing))
+        try:
+            with self._filling.attempt():
+                self._fill_with_others(missing)
+        finally:
+            for channel in missing:
+                self._unfilled.pop(channel, None)
+
+    def _fill_with_others(self, missing: Collection[str]) -> None:
+        if not self._hub.unremembered(missing):
+            return
+        each = self._hub.memory
+        most = max(1, min(_FILL, FILL_BYTES // each))
+        batch = list(dict.fromkeys([*missing, *list(self._unfilled)]))[: max(most, len(missing))]
+        uptos = self._hub.unremembered(batch)
+        names = list(uptos)
+        for start in range(0, len(names), most):
+            part = {name: uptos[name] for name in names[start : start + most]}
+            for channel, after, items in self._log.tails(part, each):
+                self._hub.remember(channel, after, items, part[channel])
+        for channel in batch:  # those who wait for them have others in their next batch
+            self._unfilled.pop(channel, None)
+
+    def _page_bytes(self) -> int:
+        return max(PAGE_BYTES_LEAST, min(PAGE_BYTES, PAGES_BYTES // max(1, len(self._readers))))
+
+
+class _Attempts:
+    """One reads the log for many, one after the other; where that fails, it has failed for all who waited meanwhile.
+
+    Each of them would wait as long again, for a database that does not answer: the last of many for minutes.
+    """
+
+    def __init__(self) -> None:
+        self._one = threading.Lock()
+        self._failed = 0
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        failed = self._failed
+        with self._one:
+            if self._failed != failed:
+                raise DatabaseUnavailable("The event log did not answer a stream that asked for this one too.")
+            try:
+                yield
+            except DatabaseUnavailable:
+                self._failed += 1
+                raise
+
+
+class _LargeEvents:
+    """Events larger than a page on their way to slow clients: each once, and no more than `limit` bytes together.
+
+    Who holds one is a set, not a count: the garbage collector may end a stream in the midst of any statement here.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._changed = threading.Condition()
+        self._held: dict[int, _Large] = {}
+
+    @contextlib.contextmanager
+    def hold(self, log_id: int, size: int, load: Callable[[], Page]) -> Iterator[Page | None]:
+        """Give the page with one event, loaded once for all who hold it; None if there is no room in time."""
+        holder = object()
+        large = self._enter(log_id, size, holder)
+        if large is None:
+            yield None
+            return
+        try:
+            with large.loading.attempt():
+                if large.page is None:
+                    large.page = load()
+            yield large.page
+        finally:
+            with self._changed:
+                large.holders.discard(holder)
+                if not large.holders and self._held.get(log_id) is large:
+                    del self._held[log_id]
+                self._changed.notify_all()
+
+    def _enter(self, log_id: int, size: int, holder: object) -> _Large | None:
+        deadline = time.monotonic() + _PATIENCE
+        with self._changed:
+            while log_id not in self._held and self._held and self._size() + size > self._limit:
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                    return None
+            large = self._held.setdefault(log_id, _Large(size))
+            large.holders.add(holder)
+            return large
+
+    def _size(self) -> int:
+        return sum(large.size for large in list(self._held.values()))
+
+
+class _Large:
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.holders: set[object] = set()
+        self.page: Page | None = None
+        self.loading = _Attempts()

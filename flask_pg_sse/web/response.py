@@ -1,0 +1,93 @@
+"""A stream as a response of Flask's: its headers, and what becomes of it in the server."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from flask import Response, current_app, request
+from werkzeug.datastructures import Headers
+
+from .. import event
+from ..server.connection import Connection
+from ..settings import Settings
+from .state import current_state
+
+_HEADERS = (
+    ("Content-Type", "text/event-stream; charset=utf-8"),
+    # "no-transform" and nginx's own header keep proxies from collecting what should flow.
+    ("Cache-Control", "no-cache, no-transform"),
+    ("X-Accel-Buffering", "no"),
+)
+
+
+class _Begins:
+    """Mixed into a class of responses: tells the connection when the server has begun with this one."""
+
+    def __init__(self, body: Iterable[bytes], begin: Callable[[Any], None]) -> None:
+        """Make a response as Flask would. `begin` gets what `start_response` has returned."""
+        super().__init__(body, headers=_HEADERS)  # type: ignore[call-arg]
+        # What reads a whole body (a log, a compressor) fails or passes on, and does not wait for the end of a stream.
+        self.direct_passthrough = True
+        self._pg_sse_begin = begin
+
+    def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
+        def start(*answer: Any) -> Any:
+            write = start_response(*answer)
+            self._pg_sse_begin(write)
+            return write
+
+        body: Iterable[bytes] = super().__call__(environ, start)  # type: ignore[misc]
+        return body
+
+
+class _StreamResponse(_Begins, Response):
+    def get_wsgi_headers(self, environ: Any) -> Headers:
+        """Return the headers as they are. Werkzeug would copy them, for what it may have to do to those of others."""
+        return self.headers
+
+
+@functools.cache
+def _response_class(apps: type[Response]) -> type[Any]:
+    """Return the class for an app's streams. Of the app's own `response_class` Flask would make it that one."""
+    return _StreamResponse if apps is Response else type("StreamResponse", (_Begins, apps), {})
+
+
+def stream_response(
+    body: Iterable[bytes], connection: Connection, settings: Settings, *, direct_write: bool | str = False
+) -> Response:
+    begin = functools.partial(
+        connection.response_started, body=id(body), direct_write=direct_write, send_timeout=settings.send_timeout
+    )
+    response: Response = _response_class(current_app.response_class)(body, begin)  # type: ignore[arg-type]
+    return response
+
+
+class Blocks:
+    """The body of a stream that ends at once. (Of a tuple werkzeug would say the length.)"""
+
+    def __init__(self, connection: Connection, *blocks: bytes) -> None:
+        self._connection = connection
+        self._blocks = blocks
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._blocks)
+
+    def close(self) -> None:  # werkzeug iterates over nothing for HEAD, and closes even so
+        self._connection.stop_reading()
+
+
+def refusal(status: int, text: str) -> Response:
+    return current_app.response_class(text + "\n", status, mimetype="text/plain")
+
+
+def ended(reason: str, last_event_id: str) -> Response:
+    """Refuse for the moment: a browser's EventSource comes back after this, and never after an error status.
+
+    The client's position goes back to it as the event's id: a page that fetches a new URL can go on from there.
+    """
+    settings = current_state().runtime.settings
+    block = event.end_block(reason, settings.retry, id=event.to_log_id(last_event_id))
+    connection = Connection(request.environ)
+    return stream_response(Blocks(connection, *() if request.method == "HEAD" else (block,)), connection, settings)

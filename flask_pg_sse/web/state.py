@@ -1,0 +1,53 @@
+"""What an app keeps of this package: `app.extensions["pg_sse"]`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Flask, current_app
+
+from ..runtime import Runtime
+from .authorize import Authorizer, SubjectOf, check_hook
+
+EXTENSION = "pg_sse"
+
+
+class State:
+    """What `app.extensions["pg_sse"]` holds: the app's runtime, and the blueprint's name in that app."""
+
+    def __init__(self, app: Flask, blueprint_name: str) -> None:
+        self.runtime = Runtime(app.config, lambda data: app.json.dumps(data))
+        self.blueprint_name = blueprint_name
+        self.warned_closed = False  # the warning that no channel is open is given once
+        self.authorize: Authorizer | None = None
+        self.subject: SubjectOf | None = None
+
+    def set_hooks(self, authorize: Any, subject: Any) -> None:
+        """Set the functions that decide who may listen in this app, where they are given."""
+        for name, function in (("authorize", authorize), ("subject", subject)):
+            if function is None:
+                continue
+            check_hook(function, name)
+            before = getattr(self, name)
+            if before is not None and before is not function:
+                raise RuntimeError(f"This app has an {name} already; register_blueprint(sse_bp, {name}=…) takes one.")
+            setattr(self, name, function)
+
+    def close(self) -> None:
+        """End all streams, threads and connections of this app in this process."""
+        self.runtime.close()
+
+
+def state_of(app: Flask) -> State:
+    """Return the state of an app; RuntimeError with the remedy where the blueprint is not registered."""
+    state: State | None = app.extensions.get(EXTENSION)
+    if state is None:
+        raise RuntimeError(
+            "flask_pg_sse is not set up for this app: call app.register_blueprint(sse_bp), or PgSSE(app), first."
+        )
+    return state
+
+
+def current_state() -> State:
+    """Return the state of the current app."""
+    return state_of(current_app._get_current_object())  # type: ignore[attr-defined]
