@@ -151,7 +151,7 @@ class _GreenletWaiting:
             watcher.close()
 
 
-def give_way(pause: float = 0) -> None:
+def checkpoint(pause: float = 0) -> None:
     """Let others run that are ready, and those for whom something has come meanwhile.
 
     Threads need more than a chance for that: they get `pause` seconds.
@@ -193,7 +193,7 @@ class FairLock:
             gevent.sleep(0)  # behind the callback that wakes the first of them
 
 
-class Spot(Protocol):
+class ParkingSpot(Protocol):
     """Where one generator waits. A `wake()` before the `park()` counts: that park returns at once."""
 
     def park(self) -> None: ...
@@ -201,9 +201,9 @@ class Spot(Protocol):
     def wake(self) -> None: ...
 
 
-def new_spot() -> Spot:
+def new_parking_spot() -> ParkingSpot:
     """Return a parking spot for the calling greenlet, or for the calling thread where nothing is patched."""
-    return _GreenletSpot() if is_patched() else _ThreadSpot()
+    return _GreenletParkingSpot() if is_patched() else _ThreadParkingSpot()
 
 
 def is_patched() -> bool:
@@ -212,7 +212,7 @@ def is_patched() -> bool:
     return monkey is not None and bool(monkey.is_module_patched("threading"))
 
 
-class _ThreadSpot:
+class _ThreadParkingSpot:
     __slots__ = ("_token",)
 
     def __init__(self) -> None:
@@ -227,7 +227,7 @@ class _ThreadSpot:
             self._token.release()
 
 
-class _GreenletSpot:
+class _GreenletParkingSpot:
     """A greenlet switched to by a callback of the hub: half the price of any gevent queue or event."""
 
     __slots__ = ("_greenlet", "_hub", "_owner", "_woken")

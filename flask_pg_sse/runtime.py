@@ -23,21 +23,21 @@ from .channels import check_channel, pg_name
 from .engine.postgres.codec import to_payload, to_row
 from .engine.postgres.dsn import Dsn, is_postgres, to_dsn
 from .engine.postgres.history import EventLog
-from .engine.postgres.installation import Presence
+from .engine.postgres.installation import InstallationLookup
 from .engine.postgres.listener import BEAT_EVERY, CLOCK, Listener
-from .engine.postgres.orders import Orders
+from .engine.postgres.orders import DisconnectCommands
 from .engine.postgres.pool import Pool
 from .engine.postgres.publish import Publisher, check_caller, execute_on, log_in_transaction, send_in_transaction
 from .engine.postgres.retention import Pruner
 from .errors import ConfigurationError, DatabaseNotConfigured, DatabaseUnavailable
 from .event import Event, make_event
-from .hub.admission import Admission, NotNow
+from .hub.admission import Admission, TryLater
 from .hub.hub import Hub
-from .hub.places import Places
+from .hub.places import StreamLimiter
 from .hub.replay import Replay
 from .hub.ticker import Ticker
 from .server import shutdown
-from .server.connection import room_for_streams
+from .server.capacity import room_for_streams
 from .settings import Settings, database_sources, secret_keys
 from .tokens import sign_disconnect
 
@@ -59,7 +59,7 @@ class Runtime:
         self._config = config
         self._dumps = dumps
         self._settings: Settings | None = None
-        self._log_presence: Presence | None = None
+        self._log_presence: InstallationLookup | None = None
         self._locks: dict[int, threading.Lock] = {}
         self._process: Process | None = None
         self.collect: Callable[[str, Event], None] | None = None  # gets the events in PostgreSQL's place, in tests
@@ -153,9 +153,9 @@ class Runtime:
         else:
             publisher.log(CONTROL, [to_row(make_event(order))])
 
-    def _presence(self) -> Presence:
+    def _presence(self) -> InstallationLookup:
         if self._log_presence is None:
-            self._log_presence = Presence(self.settings.event_log)
+            self._log_presence = InstallationLookup(self.settings.event_log)
         return self._log_presence
 
     def close(self, timeout: float = 5.0) -> None:
@@ -243,7 +243,7 @@ class Process:
         self,
         dsns: Callable[[], tuple[Dsn, Dsn]],
         settings: Settings,
-        presence: Presence,
+        presence: InstallationLookup,
         keys: Callable[[], Sequence[str | bytes]],
     ) -> None:
         self.pid = os.getpid()
@@ -279,17 +279,17 @@ class Process:
 
     @property
     def streams(self) -> tuple[Hub, Replay]:
-        """What serves streams, with listener and ticker running. Raises `NotNow` once they have been stopped."""
+        """What serves streams, with listener and ticker running. Raises `TryLater` once they have been stopped."""
         if self._streams is None:
             with self._starting:
                 if self._streams is None:
                     if self._stopped:
-                        raise NotNow("shutdown")
+                        raise TryLater("shutdown")
                     self._streams = self._start()
         return self._streams
 
     def wait_until_decidable(self, *, asks: bool) -> None:
-        """Wait until it can be decided whether a stream may begin, at a place that it holds. Raises `NotNow`.
+        """Wait until it can be decided whether a stream may begin, at a place that it holds. Raises `TryLater`.
 
         `asks` says that the app is going to be asked: only where an order to end the stream would be heard. Raises
         `EventLogMissing` where the configuration requires a log and the database answers that it has none.
@@ -305,7 +305,7 @@ class Process:
                 try:
                     self._presence.look(self.publisher.execute)
                 except DatabaseUnavailable:
-                    raise NotNow("unavailable") from None
+                    raise TryLater("unavailable") from None
         if asks:
             admission.wait_for_orders()
 
@@ -326,7 +326,7 @@ class Process:
             self._presence,
             pruned=hub.pruned,
             answered=self.admission.answered,
-            orders=Orders(self._keys, hub.disconnect),
+            orders=DisconnectCommands(self._keys, hub.disconnect),
             beat_every=min(BEAT_EVERY, heartbeat),
         )
         shortest = min(heartbeat, settings.send_timeout, settings.max_age or heartbeat)
@@ -353,11 +353,11 @@ class Process:
             self._used_database.close()
 
 
-def _places(settings: Settings) -> Places:
+def _places(settings: Settings) -> StreamLimiter:
     most, each = settings.max_streams, settings.max_streams_per_client
     room, holds = room_for_streams(shutdown.gunicorn_worker())
     if most is None:
-        return Places(room, each, most_here=room)
+        return StreamLimiter(room, each, most_here=room)
     if holds is not None and most >= holds:
         logger.warning(
             "SSE_MAX_STREAMS is %d, and this worker holds %d connections at once: full of streams it would answer "
@@ -365,4 +365,4 @@ def _places(settings: Settings) -> Places:
             most,
             holds,
         )
-    return Places(most, each, most_here=sys.maxsize)
+    return StreamLimiter(most, each, most_here=sys.maxsize)

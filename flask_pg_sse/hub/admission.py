@@ -8,16 +8,16 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-from .places import Places
+from .places import StreamLimiter
 from .subscription import Subscription, Terms
 
 # Seconds until a stream that waits for PostgreSQL is told to come back later.
 OPEN_TIMEOUT = 10.0
-# Orders to end streams that are remembered, for requests that were being decided on meanwhile.
+# Commands to end streams that are remembered, for requests that were being decided on meanwhile.
 _ORDERS = 10_000
 
 
-class NotNow(Exception):
+class TryLater(Exception):
     """This client is told to come back, as at the end of a stream. `reason` is what `sse-end` says."""
 
     def __init__(self, reason: str) -> None:
@@ -28,7 +28,7 @@ class NotNow(Exception):
 class Admission:
     """Decides on new streams. Whoever waits for that holds a place: others would be left without an answer."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: StreamLimiter) -> None:
         self.places = places
         self._answered = threading.Event()  # there is nothing to wait for (any more)
         self._hears_orders = False
@@ -39,23 +39,23 @@ class Admission:
 
     @contextlib.contextmanager
     def place(self, subscription: Subscription) -> Iterator[None]:
-        """Hold a place for a stream while it is decided on. Raises `NotNow`.
+        """Hold a place for a stream while it is decided on. Raises `TryLater`.
 
         Given back at the end, and taken anew when the stream begins: it may never do so.
         """
         if self._closed is not None:
-            raise NotNow(self._closed)
+            raise TryLater(self._closed)
         if not self.places.take(subscription):
-            raise NotNow("capacity")
+            raise TryLater("capacity")
         try:
             yield
         finally:
             self.places.give_back(subscription)
 
     def hold_as(self, subscription: Subscription, terms: Terms) -> None:
-        """Let a stream that holds a place be on these terms, and one of its client's. Raises `NotNow`."""
+        """Let a stream that holds a place be on these terms, and one of its client's. Raises `TryLater`."""
         if not self.places.take_as(subscription, terms):
-            raise NotNow("capacity")
+            raise TryLater("capacity")
 
     def answered(self, hears_orders: bool | None) -> None:
         """Take note of the listener's state.
@@ -78,17 +78,17 @@ class Admission:
         return self._hears_orders and not self.log_missing
 
     def wait_for_answer(self) -> None:
-        """Wait until PostgreSQL has answered. Raises `NotNow`."""
+        """Wait until PostgreSQL has answered. Raises `TryLater`."""
         answered = self._closed is None and self._answered.wait(OPEN_TIMEOUT)
         if self._closed is not None or not answered:
-            raise NotNow(self._closed or "unavailable")
+            raise TryLater(self._closed or "unavailable")
 
     def wait_for_orders(self) -> None:
-        """Wait until this process would hear that a right is taken away. Raises `NotNow`."""
+        """Wait until this process would hear that a right is taken away. Raises `TryLater`."""
         if not self._hears_orders:
             self.wait_for_answer()
         if not self._hears_orders:
-            raise NotNow("unavailable")
+            raise TryLater("unavailable")
 
     def close(self, reason: str) -> None:
         """Let nobody in any more, and those go that wait."""

@@ -24,7 +24,7 @@ class Block:
         self.foreign = False  # whether the last id that a client finds in it is not the log's
         self._items: Sequence[Item] = ()
         self._named: Block | None = None
-        self._next: tuple[Standing, Block, Standing] | None = None
+        self._next: tuple[Position, Block, Position] | None = None
         self.chunk = b""  # the bytes as one chunk of an HTTP/1.1 body, once made
 
     def make_chunk(self) -> bytes:
@@ -46,7 +46,7 @@ class Block:
         block.foreign = len(ids) < len(items) and _ends_with_a_foreign_id(items)
         return block
 
-    def next_for(self, before: Standing, now: float) -> tuple[Block, Standing]:
+    def next_for(self, before: Position, now: float) -> tuple[Block, Position]:
         """Return what of it is for a stream that stands at `before`, and where that stands afterwards.
 
         Most that do not stand with the others have come the same way too, and are given the same.
@@ -94,7 +94,7 @@ HEARTBEAT = Block(event.HEARTBEAT)
 
 
 @dataclass(slots=True, eq=False)
-class Standing:
+class Position:
     """Where a stream stands. Never changed: streams that have got the same share the object, and are known by that."""
 
     accepted: int = 0  # id in the log up to which all has been taken
@@ -104,12 +104,12 @@ class Standing:
     size: int = 0  # bytes of all blocks up to here, from anywhere: differences count
     shared: bool = False  # whether streams may meet here: all that they accepted has then been handed to the server
 
-    def after(self, block: Block, now: float, *, shared: bool = False) -> Standing:
+    def after(self, block: Block, now: float, *, shared: bool = False) -> Position:
         """Return where a stream stands that has taken a block, as it was seen from here."""
         size = self.size + len(block.data)
         if block.last:
-            return Standing(block.last, block.last, now, now, size, shared)
-        return Standing(self.accepted, self.told, self.told_at, now, size, shared)
+            return Position(block.last, block.last, now, now, size, shared)
+        return Position(self.accepted, self.told, self.told_at, now, size, shared)
 
     def sign_due_at(self, heartbeat: float, cursor: Block) -> float:
         """Return when `sign_of_life()` will have one, if nothing comes until then. `heartbeat` is in seconds."""

@@ -9,7 +9,7 @@ from .block import Block
 PIECE_BYTES = ENOUGH_BYTES
 
 
-class Backlog:
+class Buffer:
     """What was offered to a stream and has not been sent, what is in flight to the client included.
 
     `limit` bounds it in bytes. Beside that there may be one block that is larger, or it could never be sent.

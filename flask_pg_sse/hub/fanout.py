@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from .. import concurrency as wakeup
-from .block import Block, Standing
+from .block import Block, Position
 from .subscription import Subscription
 
 _T = TypeVar("_T")
@@ -18,10 +18,10 @@ _T = TypeVar("_T")
 OFFERS_BETWEEN_YIELDS = 250
 
 
-class Group:
+class SubscriberSet:
     """The streams with one set of channels, and where those of them stand that have got all."""
 
-    __slots__ = ("_members", "_streams", "channels", "scattered", "standing")
+    __slots__ = ("_members", "_streams", "channels", "position", "scattered")
 
     def __init__(self, channels: frozenset[str]) -> None:
         self.channels = channels
@@ -29,8 +29,8 @@ class Group:
         self._members: dict[Subscription, None] = {}
         self._streams: tuple[Subscription, ...] | None = None
         now = time.monotonic()
-        self.standing = Standing(told_at=now, active_at=now, shared=True)
-        self.scattered = False  # whether some may know less of the log than those who stand there: see `Signs`
+        self.position = Position(told_at=now, active_at=now, shared=True)
+        self.scattered = False  # whether some may know less of the log than those who stand there: see `Heartbeats`
 
     def add(self, subscription: Subscription) -> None:
         self._members[subscription] = None
@@ -51,7 +51,7 @@ class Group:
         return self._streams
 
 
-class Signs:
+class Heartbeats:
     """When which groups are to get a sign of life, found without asking all: users have a channel each, thousands.
 
     A stream needs one `heartbeat` (seconds) after its last block. What comes meanwhile puts that off, so that to ask at
@@ -61,17 +61,18 @@ class Signs:
 
     def __init__(self, heartbeat: float) -> None:
         self._heartbeat = heartbeat
-        self._foreseen: list[tuple[float, int, Group]] = []  # a heap; the number only keeps groups from being compared
+        # A heap; the number only keeps sets from being compared.
+        self._foreseen: list[tuple[float, int, SubscriberSet]] = []
 
-    def begin(self, group: Group) -> None:
-        self._foresee(group, group.standing.active_at + self._heartbeat)
+    def begin(self, group: SubscriberSet) -> None:
+        self._foresee(group, group.position.active_at + self._heartbeat)
 
     @property
     def next_at(self) -> float:
         """The monotonic time at which to ask again."""
         return self._foreseen[0][0] if self._foreseen else math.inf
 
-    def take(self, now: float, cursor: Block) -> list[tuple[tuple[Standing, Block | None, Standing], Group]]:
+    def take(self, now: float, cursor: Block) -> list[tuple[tuple[Position, Block | None, Position], SubscriberSet]]:
         """Return groups with the place where most of their streams stand, the sign that is due there, and where then.
 
         None: nothing is due there, but some who stand elsewhere have not been told what those know. `cursor` tells the
@@ -84,17 +85,17 @@ class Signs:
         for group in asked:
             if not group:  # the last of its streams has gone
                 continue
-            before = group.standing
+            before = group.position
             sign = before.sign_of_life(now - self._heartbeat, cursor)
             if sign is not None:
-                group.standing = before.after(sign, now, shared=True)
+                group.position = before.after(sign, now, shared=True)
             if sign is not None or group.scattered:
                 group.scattered = False
-                found.append(((before, sign, group.standing), group))
-            self._foresee(group, group.standing.sign_due_at(self._heartbeat, cursor))
+                found.append(((before, sign, group.position), group))
+            self._foresee(group, group.position.sign_due_at(self._heartbeat, cursor))
         return found
 
-    def _foresee(self, group: Group, at: float) -> None:
+    def _foresee(self, group: SubscriberSet, at: float) -> None:
         heapq.heappush(self._foreseen, (at, id(group), group))
 
 
@@ -114,4 +115,4 @@ def in_portions(work: Iterable[tuple[_T, Sequence[Subscription]]]) -> Iterator[t
             left -= len(portion)
             if not left:
                 left = OFFERS_BETWEEN_YIELDS
-                wakeup.give_way()
+                wakeup.checkpoint()

@@ -40,7 +40,7 @@ class _Ring:
             self.after = item[2]
 
 
-class Recent:
+class History:
     """The rings of all channels that have streams."""
 
     def __init__(self) -> None:

@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterable, Sequence
 from .. import event
 from ..concurrency import FairLock
 from ..engine.base import Item
-from ..server.hangups import Departures
+from ..server.hangups import Hangups
 from ..server.stall import ENOUGH_BYTES
 from .admission import OPEN_TIMEOUT, Admission, concerns
-from .block import HEARTBEAT, Block, Standing
-from .fanout import Group, Signs, in_portions
-from .history import Recent
-from .places import Places
+from .block import HEARTBEAT, Block, Position
+from .fanout import Heartbeats, SubscriberSet, in_portions
+from .history import History
+from .places import StreamLimiter
 from .subscription import Subscription, Ticket, offer_to_all
 from .timers import Attention
 
@@ -59,21 +59,21 @@ class Hub:
     ) -> None:
         self._listen = listen
         self._unlisten = unlisten
-        self.admission = admission or Admission(Places(sys.maxsize, None))
+        self.admission = admission or Admission(StreamLimiter(sys.maxsize, None))
         self._send_timeout = send_timeout
         self._heartbeat = heartbeat
         self._retry = retry
         # Offers come one at a time, from the listener's turns or from the ticker, and the tables and what else is below
         # change only between them. Held for a turn, not for a client.
         self._dispatch = FairLock()
-        self._groups: dict[frozenset[str], Group] = {}
-        self._groups_of: dict[str, set[Group]] = {}
+        self._groups: dict[frozenset[str], SubscriberSet] = {}
+        self._groups_of: dict[str, set[SubscriberSet]] = {}
         self.position = 0  # in the log; 0 without one
-        self._recent = Recent()
+        self._recent = History()
         self._gone: deque[Subscription] = deque()  # closed, and still in the tables
-        self.departures = Departures[Subscription]()
+        self.hangups = Hangups[Subscription]()
         self._attention = Attention()
-        self._signs = Signs(heartbeat)
+        self._signs = Heartbeats(heartbeat)
         self._look_at = 0.0  # monotonic time until which no stream needs to be looked at
 
     # -- streams come and go
@@ -86,13 +86,13 @@ class Hub:
         admission = self.admission
         if not admission.places.take(subscription):
             return "capacity"
-        self.departures.watch(subscription)
+        self.hangups.watch(subscription)
         with self._dispatch:  # who is interrupted while waiting for it has not asked for a LISTEN
             ticket = subscription.ticket = self._listen(subscription.channels)
             self._look_at = min(self._look_at, subscription.due)
             group = self._groups.get(subscription.channels)
             if group is None:
-                group = self._groups[subscription.channels] = Group(subscription.channels)
+                group = self._groups[subscription.channels] = SubscriberSet(subscription.channels)
                 self._signs.begin(group)
                 for channel in subscription.channels:
                     self._groups_of.setdefault(channel, set()).add(group)
@@ -111,12 +111,12 @@ class Hub:
                 self._recent.begin(subscription.channels, position)
             now = time.monotonic()
             group = self._groups[subscription.channels]
-            before = group.standing
+            before = group.position
             if before.accepted != position:  # so that streams can meet there, also if no event has an id
                 # With the old times: signs of life are due for those who have been there since.
-                group.standing = Standing(position, position, before.told_at, before.active_at, shared=True)
+                group.position = Position(position, position, before.told_at, before.active_at, shared=True)
                 group.scattered = True
-            subscription.go_live(position, Block(b""), now, like=group.standing)
+            subscription.go_live(position, Block(b""), now, like=group.position)
             return position
 
     def join(self, subscription: Subscription, *, exists: bool) -> bool:
@@ -176,7 +176,7 @@ class Hub:
 
     def end_departed(self) -> None:
         """End the streams whose clients have closed their connections. They leave quietly, if at all."""
-        for subscription in self.departures.take():
+        for subscription in self.hangups.take():
             subscription.end(b"", drop=True)
 
     def sweep(self) -> None:
@@ -186,7 +186,7 @@ class Hub:
         self.admission.places.sweep()
 
     def _forget(self, subscription: Subscription) -> None:
-        self.departures.forget(subscription)
+        self.hangups.forget(subscription)
         with self._dispatch:
             if subscription.ticket is None:
                 return
@@ -227,10 +227,10 @@ class Hub:
             now = time.monotonic()
             work = []
             for group, streams, block in self._blocks_of(turn):
-                before = group.standing
+                before = group.position
                 seen = block.seen_from(before.accepted)
-                group.standing = before.after(seen, now, shared=True)
-                work.append(((block, seen, before, group.standing), streams))
+                group.position = before.after(seen, now, shared=True)
+                work.append(((block, seen, before, group.position), streams))
             for way, portion in in_portions(work):
                 for slow in offer_to_all(portion, *way):
                     self._fall_behind(slow)
@@ -245,7 +245,7 @@ class Hub:
             logger.info("A stream was ended: its client reads slower than events come.")
             subscription.end(self.end_block("behind"), drop=True)
 
-    def _blocks_of(self, turn: Sequence[Item]) -> list[tuple[Group, tuple[Subscription, ...], Block]]:
+    def _blocks_of(self, turn: Sequence[Item]) -> list[tuple[SubscriberSet, tuple[Subscription, ...], Block]]:
         """Return the groups that the turn is for, with their streams and their block.
 
         Groups whose channels have the same share in the turn get the same bytes: streams that have a channel of their
@@ -275,9 +275,9 @@ class Hub:
         with self._dispatch:
             self.position = position
             self._recent.restart(position)
-            after = Standing(position, position, now, now, shared=True)
+            after = Position(position, position, now, now, shared=True)
             for group in self._groups.values():
-                group.standing = after
+                group.position = after
             for _, streams in in_portions(self._everybody()):
                 for subscription in streams:
                     if subscription.live and not subscription.reset(block, position, now, after):
@@ -310,11 +310,11 @@ class Hub:
         for (before, sign, after), portion in in_portions(work):
             together = []
             for subscription in portion:
-                if subscription.standing is before:
+                if subscription.position is before:
                     together.append(subscription)
                     continue
                 # Somewhat early, with the others. Of a heartbeat, what waits will do as one.
-                own = subscription.standing.sign_of_life(now, cursor)
+                own = subscription.position.sign_of_life(now, cursor)
                 if own is HEARTBEAT and (sign is None or subscription.waiting):
                     continue
                 if own is not None and not subscription.offer(own, now, after):

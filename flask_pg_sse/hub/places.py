@@ -14,7 +14,7 @@ _taken_here: list[None] = []
 os.register_at_fork(after_in_child=_taken_here.clear)
 
 
-class Places:
+class StreamLimiter:
     """The streams of an app that are open, bounded: `most` in all, `most_each` a client (None: any number).
 
     `most_here` bounds those of all apps in this process together, which have the worker's connections in common. None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from .. import event
 from ..errors import DatabaseUnavailable
 from ..server.connection import Connection
-from ..server.interning import shared
+from ..server.interning import interned
 from .hub import Hub
 from .replay import Replay
 from .subscription import Subscription, Terms
@@ -31,16 +31,16 @@ def stream(
         for piece in _opening(hub, replay, subscription, last_event_id):
             connection.in_flight = len(piece)
             yield piece
-            connection.sent += connection.in_flight
+            connection.bytes_sent += connection.in_flight
             connection.in_flight = 0
-        connection.share()
+        connection.intern()
         subscription.terms = _settled(subscription.terms)
         while (taken := subscription.take()) is not None:
             # Without a piece it has fallen behind.
             for piece in (taken,) if taken else replay.read(subscription):
                 connection.in_flight = len(piece)
                 yield piece
-                connection.sent += connection.in_flight
+                connection.bytes_sent += connection.in_flight
                 connection.in_flight = 0
             taken = piece = b""  # or the last one would be held for as long as nothing comes
         connection.stop_reading()
@@ -55,7 +55,7 @@ def _settled(terms: Terms) -> Terms:
     """
     if terms.ends_at < math.inf:
         return terms
-    settled: Terms = shared(Terms(terms.subjects, terms.clients))
+    settled: Terms = interned(Terms(terms.subjects, terms.clients))
     return settled
 
 

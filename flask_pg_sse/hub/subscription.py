@@ -1,17 +1,17 @@
 """One stream's place between the fan-out and its client: what it is offered, where it stands, and its way out.
 
 A stream is live, and takes what is offered, or it is behind, takes nothing, and reads the event log until it has caught
-up. Invariant: an event of the log is taken only if its id is above `standing.accepted`, and taking it moves that.
+up. Invariant: an event of the log is taken only if its id is above `position.accepted`, and taking it moves that.
 
 Who calls what: `offer_to_all()`, `offer()`, `reset()`, `fall_behind()`, `go_live()`, and `end()` while the client may
 still listen, come one call at a time: the hub's lock sees to that. `take()` comes from the stream's generator alone.
-What waits between the two is a `Backlog`, which needs no lock, so that the hot path has none.
+What waits between the two is a `Buffer`, which needs no lock, so that the hot path has none.
 
 A generator with nothing to send parks and leaves `_way` behind, the way to its client past it. It goes on only for
 something that comes from the hub's side (`_has_work()`), and the hub's side writes directly only while there is none of
 that: so never do both write at once, also with threads.
 
-Most streams get the same as others, and stand at the same `Standing`: the hot path moves them from one to the next, and
+Most streams get the same as others, and stand at the same `Position`: the hot path moves them from one to the next, and
 nothing else about them. What such a stream has been sent, and up to which id, is read off where it stands.
 """
 
@@ -25,13 +25,13 @@ from typing import Protocol
 
 from .. import concurrency as wakeup
 from ..server.direct_write import NOW, write
-from .block import Block, Standing
-from .buffer import Backlog
+from .block import Block, Position
+from .buffer import Buffer
 
 # What is written past the generator at the most, by the greenlet that has others to serve.
 _DIRECT_BYTES = 65536
 # Where a stream stands that takes nothing: no other does.
-_NOWHERE = Standing()
+_NOWHERE = Position()
 
 
 class Ticket(Protocol):
@@ -46,7 +46,7 @@ class Connection(Protocol):
     """The way to a stream's client, and how fast that takes what is sent."""
 
     in_flight: int
-    sent: int
+    bytes_sent: int
 
     @property
     def judged(self) -> object: ...
@@ -84,7 +84,7 @@ class Terms:
 
 
 class Subscription:
-    """One stream, as the fan-out sees it. `limit` bounds in bytes what waits for its client (see `Backlog`)."""
+    """One stream, as the fan-out sees it. `limit` bounds in bytes what waits for its client (see `Buffer`)."""
 
     __slots__ = (
         "_backlog",
@@ -102,20 +102,20 @@ class Subscription:
         "limit",
         "live",
         "place",
-        "standing",
+        "position",
         "terms",
         "ticket",
         "watched_as",
     )
 
-    place: None  # there while it has one of `Places`
+    place: None  # there while it has one of `StreamLimiter`
 
     def __init__(self, channels: Iterable[str], limit: int, terms: Terms = Terms()) -> None:
         self.channels = frozenset(channels)
         self.limit = limit
         self.terms = terms
         self.live = False
-        self.standing = _NOWHERE
+        self.position = _NOWHERE
         self._sent = 0  # see `sent`
         self.connection: Connection | None = None  # once the stream has begun
         self.awake: set[Subscription] = set()  # where it stands while its generator is not parked: the hub's, once open
@@ -123,14 +123,14 @@ class Subscription:
         # Monotonic time at which it is to end or, once that has been decided, to lose its connection if that stands.
         self.due = terms.ends_at
         self.ticket: Ticket | None = None  # while the stream stands in the hub's tables
-        self._backlog: Backlog | None = None  # once something had to wait, which for most nothing ever has
+        self._backlog: Buffer | None = None  # once something had to wait, which for most nothing ever has
         self._closing: bytes | None = None
         self._way: _socket.socket | None = None  # to the client past the generator, while that is parked
-        # Bytes written past the generator since it parked: these, and what `standing` has grown by beyond `_since`.
+        # Bytes written past the generator since it parked: these, and what `position` has grown by beyond `_since`.
         self._past = 0
         self._since = 0
         self._torn = b""  # the rest of a chunk of which the socket has taken a part
-        self._spot: wakeup.Spot | None = None
+        self._spot: wakeup.ParkingSpot | None = None
 
     def agree(self, terms: Terms) -> None:
         """Be on other terms, until now nobody's. Before it is opened."""
@@ -145,26 +145,26 @@ class Subscription:
     @property
     def sent(self) -> int:
         """The log's id up to which all has been handed to the server: where to read on after falling behind."""
-        standing = self.standing
-        return standing.accepted if standing.shared else self._sent
+        position = self.position
+        return position.accepted if position.shared else self._sent
 
     @sent.setter
     def sent(self, log_id: int) -> None:
         self._sent = log_id
 
-    def _stand(self, where: Standing, past: int = 0) -> None:
+    def _move_to(self, where: Position, past: int = 0) -> None:
         """Move to `where`, on a way of its own. `past` are the bytes that it got past the generator on that way."""
-        if self.standing.shared:  # otherwise it is the generator's to say what has been sent
-            self._sent = self.standing.accepted
-        self._past += past + self.standing.size - self._since
-        self.standing, self._since = where, where.size
+        if self.position.shared:  # otherwise it is the generator's to say what has been sent
+            self._sent = self.position.accepted
+        self._past += past + self.position.size - self._since
+        self.position, self._since = where, where.size
 
     @property
     def ended(self) -> bool:
         """Whether the stream's end has been decided; its last block may still have to leave."""
         return self._closing is not None
 
-    def go_live(self, after: int, missed: Block, now: float, *, like: Standing | None = None) -> None:
+    def go_live(self, after: int, missed: Block, now: float, *, like: Position | None = None) -> None:
         """Take what is offered from now on. The client has everything up to the id `after`, and then `missed`.
 
         `like` is where others stand who have the same. Without it the client is taken not to know the id `after`: the
@@ -172,25 +172,25 @@ class Subscription:
         """
         self._backlog = None
         self._sent = after
-        self._stand((like or Standing(after, 0, now, now)) if self._closing is None else _NOWHERE)
+        self._move_to((like or Position(after, 0, now, now)) if self._closing is None else _NOWHERE)
         self.live = True
         if missed.data:
             self.offer(missed, now)
 
-    def offer(self, block: Block, now: float, like: Standing | None = None) -> bool:
+    def offer(self, block: Block, now: float, like: Position | None = None) -> bool:
         """Take a block for the client; False if it is too slow for that. A stream that is not live takes nothing.
 
         `like` is where others stand that have taken it.
         """
         if not self.live or self._closing is not None:
             return True
-        block, where = block.next_for(self.standing, now)
+        block, where = block.next_for(self.position, now)
         if not block.data:
             return True
         sent = self._write(block)
         if not sent:
             # Before the generator is woken; and not to where those stand to whom can be written directly.
-            self._stand(where)
+            self._move_to(where)
             if not self._wait_with().append(block):
                 return False
             self._wake()
@@ -198,20 +198,20 @@ class Subscription:
         # Since when the client knows its id may differ by a little; that it is the same one is what counts.
         if like is not None and like.accepted == where.accepted and like.told == where.told:
             where = like
-        self._stand(where, past=len(block.data))
+        self._move_to(where, past=len(block.data))
         self._sent = block.last or self._sent
         if sent < len(block.chunk):
             self._tear(len(block.data), block.chunk[sent:])
         return True
 
-    def reset(self, block: Block, position: int, now: float, like: Standing) -> bool:
+    def reset(self, block: Block, position: int, now: float, like: Position) -> bool:
         """Take a block after which the stream goes on from another position of the log."""
-        self._stand(Standing(position, self.standing.told, self.standing.told_at, now))
+        self._move_to(Position(position, self.position.told, self.position.told_at, now))
         return self.offer(block, now, like)
 
-    def _wait_with(self) -> Backlog:
+    def _wait_with(self) -> Buffer:
         if self._backlog is None:
-            self._backlog = Backlog(self.limit)
+            self._backlog = Buffer(self.limit)
         return self._backlog
 
     def _write(self, block: Block) -> int:
@@ -236,7 +236,7 @@ class Subscription:
 
     def fall_behind(self) -> None:
         """Drop what waits. The stream is to read on from the log, from `sent`."""
-        self._stand(_NOWHERE)
+        self._move_to(_NOWHERE)
         self.live = False
         self._drop()
         self._wake()
@@ -251,7 +251,7 @@ class Subscription:
             return
         self.due = cut_at
         self._closing = block
-        self._stand(_NOWHERE)
+        self._move_to(_NOWHERE)
         if drop:
             self._drop()
         self._wake()
@@ -285,7 +285,7 @@ class Subscription:
 
     def _park(self) -> None:
         if self._spot is None:
-            self._spot = wakeup.new_spot()
+            self._spot = wakeup.new_parking_spot()
         connection = self.connection
         way = connection.way() if connection is not None else None
         self._way = way
@@ -298,8 +298,8 @@ class Subscription:
             self.awake.add(self)
             self._way = None
             if connection is not None and way is not None:
-                connection.count(self._past + self.standing.size - self._since)
-                self._past, self._since = 0, self.standing.size
+                connection.count(self._past + self.position.size - self._since)
+                self._past, self._since = 0, self.position.size
         if self._torn and connection is not None:
             rest, self._torn = self._torn, b""
             connection.finish(rest)
@@ -315,7 +315,7 @@ class Subscription:
 
 
 def offer_to_all(
-    streams: Iterable[Subscription], block: Block, seen: Block, before: Standing, after: Standing
+    streams: Iterable[Subscription], block: Block, seen: Block, before: Position, after: Position
 ) -> list[Subscription]:
     """Offer a block to streams, most of which stand at `before`, are to get `seen` of it, and will stand at `after`.
 
@@ -330,16 +330,16 @@ def offer_to_all(
     send = write
     for stream in streams:
         # Those that stand at `before` are live, and nothing waits for them.
-        if stream.standing is before and (way := stream._way) is not None:
+        if stream.position is before and (way := stream._way) is not None:
             try:
                 sent = send(way, chunk, NOW)
             except OSError:
                 sent = 0
             if sent == size:
-                stream.standing = after
+                stream.position = after
                 continue
             if sent:
-                stream.standing = after
+                stream.position = after
                 stream._tear(len(seen.data), chunk[sent:])
                 continue
         if not stream.offer(block, after.active_at, after):

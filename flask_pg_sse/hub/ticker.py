@@ -32,7 +32,7 @@ class Ticker:
 
     def start(self) -> None:
         shutdown.subscribe(self._wakeup)
-        self._hub.departures.start()  # not in the thread, which the first stream may overtake
+        self._hub.hangups.start()  # not in the thread, which the first stream may overtake
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
@@ -45,11 +45,11 @@ class Ticker:
 
     def _close(self) -> None:
         self._wakeup.close()
-        self._hub.departures.stop()
+        self._hub.hangups.stop()
 
     def _run(self) -> None:
         try:
-            self._wakeup.watch(self._hub.departures.fileno())
+            self._wakeup.watch(self._hub.hangups.fileno())
             self._keep_time()
         finally:
             self._close()

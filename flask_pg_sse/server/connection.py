@@ -1,4 +1,4 @@
-"""What the package knows of the WSGI servers it runs under: who can stream, and how a connection is closed."""
+"""The client's connection: the socket below a stream, what the server keeps of the request, and how it is closed."""
 
 from __future__ import annotations
 
@@ -6,50 +6,11 @@ import _socket
 import contextlib
 import socket
 import sys
-from collections.abc import Mapping
 from typing import Any
 
-from .. import concurrency as wakeup
-from ..tokens import without_token
-from .direct_write import Outlet, is_gunicorns
-from .interning import share
+from . import gunicorn
+from .direct_write import DirectWriter
 
-
-def why_no_stream(environ: Mapping[str, Any], worker: Any = None) -> str | None:
-    """Return why a stream would freeze this server, and the remedy; None if it would not.
-
-    `worker` is gunicorn's, where it is known. A stream occupies whatever serves it for hours: under a server that has
-    one request at a time nothing else would ever be answered again.
-    """
-    gunicorn = "gunicorn.socket" in environ
-    if gunicorn and environ.get("SERVER_PROTOCOL") == "HTTP/2.0":
-        return (
-            "Streams cannot be served over gunicorn's own HTTP/2, which answers the requests of a connection one after "
-            "another. Let nginx or another proxy speak HTTP/2 to browsers and HTTP/1.1 to gunicorn."
-        )
-    if worker is not None and worker.cfg.worker_class_str == "gthread" and worker.cfg.threads < 2:
-        return (
-            "Streams cannot be served by gunicorn's gthread worker with one thread, which this one would occupy. Run "
-            "gunicorn -k gevent, or give it more --threads than there are to be streams."
-        )
-    if environ.get("wsgi.multithread"):
-        return None
-    if gunicorn:
-        return (
-            "Streams cannot be served by gunicorn's sync worker, which has one request at a time: this one would stop "
-            "all others. Run gunicorn -k gevent (or -k gthread with --threads)."
-        )
-    if wakeup.is_patched() or "SERVER_SOFTWARE" not in environ:  # greenlets; or Flask's test client, no server at all
-        return None
-    return (
-        "Streams cannot be served by this server, which has one request at a time: this one would stop all others. Run "
-        "gunicorn -k gevent; with gevent's pywsgi call gevent.monkey.patch_all() before any other import; with "
-        "flask run leave --without-threads away."
-    )
-
-
-# Streams of a worker about which nothing is known.
-_STREAMS = 1000
 # In the first byte of Linux' struct tcp_info (include/net/tcp_states.h).
 _ESTABLISHED = 1
 # Send timeouts until the kernel gives up a client that does not acknowledge what it is sent. A phone that comes out of
@@ -57,21 +18,7 @@ _ESTABLISHED = 1
 _UNACKNOWLEDGED = 4
 
 
-def room_for_streams(worker: Any) -> tuple[int, int | None]:
-    """Return how many streams a gunicorn worker should have by itself, and how many at all would leave it nothing else.
-
-    A stream holds a connection, under gthread a thread: other requests are to find one too. None: not known.
-    """
-    if worker is None:
-        return _STREAMS, None
-    holds = int(worker.cfg.worker_connections)
-    if worker.cfg.worker_class_str == "gthread":
-        holds = min(holds, int(worker.cfg.threads))
-        return max(1, holds - 1), holds
-    return max(1, holds * 9 // 10), holds
-
-
-class Connection(Outlet):
+class Connection(DirectWriter):
     """The client's connection, as far as the server shows it."""
 
     __slots__ = ("_begun",)
@@ -79,7 +26,7 @@ class Connection(Outlet):
     def __init__(self, environ: dict[str, Any]) -> None:
         super().__init__()
         self._begun: tuple[dict[str, Any], Any] | None = (environ, None)  # environ and response, until shared
-        self._take_socket(environ.get("gunicorn.socket") or environ.get("werkzeug.socket"))
+        self._take_socket(gunicorn.socket_of(environ) or environ.get("werkzeug.socket"))
 
     def _take_socket(self, client: Any) -> None:
         self._socket = getattr(client, "_sock", client)
@@ -91,16 +38,17 @@ class Connection(Outlet):
         end, and a client that keeps its connection would hold up the worker's exit.
 
         `direct_write` allows for writing past the generator, whose `id()` is `body`: True or "always", see
-        `Outlet.prepare()`. `send_timeout` is in seconds.
+        `DirectWriter.prepare()`. `send_timeout` is in seconds.
         """
         response: Any = getattr(write, "__self__", None)
         if hasattr(response, "force_close"):  # gunicorn
             response.force_close()
-            _mask_token(response.req)
-            if self._begun is not None and is_gunicorns(response):
-                self._begun = (self._begun[0], response)
+            gunicorn.mask_token(response)
+            known = gunicorn.response_behind(write)
+            if self._begun is not None and known is not None:
+                self._begun = (self._begun[0], known)
                 if direct_write:
-                    self.prepare(response, self._begun[0], body, always=direct_write == "always")
+                    self.prepare(known, self._begun[0], body, always=direct_write == "always")
         elif hasattr(response, "close_connection"):  # gevent's pywsgi
             response.close_connection = True
             self._take_socket(response.socket)
@@ -116,7 +64,7 @@ class Connection(Outlet):
             with contextlib.suppress(OSError):  # a Unix socket has none
                 _socket.socket.setsockopt(self._socket, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
-    def share(self) -> None:
+    def intern(self) -> None:
         """Let go of what gunicorn keeps of the request in as far as others have the same. The response has begun.
 
         The way past the generator, if there is one, is open from here on.
@@ -125,7 +73,7 @@ class Connection(Outlet):
             self.lead_past(*self._begun)
             # A gunicorn to come may keep it otherwise. It then stays as it is: the stream matters more.
             with contextlib.suppress(AttributeError, KeyError, TypeError):
-                share(*self._begun)
+                gunicorn.intern_request(*self._begun)
         self._begun = None
 
     def stop_reading(self) -> None:
@@ -173,11 +121,3 @@ class Connection(Outlet):
             with contextlib.suppress(OSError):  # the client has gone
                 # The base class's method: that of an SSL socket would also drop the encryption of what is still to go.
                 _socket.socket.shutdown(self._socket, how)
-
-
-def _mask_token(request: Any) -> None:
-    """Keep the token out of what gunicorn logs of a request that fails after all, in an app's teardown say."""
-    for name in ("uri", "query"):
-        text = getattr(request, name, None)
-        if isinstance(text, str) and "token=" in text:
-            setattr(request, name, without_token(text))

@@ -10,23 +10,19 @@ import _socket
 import contextlib
 import functools
 import logging
-import operator
 import socket
 from typing import Any
 
-from .stall import ENOUGH_BYTES, Progress
+from .stall import ENOUGH_BYTES, SendProgress
 
 logger = logging.getLogger(__name__)
 
 # For `write()`.
 NOW = socket.MSG_DONTWAIT
-# To write to a socket that `Outlet.way()` returned: `write(way, chunk, NOW)` gives the bytes that left. Of the base
-# class, because gevent's waits, and wakes others. BlockingIOError where there is no room; any error is the generator's
-# to find out about.
+# Writes to a socket that `DirectWriter.way()` returned: `write(way, chunk, NOW)` returns the bytes that left. It is the
+# base class's method, because gevent's waits and wakes others. BlockingIOError says that there is no room; any other
+# error is left to the generator, which will meet it too.
 write = _socket.socket.send
-
-# Of gunicorn's response.
-_what_is_used = operator.attrgetter("chunked", "headers", "headers_sent", "req", "sent", "sock")
 
 
 def frame(data: bytes) -> bytes:
@@ -66,7 +62,7 @@ def _say_who_stands_between(kind: type) -> None:
     )
 
 
-class Outlet(Progress):
+class DirectWriter(SendProgress):
     """A client's socket, how fast it takes what is sent and, where there is a way past the generator, gunicorn's
     response on it.
 
@@ -79,7 +75,7 @@ class Outlet(Progress):
         super().__init__()
         self._socket: Any = None  # what lies below gevent's, which waits and wakes others in its methods
         self._response: Any = None
-        self._beside = 0  # bytes of the body that gunicorn counts and `Progress` does not
+        self._beside = 0  # bytes of the body that gunicorn counts and `SendProgress` does not
 
     def prepare(self, response: Any, environ: dict[str, Any], body: int, *, always: bool) -> None:
         """Find out whether there is a way: whether gunicorn's response is on a plain socket and goes out as it is.
@@ -111,7 +107,7 @@ class Outlet(Progress):
         response = self._response
         if response is None or not (response.headers_sent and response.chunked):
             return None
-        between: bool = response.sent == self.sent + self._beside
+        between: bool = response.sent == self.bytes_sent + self._beside
         return self._socket if between else None
 
     def count(self, body_bytes: int) -> None:
@@ -122,7 +118,7 @@ class Outlet(Progress):
     def finish(self, rest: bytes) -> None:
         """Send the rest of a chunk, however long it takes. Raises OSError; the chunk is then torn, and nothing follows.
 
-        In pieces as small as `Progress` judges by.
+        In pieces as small as `SendProgress` judges by.
         """
         view = memoryview(rest)
         try:
@@ -130,22 +126,10 @@ class Outlet(Progress):
                 piece = view[start : start + ENOUGH_BYTES]
                 self.in_flight = len(piece)
                 self._response.sock.sendall(piece)
-                self.sent += len(piece)
+                self.bytes_sent += len(piece)
                 self.in_flight = 0
                 self._beside -= len(piece)
         except BaseException:
             with contextlib.suppress(OSError):
                 _socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
             raise
-
-
-def is_gunicorns(response: Any) -> bool:
-    """Tell whether it is a response of gunicorn's over HTTP/1, and has all that is used of it. A later one may not."""
-    of = type(response)
-    if (of.__module__, of.__qualname__) != ("gunicorn.http.wsgi", "Response"):
-        return False
-    try:
-        _what_is_used(response)
-    except AttributeError:
-        return False
-    return True

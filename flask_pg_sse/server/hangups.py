@@ -27,7 +27,7 @@ _Stream = TypeVar("_Stream", bound=Watched)
 
 
 
-class Departures(Generic[_Stream]):
+class Hangups(Generic[_Stream]):
     """The streams that are watched, by the number of their sockets, between `start()` and `stop()`."""
 
     def __init__(self) -> None:

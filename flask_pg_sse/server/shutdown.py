@@ -14,12 +14,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import weakref
 from types import FrameType
 from typing import Any
 
 from ..concurrency import Wakeup
+from . import gunicorn
 
 _requested = False
 _worker: Any = None
@@ -51,17 +51,16 @@ def watch() -> None:
     Elsewhere (`flask run`, scripts) signals are left alone.
     """
     global _worker
-    workers = sys.modules.get("gunicorn.workers.base")
-    if workers is None:
+    if not gunicorn.is_running():
         return
     handler = signal.getsignal(signal.SIGTERM)
     if isinstance(handler, _Handler) or not callable(handler):
         return
-    owner = getattr(handler, "__self__", None)
-    if isinstance(owner, workers.Worker):
-        _worker = owner
-    elif hasattr(owner, "spawn_workers"):
-        return  # the arbiter, which loads the app itself under --preload
+    worker = gunicorn.worker_behind(handler)
+    if worker is not None:
+        _worker = worker
+    elif gunicorn.is_arbiters(handler):
+        return
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, _Handler(handler))
 

@@ -7,17 +7,17 @@ from __future__ import annotations
 ENOUGH_BYTES = 16384
 
 
-class Progress:
+class SendProgress:
     """What one stream has handed to its server, and how fast that went.
 
     The stream counts; `stalled()` is asked from time to time, and judges by what it saw then.
     """
 
-    __slots__ = ("in_flight", "judged", "sent")
+    __slots__ = ("bytes_sent", "in_flight", "judged")
 
     def __init__(self) -> None:
         self.in_flight = 0  # bytes of the piece that the server is sending
-        self.sent = 0  # bytes of all pieces before it
+        self.bytes_sent = 0  # bytes of all pieces before it
         self.judged: _Judged | None = None  # while `stalled()` sees something in flight, which it seldom does
 
     def stalled(self, now: float, timeout: float) -> bool:
@@ -26,7 +26,7 @@ class Progress:
         How much of the piece in flight has gone is not known. In case of doubt the client gets more time, but never for
         one piece more than `timeout`.
         """
-        sent, in_flight = self.sent, self.in_flight
+        sent, in_flight = self.bytes_sent, self.in_flight
         if not in_flight:
             self.judged = None
             return False

@@ -17,12 +17,13 @@ from werkzeug.exceptions import NotFound
 
 from ..channels import check_channel
 from ..errors import EventLogMissing, InvalidChannel
-from ..hub.admission import NotNow
+from ..hub.admission import TryLater
 from ..hub.stream import stream
 from ..hub.subscription import Subscription, Terms
 from ..runtime import Process
 from ..server import shutdown
-from ..server.connection import Connection, why_no_stream
+from ..server.capacity import why_no_stream
+from ..server.connection import Connection
 from ..settings import Settings, secret_keys
 from ..tokens import Token, read_token, without_token
 from . import authorize
@@ -180,7 +181,7 @@ def _answer(names: list[str]) -> ResponseReturnValue:
         return refusal(403, str(refused))
     except EventLogMissing as error:
         return refusal(500, str(error))
-    except NotNow as later:
+    except TryLater as later:
         return ended(later.reason, last_event_id)
     body = stream(hub, replay, subscription, last_event_id, connection)
     response = stream_response(body, connection, settings, direct_write=settings.direct_write)
@@ -196,12 +197,12 @@ class _Refused(Exception):
 def _admitted(
     here: Request, state: State, process: Process, connection: Connection, channels: Collection[str], signed: str
 ) -> Subscription:
-    """Return the stream that the client may have. Raises `_Refused`, `NotNow`, and HTTP errors of the app's."""
+    """Return the stream that the client may have. Raises `_Refused`, `TryLater`, and HTTP errors of the app's."""
     asked_at = time.monotonic()
     runtime, settings = state.runtime, state.runtime.settings
     token = read_token(runtime.keys(), signed) if signed else None
     if token is not None and token.expires_at is not None and token.expires_at <= time.time():
-        raise NotNow("expired")
+        raise TryLater("expired")
     authorizer = state.authorize or sse_bp.default_authorize
     opened = token.channels if token is not None else frozenset[str]()
     to_ask = [name for name in channels if name not in opened and not authorize.is_public(name, settings.channels)]
@@ -224,7 +225,7 @@ def _admitted(
                 if not authorize.may_listen(authorizer, channel):
                     raise _Refused(closed(channel))
     except authorize.HookFailed:
-        raise NotNow("unavailable") from None
+        raise TryLater("unavailable") from None
     return subscription
 
 

@@ -14,7 +14,7 @@ from werkzeug.test import TestResponse
 
 from flask_pg_sse import DatabaseNotConfigured, DatabaseUnavailable, PgSSE, notify, sse_bp, sse_url
 from flask_pg_sse.errors import InvalidChannel
-from flask_pg_sse.server.connection import why_no_stream
+from flask_pg_sse.server.capacity import why_no_stream
 from flask_pg_sse.testing import Received, stream
 from tests.support.postgres import execute
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_pg_sse.hub.places import Places, _taken_here
+from flask_pg_sse.hub.places import StreamLimiter, _taken_here
 from flask_pg_sse.hub.subscription import Subscription
-from flask_pg_sse.server.connection import room_for_streams
+from flask_pg_sse.server.capacity import room_for_streams
 from flask_pg_sse.testing import parse, stream
 from flask_pg_sse.tokens import Token, sign_token
 from flask_pg_sse.web.authorize import counted_under
@@ -148,7 +148,7 @@ def test_who_is_refused_keeps_its_position(database_url: str, make_app: MakeApp)
 
 
 def test_what_a_forked_process_gives_back_was_its_parents() -> None:
-    places, one = Places(1, None, most_here=1000), Subscription(["a"], 1)
+    places, one = StreamLimiter(1, None, most_here=1000), Subscription(["a"], 1)
     assert places.take(one)
     child = os.fork()
     if not child:
@@ -235,7 +235,7 @@ def test_an_address_is_no_subject() -> None:
 
 def test_a_place_is_given_back_once() -> None:
     before = len(_taken_here)
-    places = Places(1, None, most_here=1000)
+    places = StreamLimiter(1, None, most_here=1000)
     one, other = Subscription("a", 1000), Subscription("a", 1000)
     assert places.take(one) and not places.take(other)
     places.give_back(other)  # which has none

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flask_pg_sse.server.stall import ENOUGH_BYTES, Progress
+from flask_pg_sse.server.stall import ENOUGH_BYTES, SendProgress
 from tests.support.client import Response, eventually, open_stream
 from tests.support.crowd import Crowd, publish, resident, worker
 from tests.support.servers import WebServer
@@ -146,7 +146,7 @@ class Client:
     """A client that takes `pace(now)` bytes a second, as the server sees it: whole pieces, one after the other."""
 
     def __init__(self, timeout: float, piece: int, look: float) -> None:
-        self.progress = Progress()
+        self.progress = SendProgress()
         self.timeout, self.piece, self.look = timeout, piece, look
         self._taken = 0.0
 
@@ -158,7 +158,7 @@ class Client:
         while now < 1000 + seconds:
             self._taken += pace(now - 1000) * step
             pieces, self._taken = divmod(self._taken, self.piece)
-            progress.sent += int(pieces) * self.piece
+            progress.bytes_sent += int(pieces) * self.piece
             now += step
             if now >= next_look:
                 next_look = now + self.look
@@ -193,13 +193,13 @@ def test_who_takes_twice_as_much_is_not(piece: int, look: float, timeout: float,
 
 
 def test_who_has_nothing_to_take_is_not() -> None:
-    progress = Progress()
+    progress = SendProgress()
     for now in range(1000, 2000):
         assert not progress.stalled(now, 1)
 
 
 def test_the_time_begins_anew_with_the_next_piece() -> None:
-    progress = Progress()
+    progress = SendProgress()
     assert not progress.stalled(1000, 30)
     assert not progress.stalled(1900, 30)
     progress.in_flight = 100

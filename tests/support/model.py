@@ -14,7 +14,7 @@ from flask_pg_sse.hub.hub import Hub
 from flask_pg_sse.hub.replay import Replay
 from flask_pg_sse.hub.stream import stream
 from flask_pg_sse.hub.subscription import Subscription
-from flask_pg_sse.server.stall import Progress
+from flask_pg_sse.server.stall import SendProgress
 
 FIRST = 100  # the log's head before its first event; ids have gaps
 
@@ -103,14 +103,14 @@ class ModelLog:
             raise DatabaseUnavailable("The model says no.")
 
 
-class Connection(Progress):
+class Connection(SendProgress):
     def way(self) -> None:
         return None
 
     def cut(self) -> None:
         pass
 
-    def share(self) -> None:
+    def intern(self) -> None:
         pass
 
     def stop_reading(self) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from flask_pg_sse.engine.base import Item
 from flask_pg_sse.hub import history as recent_module
 from flask_pg_sse.hub.block import Block
-from flask_pg_sse.hub.history import TOTAL_BYTES, Recent
+from flask_pg_sse.hub.history import TOTAL_BYTES, History
 from flask_pg_sse.hub.subscription import Subscription
 from tests.support import model, servers
 from tests.support.log import LONG
@@ -122,7 +122,7 @@ def test_every_stream_has_exactly_the_log_whatever_the_order_of_things(chooser: 
 @given(st.randoms(use_true_random=False), st.sampled_from([400, 2000, 100_000]))
 def test_what_is_remembered_is_all_there_was_or_nothing(chooser: random.Random, limit: int) -> None:
     """Against a list of all that came, and a set of what cannot be known."""
-    recent = Recent()
+    recent = History()
     log = ModelLog(chooser.randrange(1 << 30))
     position = log.head
     asked: list[tuple[str, int]] = []
@@ -175,7 +175,7 @@ def test_what_is_remembered_is_all_there_was_or_nothing(chooser: random.Random, 
 def test_what_is_remembered_stays_within_its_bounds() -> None:
     """Two thousand channels, each with much more than its share, in events of all sizes."""
     names = [f"room-{number}" for number in range(2000)]
-    recent = Recent()
+    recent = History()
     tracemalloc.start()
     try:
         for index, name in enumerate(names):
@@ -195,7 +195,7 @@ def test_what_is_remembered_stays_within_its_bounds() -> None:
 
 def test_an_answer_of_the_log_that_no_longer_fits_is_not_used() -> None:
     """What came while the log was asked has pushed out events that the answer does not have."""
-    recent = Recent()
+    recent = History()
     recent.begin("a", FIRST)
     [(channel, upto)] = recent.gaps("a").items()
     events = [item("a", FIRST + number, 10_000) for number in range(1, 40)]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from flask_pg_sse import concurrency as wakeup
 from flask_pg_sse import event
 from flask_pg_sse.hub import hub as hub_module
-from flask_pg_sse.hub.block import Block, Standing
+from flask_pg_sse.hub.block import Block, Position
 from flask_pg_sse.hub.buffer import PIECE_BYTES
 from flask_pg_sse.hub.hub import Hub
 from flask_pg_sse.hub.subscription import Subscription, Terms
@@ -290,7 +290,7 @@ def test_heartbeats_go_to_streams_that_are_quiet_and_have_nothing_waiting(clock:
     clock.now += 6
     hub.deliver([("b", b"x", 0)], 0)
     assert sent(busy) == b"x"
-    apart.standing = Standing(active_at=clock.now)
+    apart.position = Position(active_at=clock.now)
     clock.now += 5
     hub.beat()
     assert sent(quiet) == event.HEARTBEAT
@@ -447,7 +447,7 @@ def test_a_large_page_lets_others_work_between(monkeypatch: pytest.MonkeyPatch) 
     for number in range(1000):
         opened(hub, ["news", f"user-{number}"])
     pauses: list[int] = []
-    monkeypatch.setattr(wakeup, "give_way", lambda: pauses.append(1))
+    monkeypatch.setattr(wakeup, "checkpoint", lambda: pauses.append(1))
     hub.deliver([("news", b"x", 0)], 0)
     assert len(pauses) == 4
 

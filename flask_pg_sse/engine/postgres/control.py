@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from ...channels import RESERVED_PREFIX
 from ..base import Item
 from . import codec as wire
-from .orders import Orders
+from .orders import DisconnectCommands
 
 CHANNEL = RESERVED_PREFIX
 
@@ -24,7 +24,7 @@ class Control:
     `pruned(through)` is called when the log has lost its beginning.
     """
 
-    def __init__(self, pruned: Callable[[int], None], orders: Orders) -> None:
+    def __init__(self, pruned: Callable[[int], None], orders: DisconnectCommands) -> None:
         self._pruned = pruned
         self._orders = orders
         self.beats = 0  # sent

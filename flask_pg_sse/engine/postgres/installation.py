@@ -26,7 +26,7 @@ class Installation:
     key: bytes = field(repr=False)
 
 
-class Presence:
+class InstallationLookup:
     """Knows the log of one database. `setting` is True (required), False (not used) or "auto"."""
 
     def __init__(self, setting: bool | str) -> None:

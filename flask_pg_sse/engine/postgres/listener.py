@@ -22,7 +22,7 @@ from typing import Any
 import psycopg2
 from psycopg2.extensions import quote_ident
 
-from ...concurrency import Wakeup, give_way
+from ...concurrency import Wakeup, checkpoint
 from ...errors import DatabaseUnavailable, EventLogMissing, PgSSEError
 from ..backoff import Backoff
 from ..base import Item, Page
@@ -32,9 +32,9 @@ from .connect import connect, execute
 from .decode import Decoder
 from .dsn import Dsn
 from .history import LONGEST_READ, read_page
-from .installation import Presence
-from .listens import ListenTicket, Wanted
-from .orders import Orders
+from .installation import InstallationLookup
+from .listens import ListenTable, ListenTicket
+from .orders import DisconnectCommands
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +94,11 @@ class Listener:
         dsn: Dsn,
         deliver: Callable[[Sequence[Item], int], None],
         gap: Callable[[str, int], None],
-        presence: Presence,
+        presence: InstallationLookup,
         *,
         pruned: Callable[[int], None] = lambda through: None,
         answered: Callable[[bool | None], None] = lambda hears_orders: None,
-        orders: Orders | None = None,
+        orders: DisconnectCommands | None = None,
         linger: float = LINGER,
         beat_every: float = BEAT_EVERY,
     ) -> None:
@@ -107,10 +107,10 @@ class Listener:
         self._gap = gap
         self._answered = answered
         self._presence = presence
-        self._orders = orders or Orders(lambda: (), lambda subject, channel: None)
+        self._orders = orders or DisconnectCommands(lambda: (), lambda subject, channel: None)
         self._control = control.Control(pruned, self._orders)
         self._beat_every = beat_every
-        self._wanted = Wanted(linger)
+        self._wanted = ListenTable(linger)
         self._decoder = Decoder()
         self._position = 0  # in the log; 0: not known, or no log
         self._beat_at = 0.0  # when the last beat came back
@@ -334,7 +334,7 @@ class Listener:
                 self._deliver(turn, self._position)
         if fetch:
             self._catch_up(connection)
-        give_way(_PAUSE)
+        checkpoint(_PAUSE)
         return True
 
     def _recover(self, connection: Any) -> None:
@@ -371,7 +371,7 @@ class Listener:
             self._deliver(self._control.logged(page.items), page.upto)
             if page.upto >= page.head:
                 return
-            give_way(_PAUSE)
+            checkpoint(_PAUSE)
 
     def _read(self, connection: Any, channels: Sequence[str], after: int) -> Page:
         def run(query: str, args: Sequence[Any]) -> Any:

@@ -43,7 +43,7 @@ class ListenTicket:
 _HEARD = ListenTicket(())
 
 
-class Wanted:
+class ListenTable:
     """The channels of one listener. `linger` is how many seconds one stays listened to after its last stream."""
 
     def __init__(self, linger: float) -> None:

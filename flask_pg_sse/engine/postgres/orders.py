@@ -1,4 +1,4 @@
-"""Orders to end streams, as they come over PostgreSQL: which are to be obeyed."""
+"""Commands to end streams, as they come over PostgreSQL: which are to be obeyed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 _COUNTS = 60.0
 
 
-class Orders:
+class DisconnectCommands:
     """Passes authentic orders on to `disconnect(subject, channel)`, each once.
 
     Any role of the database can hear what goes over NOTIFY and send it again. So an order counts for a minute, and its

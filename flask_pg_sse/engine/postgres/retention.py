@@ -13,7 +13,7 @@ import psycopg2
 
 from ...concurrency import Wakeup
 from ...errors import DatabaseUnavailable, PgSSEError
-from .installation import Presence
+from .installation import InstallationLookup
 from .pool import Pool
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def prune(execute: Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]], max_
 class Pruner:
     """Prunes the log of one database now and then, from `start()` to `stop()`. `retention` is in seconds."""
 
-    def __init__(self, pool: Pool, presence: Presence, retention: float) -> None:
+    def __init__(self, pool: Pool, presence: InstallationLookup, retention: float) -> None:
         self._pool = pool
         self._presence = presence
         self._retention = retention

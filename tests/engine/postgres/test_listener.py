@@ -21,7 +21,7 @@ from flask_pg_sse.engine.backoff import Backoff
 from flask_pg_sse.engine.base import Item
 from flask_pg_sse.engine.postgres.connect import connect
 from flask_pg_sse.engine.postgres.dsn import to_dsn
-from flask_pg_sse.engine.postgres.installation import Presence
+from flask_pg_sse.engine.postgres.installation import InstallationLookup
 from flask_pg_sse.engine.postgres.listener import Listener
 from flask_pg_sse.errors import DatabaseUnavailable
 from tests.support.client import eventually
@@ -49,7 +49,7 @@ def make_listener() -> Iterator[Make]:
         def gap(reason: str, position: int) -> None:
             gaps.append(time.monotonic())
 
-        listener = Listener(to_dsn(url, "test"), deliver, gap, Presence("auto"), **options)
+        listener = Listener(to_dsn(url, "test"), deliver, gap, InstallationLookup("auto"), **options)
         listener.start()
         made.append(listener)
         return listener, turns, gaps
@@ -429,7 +429,8 @@ def test_a_callback_that_fails_does_not_end_the_listener(database_url: str) -> N
         if len(calls) == 1:
             raise RuntimeError("a bug")
 
-    listener = Listener(to_dsn(database_url, "test"), deliver, lambda reason, position: None, Presence("auto"))
+    lookup = InstallationLookup("auto")
+    listener = Listener(to_dsn(database_url, "test"), deliver, lambda reason, position: None, lookup)
     listener.start()
     try:
         assert listener.listen(["orders"]).wait(10)

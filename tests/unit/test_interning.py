@@ -14,8 +14,9 @@ from gunicorn.http.parser import RequestParser
 from gunicorn.http.wsgi import FileWrapper, create
 
 from flask_pg_sse.hub.subscription import Subscription, Terms
-from flask_pg_sse.server import interning as sharing
+from flask_pg_sse.server import interning
 from flask_pg_sse.server.connection import Connection
+from flask_pg_sse.server.gunicorn import intern_request
 from tests.support.model import ModelLog, World
 
 REQUEST = (
@@ -44,7 +45,7 @@ def logged(request: Any, response: Any, environ: Any) -> dict[str, Any]:
 def test_a_log_says_the_same_as_before() -> None:
     request, response, environ = begun(b"a")
     names, before = list(environ), logged(request, response, environ)
-    sharing.share(environ, response)
+    intern_request(environ, response)
     after = logged(request, response, environ)
     replaced = {"{wsgi.input}e", "{wsgi.errors}e", "{wsgi.early_hints}e"}
     assert {k: v for k, v in before.items() if k not in replaced} == {
@@ -57,7 +58,7 @@ def test_a_log_says_the_same_as_before() -> None:
 def test_what_is_equal_is_one_object() -> None:
     one, other = begun(b"a" * 10), begun(b"b" * 10)
     for _, response, environ in (one, other):
-        sharing.share(environ, response)
+        intern_request(environ, response)
     apart = {name for name, value in one[2].items() if other[2][name] is not value}
     assert apart == {"gunicorn.socket", "HTTP_COOKIE"}
     assert all(name is theirs for name, theirs in zip(one[2], other[2], strict=True))
@@ -72,7 +73,7 @@ def test_what_is_equal_is_one_object() -> None:
 
 def test_the_body_that_is_none_stays_readable_and_open() -> None:
     request, response, environ = begun(b"a")
-    sharing.share(environ, response)
+    intern_request(environ, response)
     body = environ["wsgi.input"]
     body.close()
     assert body.read() == body.read(10) == body.readline() == request.body.read(1024) == b""
@@ -83,7 +84,7 @@ def test_the_body_that_is_none_stays_readable_and_open() -> None:
 def test_a_body_that_there_is_stays() -> None:
     request, response, environ = begun(b"a")
     environ["CONTENT_LENGTH"] = "5"
-    sharing.share(environ, response)
+    intern_request(environ, response)
     assert environ["wsgi.input"] is request.body
     assert request.body.read() == b""
 
@@ -92,8 +93,8 @@ def test_a_log_that_was_opened_anew_is_not_taken_for_the_old_one() -> None:
     (_, first, environ), (_, second, another) = begun(b"a"), begun(b"b")
     another["wsgi.errors"].streams = [object()]
     errors = another["wsgi.errors"]
-    sharing.share(environ, first)
-    sharing.share(another, second)
+    intern_request(environ, first)
+    intern_request(another, second)
     assert another["wsgi.errors"] is errors is not environ["wsgi.errors"]
 
 
@@ -103,7 +104,7 @@ def test_a_gunicorn_that_lacks_some_of_it_keeps_the_rest() -> None:
     del request.fragment
     connection = Connection(environ)
     connection.response_started(response.write, body=1, direct_write=True, send_timeout=1)
-    connection.share()
+    connection.intern()
     assert request.method == "GET" and before["HTTP_COOKIE"] == environ["HTTP_COOKIE"] == "session=a"
     assert list(environ) == list(before)
 
@@ -120,29 +121,31 @@ def test_a_gunicorn_whose_response_lacks_some_of_it_sends_by_itself(lacks: str) 
         body = iter(())
         connection.response_started(response.write, body=id(body), direct_write=True, send_timeout=1)
         assert not isinstance(body, environ["wsgi.file_wrapper"])  # as gunicorn asks
-        connection.share()
+        connection.intern()
         assert environ["wsgi.file_wrapper"] is FileWrapper
         ways.append(connection.way())
     assert ways[0] is not None and ways[1] is None
 
 
 def test_what_clients_choose_is_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "_known", {})
+    monkeypatch.setattr(interning, "_known", {})
     config = Config()  # one, as a worker has: to make it takes longer than all the rest
     for number in range(3000):
         _, response, environ = begun(b"%d" % number, config=config)
         environ["HTTP_X"] = "x" * 10_000
-        sharing.share(environ, response)
+        intern_request(environ, response)
         assert environ["HTTP_COOKIE"] == f"session={number}"
-    assert len(sharing._known) <= 4096
-    assert max(len(key) for key in sharing._known if isinstance(key, str)) <= 256
+    assert len(interning._known) <= 4096
+    assert max(len(key) for key in interning._known if isinstance(key, str)) <= 256
 
 
-@pytest.mark.parametrize("remember", [sharing._texts, lambda names: sharing._pairs([(name, "") for name in names])])
+@pytest.mark.parametrize(
+    "remember", [interning.interned_values, lambda names: interning.interned_pairs([(name, "") for name in names])]
+)
 def test_what_comes_together_is_within_the_bound_too(remember: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "_known", {number: number for number in range(4096 - 10)})
+    monkeypatch.setattr(interning, "_known", {number: number for number in range(4096 - 10)})
     remember([f"HTTP_X_{number}" for number in range(90)])
-    assert len(sharing._known) <= 4096
+    assert len(interning._known) <= 4096
 
 
 def test_streams_that_are_open_on_equal_terms_have_the_same() -> None:
@@ -151,10 +154,10 @@ def test_streams_that_are_open_on_equal_terms_have_the_same() -> None:
 
 
 def test_terms_with_an_end_of_their_own_push_no_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "_known", {})
+    monkeypatch.setattr(interning, "_known", {})
     ending = Terms(ends_at=1e9, ends_because="expired")
     assert terms_of_streams([ending]) == [ending]
-    assert not sharing._known
+    assert not interning._known
 
 
 def terms_of_streams(terms: Sequence[Terms]) -> list[Terms]:

@@ -17,7 +17,7 @@ from flask_pg_sse.hub.hub import Hub
 from flask_pg_sse.hub.subscription import Subscription
 from flask_pg_sse.hub.ticker import Ticker
 from flask_pg_sse.server.connection import Connection
-from flask_pg_sse.server.hangups import Departures
+from flask_pg_sse.server.hangups import Hangups
 from tests.http.test_hostile_requests import cpu
 from tests.http.test_limits import streams
 from tests.support.client import eventually, open_stream
@@ -88,31 +88,31 @@ def test_bytes_that_a_client_sends_do_not_keep_the_worker_busy(
         assert stream.event().data == "hello"
 
 
-def watched(departures: Departures, sock: socket.socket) -> Subscription:
+def watched(hangups: Hangups[Subscription], sock: socket.socket) -> Subscription:
     subscription = Subscription("a", 1000)
     subscription.connection = Connection({"gunicorn.socket": sock})
-    departures.watch(subscription)
+    hangups.watch(subscription)
     return subscription
 
 
 def test_a_descriptor_that_is_another_streams_by_now_stays_watched() -> None:
     """A stream is forgotten some time after its end; its socket's number may have been given out again."""
-    departures = Departures[Subscription]()
-    departures.start()
+    hangups = Hangups[Subscription]()
+    hangups.start()
     with ExitStack() as sockets:
         ours, theirs, new, far = map(sockets.enter_context, (*socket.socketpair(), *socket.socketpair()))
         number = ours.fileno()
-        one = watched(departures, ours)
+        one = watched(hangups, ours)
         ours.close()
         theirs.close()
-        other = watched(departures, sockets.enter_context(socket.socket(fileno=os.dup2(new.fileno(), number))))
-        departures.forget(one)
+        other = watched(hangups, sockets.enter_context(socket.socket(fileno=os.dup2(new.fileno(), number))))
+        hangups.forget(one)
         new.close()
         far.close()
-        assert departures.take() == [other]
-        departures.forget(other)
-        assert departures.take() == []
-    departures.stop()
+        assert hangups.take() == [other]
+        hangups.forget(other)
+        assert hangups.take() == []
+    hangups.stop()
 
 
 def test_the_first_stream_is_watched_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +124,8 @@ def test_the_first_stream_is_watched_too(monkeypatch: pytest.MonkeyPatch) -> Non
     try:
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            watched(hub.departures, ours)
+            watched(hub.hangups, ours)
             theirs.close()
-            assert select.select([hub.departures.fileno()], [], [], 0)[0]
+            assert select.select([hub.hangups.fileno()], [], [], 0)[0]
     finally:
         ticker.stop(0)
