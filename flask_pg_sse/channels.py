@@ -1,20 +1,13 @@
-"""Channel names: which are legal, and what a channel is called in PostgreSQL.
-
-A channel of this package is any text of 1 to 255 bytes in UTF-8 without control characters. PostgreSQL's own names
-end at 63 bytes (NAMEDATALEN - 1), where LISTEN silently cuts and pg_notify() refuses: a longer channel travels under a
-hash.
-"""
+"""Channel names: which are legal. A channel is any text of 1 to 255 bytes in UTF-8 without control characters."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 
 from .errors import InvalidChannel
 
 RESERVED_PREFIX = "flask_pg_sse"
 MAX_BYTES = 255
-_PG_MAX_BYTES = 63
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # Unicode's category Cc
 
 
@@ -37,14 +30,3 @@ def check_channel(name: object) -> str:
     if name.startswith(RESERVED_PREFIX):
         raise InvalidChannel(f"Channel names that begin with {RESERVED_PREFIX!r} are reserved; choose another.")
     return str.__str__(name)  # a StrEnum's str() may be another text
-
-
-def pg_name(channel: str) -> str:
-    """Return the name under which PostgreSQL knows `channel`: itself, or a hash where it is longer than 63 bytes.
-
-    160 bits of SHA-256 behind the reserved prefix, so that no legal channel can be called so by chance or on purpose.
-    """
-    raw = channel.encode()
-    if len(raw) <= _PG_MAX_BYTES:
-        return channel
-    return f"{RESERVED_PREFIX}:{hashlib.sha256(raw).hexdigest()[:40]}"

@@ -90,6 +90,12 @@ def _database(value: object) -> object:
     return value
 
 
+def _broker(value: object) -> str | None:
+    if isinstance(value, str) and value.strip() in ("", "memory://"):
+        return value.strip() or None  # an environment file's `SSE_BROKER_URL=`
+    raise ValueError
+
+
 def _on_off_or(word: str) -> Kind:
     words: dict[str, bool | str] = {"true": True, "1": True, "false": False, "0": False, word: word}
 
@@ -107,6 +113,7 @@ PATTERNS = Kind("a list of patterns, or a string with commas between them, none 
 ORIGINS = Kind('a list of origins such as "https://www.example.com" (no path, no wildcard inside), or "*"', _origins)
 WEB_URL = Kind("an http:// or https:// URL without query", _web_url)
 DATABASE = Kind("a PostgreSQL URL", _database)
+BROKER = Kind('"memory://" (for tests), or not set', _broker)
 WHOLE = Kind(f"a whole number from 1 to {_MOST}", _whole)
 SECONDS = Kind("a number of seconds greater than 0", _seconds)
 SECRET = Kind("text or bytes that nobody can guess", _key_text)
@@ -116,7 +123,7 @@ ON_OFF_ALWAYS = _on_off_or("always")
 
 def _key(default: Any, kind: Kind, help: str) -> Any:
     # Error trackers send the repr() of what stood in a frame: not with a password or a key in it.
-    shown = kind not in (DATABASE, SECRET)
+    shown = kind not in (DATABASE, BROKER, SECRET)
     return dataclasses.field(default=default, repr=shown, metadata={"kind": kind, "help": help})
 
 
@@ -170,6 +177,9 @@ class Settings:
         None, WHOLE, "streams of one client in one worker: of its subject or, where it has none, of its address"
     )
     max_channels: int = _key(100, WHOLE, "channels on one stream")
+    broker_url: str | None = _key(
+        None, BROKER, "`memory://`: events stay in this process, for tests without PostgreSQL"
+    )
     direct_write: bool | str = _key(
         True,
         ON_OFF_ALWAYS,
@@ -200,7 +210,7 @@ def _shown(value: object, kind: Kind) -> str:
     """Return a wrong value for an error message; not one that stands there by mistake, and may hold a password."""
     if kind is SECRET:
         return "empty" if value in ("", b"") else f"a value of type {type(value).__name__}"
-    if kind is DATABASE:
+    if kind in (DATABASE, BROKER):
         return repr(value) if isinstance(value, bool | int | float) or not value else "that value"
     text = repr(value)
     if re.search(r"://.*@|passw", text, re.IGNORECASE):

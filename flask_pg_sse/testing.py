@@ -12,7 +12,7 @@ import codecs
 import json
 import re
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ from typing import Any
 from flask import Flask
 from flask.testing import FlaskClient
 
+from .engine.memory import MemoryEngine
+from .engine.postgres.codec import to_payload
 from .event import Event
 from .hub.subscription import Subscription
 from .web.state import state_of
@@ -52,16 +54,30 @@ def capture(app: Flask) -> Iterator[list[Captured]]:
     the transaction. `disconnect()` does nothing, and `sse_cursor()` returns None.
     """
     runtime = state_of(app).runtime
-    events: list[Captured] = []
-
-    def collect(channel: str, event: Event) -> None:
-        events.append(Captured(channel, event.data, event.event, event.id, event.retry, event.comment))
-
-    previous, runtime.collect = runtime.collect, collect
+    capturing = _Capturing(logged=runtime.settings.event_log is True)
+    previous, runtime.captured_by = runtime.captured_by, capturing
     try:
-        yield events
+        yield capturing.events
     finally:
-        runtime.collect = previous
+        runtime.captured_by = previous
+
+
+class _Capturing(MemoryEngine):
+    """Keeps what is published as a test looks at it. `logged` says that events may be larger than a NOTIFY."""
+
+    def __init__(self, *, logged: bool) -> None:
+        super().__init__(log=False)
+        self.events: list[Captured] = []
+        self._logged = logged
+
+    def publish(
+        self, channel: str, events: Sequence[Event], *, durable: bool = True, connection: Any = None
+    ) -> int | None:
+        if not (durable and self._logged):
+            _ = [to_payload(event, channel) for event in events]  # raises PayloadTooLarge
+        for event in events:
+            self.events.append(Captured(channel, event.data, event.event, event.id, event.retry, event.comment))
+        return super().publish(channel, events, durable=durable, connection=connection)
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,7 @@ _PRUNE_REMEDIES: dict[type[Exception], str] = {
 def _database(failed: str, remedies: dict[type[Exception], str]) -> Iterator[tuple[Any, Dsn]]:
     """Connect to the app's database; any failure becomes one line that says what, why and the remedy."""
     try:
-        dsn, _ = current_state().runtime.dsns()
+        dsn, _ = current_state().runtime.databases()
     except PgSSEError as error:
         raise click.ClickException(f"{failed}: {error}") from None
     try:

@@ -1,71 +1,157 @@
-"""Who may begin a stream in this process, and when: places, the end of the worker, rights that were taken away."""
+"""Which streams may begin in this process, and when: how many, until the worker ends, unless a right was taken away."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 
-from .places import StreamLimiter
+from ..engine.base import Disconnect, Readiness
 from .subscription import Subscription, Terms
 
 # Seconds until a stream that waits for PostgreSQL is told to come back later.
 OPEN_TIMEOUT = 10.0
-# Commands to end streams that are remembered, for requests that were being decided on meanwhile.
-_ORDERS = 10_000
+# `disconnect()` commands that are remembered, for requests that were being decided on when they came.
+_COMMANDS = 10_000
+
+# The places that are taken by all apps in this process; their number is its length. A list, because append() and pop()
+# are atomic, as += is not.
+_taken_here: list[None] = []
+os.register_at_fork(after_in_child=_taken_here.clear)
+_NONE: set[Subscription] = set()
 
 
 class TryLater(Exception):
-    """This client is told to come back, as at the end of a stream. `reason` is what `sse-end` says."""
+    """The stream cannot begin now; its client must come back. `reason` is what `sse-end` says."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
 
 
-class Admission:
-    """Decides on new streams. Whoever waits for that holds a place: others would be left without an answer."""
+class StreamLimiter:
+    """Bounds the open streams of an app: `most` in all, `most_each` for each client (None: no bound).
 
-    def __init__(self, places: StreamLimiter) -> None:
-        self.places = places
+    `most_here` bounds the streams of all apps in this process together, because they share the worker's connections.
+    None: these are not counted with the others.
+
+    `release()` takes no lock, because the garbage collector may end a stream in the middle of any statement here.
+    """
+
+    def __init__(self, most: int, most_each: int | None, *, most_here: int | None = None) -> None:
+        self._most = most
+        self._most_each = most_each
+        self._most_here = most_here
+        self._taking = threading.Lock()
+        self._taken: list[None] = []  # as `_taken_here`
+        self._of: dict[str, set[Subscription]] = {}
+
+    def acquire(self, subscription: Subscription) -> bool:
+        """Give a stream a place; False if there is none."""
+        with self._taking:
+            if len(self._taken) >= self._most or self._is_full_for(subscription):
+                return False
+            if self._most_here is not None:
+                _taken_here.append(None)  # before the look: other apps have locks of their own
+                if len(_taken_here) > self._most_here:
+                    _taken_here.pop()
+                    return False
+            self._taken.append(None)
+            subscription.place = None
+            self._count(subscription)
+            return True
+
+    def count_for(self, subscription: Subscription, terms: Terms) -> bool:
+        """Count a stream that has a place for the clients in `terms`; False if one of them has too many."""
+        with self._taking:
+            subscription.agree(terms)
+            if self._is_full_for(subscription):
+                return False
+            self._count(subscription)
+            return True
+
+    def _count(self, subscription: Subscription) -> None:
+        if self._most_each is not None:
+            for client in subscription.terms.clients:
+                self._of.setdefault(client, set()).add(subscription)
+
+    def release(self, subscription: Subscription) -> None:
+        """Free the place of a stream, if it has one."""
+        try:
+            del subscription.place  # atomic too: a second call finds none
+        except AttributeError:
+            return
+        with contextlib.suppress(IndexError):  # a forked process does not count its parent's streams
+            self._taken.pop()
+            if self._most_here is not None:
+                _taken_here.pop()
+        for client in subscription.terms.clients:
+            self._of.get(client, _NONE).discard(subscription)
+
+    def _is_full_for(self, subscription: Subscription) -> bool:
+        """Tell whether one of the clients of a stream has as many streams as it may."""
+        if self._most_each is None:
+            return False
+        return any(self._has_most(client, self._most_each) for client in subscription.terms.clients)
+
+    def _has_most(self, client: str, most: int) -> bool:
+        streams = self._of.get(client, _NONE)
+        if len(streams) < most:
+            return False
+        # The server may notice late that a client has left. Looking here keeps a page that reloads out of its own way.
+        for subscription in list(streams):
+            if subscription.connection is not None and subscription.connection.gone():
+                subscription.end(b"", drop=True)
+                self.release(subscription)
+        return len(streams) >= most
+
+    def sweep(self) -> None:
+        """Forget the clients that have no stream any more."""
+        with self._taking:
+            for client in [client for client, streams in self._of.items() if not streams]:
+                del self._of[client]
+
+
+class Admission:
+    """Decides on new streams. A stream that waits for that holds a place, because it occupies the server already."""
+
+    def __init__(self, limiter: StreamLimiter) -> None:
+        self.limiter = limiter
         self._answered = threading.Event()  # there is nothing to wait for (any more)
-        self._hears_orders = False
+        self._hears_commands = False
         self._closed: str | None = None
         self.log_missing = False  # the database has answered so, and the configuration requires a log
         self._lock = threading.Lock()
-        self._orders: deque[tuple[float, str | None, str | None]] = deque(maxlen=_ORDERS)  # when, subject, channel
+        self._commands: deque[tuple[float, Disconnect]] = deque(maxlen=_COMMANDS)  # with the monotonic time of each
 
     @contextlib.contextmanager
     def place(self, subscription: Subscription) -> Iterator[None]:
         """Hold a place for a stream while it is decided on. Raises `TryLater`.
 
-        Given back at the end, and taken anew when the stream begins: it may never do so.
+        The place is released at the end, and acquired again when the stream begins, because it may never begin.
         """
         if self._closed is not None:
             raise TryLater(self._closed)
-        if not self.places.take(subscription):
+        if not self.limiter.acquire(subscription):
             raise TryLater("capacity")
         try:
             yield
         finally:
-            self.places.give_back(subscription)
+            self.limiter.release(subscription)
 
-    def hold_as(self, subscription: Subscription, terms: Terms) -> None:
-        """Let a stream that holds a place be on these terms, and one of its client's. Raises `TryLater`."""
-        if not self.places.take_as(subscription, terms):
+    def count_for(self, subscription: Subscription, terms: Terms) -> None:
+        """Give a stream that holds a place its terms, and count it for its client. Raises `TryLater`."""
+        if not self.limiter.count_for(subscription, terms):
             raise TryLater("capacity")
 
-    def answered(self, hears_orders: bool | None) -> None:
-        """Take note of the listener's state.
-
-        True: from now on all orders are heard, or read in the log. False: there is no log, and one is required. None:
-        PostgreSQL does not answer (any more).
-        """
-        self.log_missing = hears_orders is False
-        self._hears_orders = self._hears_orders or bool(hears_orders)
-        if self._hears_orders or self.log_missing:
+    def engine_is(self, readiness: Readiness) -> None:
+        """Take note of the engine's state: `READY` once means that from then on no command is missed."""
+        self.log_missing = readiness is Readiness.LOG_MISSING
+        self._hears_commands = self._hears_commands or readiness is Readiness.READY
+        if self._hears_commands or self.log_missing:
             self._answered.set()
             return
         self._answered.clear()
@@ -75,7 +161,7 @@ class Admission:
     @property
     def log_in_use(self) -> bool:
         """Whether a log that the configuration requires is there, as far as is known."""
-        return self._hears_orders and not self.log_missing
+        return self._hears_commands and not self.log_missing
 
     def wait_for_answer(self) -> None:
         """Wait until PostgreSQL has answered. Raises `TryLater`."""
@@ -83,40 +169,40 @@ class Admission:
         if self._closed is not None or not answered:
             raise TryLater(self._closed or "unavailable")
 
-    def wait_for_orders(self) -> None:
+    def wait_for_commands(self) -> None:
         """Wait until this process would hear that a right is taken away. Raises `TryLater`."""
-        if not self._hears_orders:
+        if not self._hears_commands:
             self.wait_for_answer()
-        if not self._hears_orders:
+        if not self._hears_commands:
             raise TryLater("unavailable")
 
     def close(self, reason: str) -> None:
-        """Let nobody in any more, and those go that wait."""
+        """Admit no stream any more, and end the wait of those that wait."""
         self._closed = reason
         self._answered.set()
 
-    def revoke(self, subject: str | None, channel: str | None) -> None:
-        """Remember an order, for those who have been asked for before it came."""
+    def revoke(self, command: Disconnect) -> None:
+        """Remember a command, for streams whose clients were asked for before it came."""
         with self._lock:
-            self._orders.append((time.monotonic(), subject, channel))
+            self._commands.append((time.monotonic(), command))
 
     def why_not(self, subscription: Subscription) -> str | None:
         """Return why a stream may not begin; None if it may, as far as is known here."""
         if self._closed is not None:
             return self._closed
-        if not self._orders:
+        if not self._commands:
             return None
         with self._lock:
-            for at, subject, channel in reversed(self._orders):
+            for at, command in reversed(self._commands):
                 if at < subscription.terms.asked_at:
                     break
-                if concerns(subscription, subject, channel):
+                if concerns(subscription, command):
                     return "revoked"
         return None
 
 
-def concerns(subscription: Subscription, subject: str | None, channel: str | None) -> bool:
-    """Tell whether an order to end streams is for this one. None: whatever it is."""
-    return (subject is None or subject in subscription.terms.subjects) and (
-        channel is None or channel in subscription.channels
+def concerns(subscription: Subscription, command: Disconnect) -> bool:
+    """Tell whether a command to end streams is for this one."""
+    return (command.subject is None or command.subject in subscription.terms.subjects) and (
+        command.channel is None or command.channel in subscription.channels
     )

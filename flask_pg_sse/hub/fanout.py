@@ -1,14 +1,17 @@
-"""Streams with the same set of channels, and ways through many of them that stop nobody else for long."""
+"""The fan-out: streams with the same channels, the block of a turn for each set of them, and the way through many.
+
+Streams with the same set of channels get the same: they form a `SubscriberSet`, and a turn becomes one block of bytes
+for all sets that have the same share in it. (A block for each channel would reorder a stream on two channels.)
+"""
 
 from __future__ import annotations
 
-import heapq
-import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from .. import concurrency as wakeup
+from .. import concurrency
+from ..engine.base import Item
 from .block import Block, Position
 from .subscription import Subscription
 
@@ -51,52 +54,27 @@ class SubscriberSet:
         return self._streams
 
 
-class Heartbeats:
-    """When which groups are to get a sign of life, found without asking all: users have a channel each, thousands.
+def blocks_of(
+    turn: Sequence[Item], sets_of: Mapping[str, Iterable[SubscriberSet]]
+) -> list[tuple[SubscriberSet, tuple[Subscription, ...], Block]]:
+    """Return the sets that a turn is for, with their streams and their block. `sets_of` has the sets of each channel.
 
-    A stream needs one `heartbeat` (seconds) after its last block. What comes meanwhile puts that off, so that to ask at
-    the time that was foreseen is not too late. Where events that are not in the log keep a stream from being quiet, it
-    is told a position that has moved on within two heartbeats.
+    Sets whose channels have the same share in the turn get the same block: streams that have a channel of their own
+    each, beside one for all, cost no more than if they had only that one.
     """
-
-    def __init__(self, heartbeat: float) -> None:
-        self._heartbeat = heartbeat
-        # A heap; the number only keeps sets from being compared.
-        self._foreseen: list[tuple[float, int, SubscriberSet]] = []
-
-    def begin(self, group: SubscriberSet) -> None:
-        self._foresee(group, group.position.active_at + self._heartbeat)
-
-    @property
-    def next_at(self) -> float:
-        """The monotonic time at which to ask again."""
-        return self._foreseen[0][0] if self._foreseen else math.inf
-
-    def take(self, now: float, cursor: Block) -> list[tuple[tuple[Position, Block | None, Position], SubscriberSet]]:
-        """Return groups with the place where most of their streams stand, the sign that is due there, and where then.
-
-        None: nothing is due there, but some who stand elsewhere have not been told what those know. `cursor` tells the
-        log's position.
-        """
-        asked = []
-        while self.next_at <= now:
-            asked.append(heapq.heappop(self._foreseen)[2])
-        found = []
-        for group in asked:
-            if not group:  # the last of its streams has gone
-                continue
-            before = group.position
-            sign = before.sign_of_life(now - self._heartbeat, cursor)
-            if sign is not None:
-                group.position = before.after(sign, now, shared=True)
-            if sign is not None or group.scattered:
-                group.scattered = False
-                found.append(((before, sign, group.position), group))
-            self._foresee(group, group.position.sign_due_at(self._heartbeat, cursor))
-        return found
-
-    def _foresee(self, group: SubscriberSet, at: float) -> None:
-        heapq.heappush(self._foreseen, (at, id(group), group))
+    channels = {item[0] for item in turn}
+    if len(channels) == 1:
+        block = Block.of(turn)
+        return [(one, one.streams, block) for one in sets_of.get(turn[0][0], ())]
+    sets = {one for channel in channels for one in sets_of.get(channel, ())}
+    places: dict[str, list[int]] = {channel: [] for channel in channels}
+    for place, (channel, _, _) in enumerate(turn):
+        places[channel].append(place)
+    blocks = {}
+    for share in {one.channels & channels for one in sets}:
+        wanted = sorted(place for channel in share for place in places[channel])
+        blocks[share] = Block.of([turn[place] for place in wanted])
+    return [(one, one.streams, blocks[one.channels & channels]) for one in sets]
 
 
 def in_portions(work: Iterable[tuple[_T, Sequence[Subscription]]]) -> Iterator[tuple[_T, Sequence[Subscription]]]:
@@ -115,4 +93,4 @@ def in_portions(work: Iterable[tuple[_T, Sequence[Subscription]]]) -> Iterator[t
             left -= len(portion)
             if not left:
                 left = OFFERS_BETWEEN_YIELDS
-                wakeup.checkpoint()
+                concurrency.checkpoint()

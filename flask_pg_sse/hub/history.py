@@ -7,9 +7,9 @@ to it that calls come one at a time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from ..engine.base import Item
+from ..engine.base import Item, Tail
 
 # Bytes kept of one channel at the most, and of all together. Streams beyond them read the log.
 RING_BYTES = 262144
@@ -98,16 +98,16 @@ class History:
         rings = {channel: self._rings.get(channel) for channel in channels}
         return {channel: ring.after for channel, ring in rings.items() if ring is not None and not ring.filled}
 
-    def fill(self, channel: str, after: int, items: Sequence[Item], upto: int) -> None:
-        """Put before what is there the events that the log has between `after` and `upto`."""
-        ring = self._rings.get(channel)
+    def fill(self, tail: Tail, upto: int) -> None:
+        """Put the last events that the log has, up to the id `upto`, before what is there."""
+        ring = self._rings.get(tail.channel)
         if ring is None or ring.filled:
             return
         ring.filled = True
         if ring.after == upto:  # or the beginning has been dropped meanwhile: the two would not fit together
-            ring.items.extendleft(reversed(items))
-            ring.size += sum(map(_size_of, items))
-            ring.after = after
+            ring.items.extendleft(reversed(tail.items))
+            ring.size += sum(map(_size_of, tail.items))
+            ring.after = tail.after
             ring.trim(self.limit)
 
     def trim(self) -> None:

@@ -1,8 +1,7 @@
-"""Who listens to what in this process, and the fan-out of every turn to them.
+"""Which streams listen to what in this process, and the delivery of every turn to them.
 
-A turn is all that one look at PostgreSQL brought, in its order. Streams with the same set of channels form a group; a
-turn becomes one block of bytes for all groups with the same share in it, and every stream of those is offered the same
-object. (A block for each channel would reorder a stream on two channels.)
+A turn is all that one look at the bus brought, in its order; an engine hands it over (`deliver()`), and every stream is
+offered its share of it (`fanout.py`).
 
 With the event log, `position` is the id up to which everything has been handed over. A stream that has missed
 something goes live at the moment when what the hub remembers joins on to what it has. Nothing is lost or repeated
@@ -16,64 +15,70 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from .. import event
 from ..concurrency import FairLock
-from ..engine.base import Item
+from ..engine.base import ControlMessage, Disconnect, Item, Readiness, Tail, Ticket
 from ..server.hangups import Hangups
 from ..server.stall import ENOUGH_BYTES
-from .admission import OPEN_TIMEOUT, Admission, concerns
+from .admission import OPEN_TIMEOUT, Admission, StreamLimiter, concerns
 from .block import HEARTBEAT, Block, Position
-from .fanout import Heartbeats, SubscriberSet, in_portions
+from .fanout import SubscriberSet, blocks_of, in_portions
 from .history import History
-from .places import StreamLimiter
-from .subscription import Subscription, Ticket, offer_to_all
-from .timers import Attention
+from .subscription import Subscription, offer_to_all
+from .timers import Heartbeats, Watchlist
 
 logger = logging.getLogger(__name__)
 
-# Seconds; a client that has not read its farewell by then is cut off. gunicorn would wait 30 s for it at its own end,
-# and who has lost the right to listen is to hear no more.
+# Seconds until a client that has not read its farewell is cut off. gunicorn would wait 30 s for it when the worker
+# ends, and a client that has lost the right to listen must hear no more.
 FAREWELL = 1.0
-# Looks at the streams that need it in the shorter of heartbeat and send timeout.
+# Looks at the streams that need it within the shorter of heartbeat and send timeout: often enough to see that a client
+# takes nothing.
 _LOOKS = 4
 
 
-class Hub:
-    """The subscriptions of one process.
+class Bus(Protocol):
+    """What the hub asks of an engine."""
 
-    `listen(channels)` is called for each new stream and gives a ticket, `unlisten(channels)` when it has gone; the
-    engine counts. `retry` is in milliseconds, `heartbeat` and `send_timeout` in seconds.
+    def subscribe(self, channels: Iterable[str]) -> Ticket: ...
+
+    def unsubscribe(self, channels: Iterable[str]) -> None: ...
+
+
+class Hub:
+    """The subscriptions of one process, and the engine's `Sink`.
+
+    `retry` is in milliseconds, `heartbeat` and `send_timeout` in seconds.
     """
 
     def __init__(
         self,
-        listen: Callable[[Iterable[str]], Ticket],
-        unlisten: Callable[[Iterable[str]], None],
+        engine: Bus,
         *,
         heartbeat: float,
         retry: int,
         send_timeout: float = math.inf,
         admission: Admission | None = None,
     ) -> None:
-        self._listen = listen
-        self._unlisten = unlisten
+        self._engine = engine
         self.admission = admission or Admission(StreamLimiter(sys.maxsize, None))
         self._send_timeout = send_timeout
-        self._heartbeat = heartbeat
         self._retry = retry
-        # Offers come one at a time, from the listener's turns or from the ticker, and the tables and what else is below
+        # Offers come one at a time, from the engine's turns or from the ticker, and the tables and what else is below
         # change only between them. Held for a turn, not for a client.
         self._dispatch = FairLock()
-        self._groups: dict[frozenset[str], SubscriberSet] = {}
-        self._groups_of: dict[str, set[SubscriberSet]] = {}
+        self._sets: dict[frozenset[str], SubscriberSet] = {}
+        self._sets_of: dict[str, set[SubscriberSet]] = {}
         self.position = 0  # in the log; 0 without one
-        self._recent = History()
-        self._gone: deque[Subscription] = deque()  # closed, and still in the tables
+        self._history = History()
+        self._closed: deque[Subscription] = deque()  # closed, and still in the tables
         self.hangups = Hangups[Subscription]()
-        self._attention = Attention()
-        self._signs = Heartbeats(heartbeat)
+        self._heartbeat = heartbeat
+        self._heartbeats = Heartbeats(heartbeat)
+        self._watchlist = Watchlist()
         self._look_at = 0.0  # monotonic time until which no stream needs to be looked at
 
     # -- streams come and go
@@ -84,20 +89,20 @@ class Hub:
         The stream stands in the tables before LISTEN goes out, so that nothing falls between the two.
         """
         admission = self.admission
-        if not admission.places.take(subscription):
+        if not admission.limiter.acquire(subscription):
             return "capacity"
         self.hangups.watch(subscription)
         with self._dispatch:  # who is interrupted while waiting for it has not asked for a LISTEN
-            ticket = subscription.ticket = self._listen(subscription.channels)
+            ticket = subscription.ticket = self._engine.subscribe(subscription.channels)
             self._look_at = min(self._look_at, subscription.due)
-            group = self._groups.get(subscription.channels)
+            group = self._sets.get(subscription.channels)
             if group is None:
-                group = self._groups[subscription.channels] = SubscriberSet(subscription.channels)
-                self._signs.begin(group)
+                group = self._sets[subscription.channels] = SubscriberSet(subscription.channels)
+                self._heartbeats.begin(group)
                 for channel in subscription.channels:
-                    self._groups_of.setdefault(channel, set()).add(group)
+                    self._sets_of.setdefault(channel, set()).add(group)
             group.add(subscription)
-            self._attention.begin(subscription)
+            self._watchlist.begin(subscription)
         # Asked after the stream stands in the tables: drain() closes the admission first and then reads the tables, and
         # disconnect() likewise.
         heard = not admission.why_not(subscription) and ticket.wait(OPEN_TIMEOUT)
@@ -108,9 +113,9 @@ class Hub:
         with self._dispatch:
             position = self.position
             if position:
-                self._recent.begin(subscription.channels, position)
+                self._history.begin(subscription.channels, position)
             now = time.monotonic()
-            group = self._groups[subscription.channels]
+            group = self._sets[subscription.channels]
             before = group.position
             if before.accepted != position:  # so that streams can meet there, also if no event has an id
                 # With the old times: signs of life are due for those who have been there since.
@@ -129,7 +134,7 @@ class Hub:
         with self._dispatch:
             if subscription.sent > self.position and not exists:
                 return False
-            items = self._recent.missed(subscription.channels, subscription.sent)
+            items = self._history.missed(subscription.channels, subscription.sent)
             if items is None:
                 return False
             missed = Block.of(items)
@@ -137,13 +142,13 @@ class Hub:
                 return False
             missed.settle()
             subscription.go_live(subscription.sent, missed, time.monotonic())
-            self._groups[subscription.channels].scattered = True
+            self._sets[subscription.channels].scattered = True
             return True
 
     @property
     def memory(self) -> int:
         """Bytes of events that are remembered of each channel at the most."""
-        return self._recent.limit
+        return self._history.limit
 
     def follow(self, channels: Iterable[str]) -> None:
         """Remember from now on what comes on the channels of an open stream.
@@ -152,17 +157,17 @@ class Hub:
         not be heard yet.
         """
         with self._dispatch:
-            self._recent.begin([channel for channel in channels if channel in self._groups_of], self.position)
+            self._history.begin([channel for channel in channels if channel in self._sets_of], self.position)
 
     def unremembered(self, channels: Iterable[str]) -> dict[str, int]:
         """Return the channels whose last events the log is to be asked for, each with the id up to which."""
         with self._dispatch:
-            return self._recent.gaps(channels)
+            return self._history.gaps(channels)
 
-    def remember(self, channel: str, after: int, items: Sequence[Item], upto: int) -> None:
-        """Remember the events that the log has of a channel between two ids."""
+    def remember(self, tail: Tail, upto: int) -> None:
+        """Remember the last events that the log has of a channel, up to an id."""
         with self._dispatch:
-            self._recent.fill(channel, after, items, upto)
+            self._history.fill(tail, upto)
 
     def close(self, subscription: Subscription) -> None:
         """Have a stream forgotten; harmless when it was never opened or has been forgotten already.
@@ -171,8 +176,8 @@ class Hub:
         also while that thread holds a lock of ours. The ticker forgets it.
         """
         subscription.end(b"")
-        self.admission.places.give_back(subscription)
-        self._gone.append(subscription)
+        self.admission.limiter.release(subscription)
+        self._closed.append(subscription)
 
     def end_departed(self) -> None:
         """End the streams whose clients have closed their connections. They leave quietly, if at all."""
@@ -181,9 +186,9 @@ class Hub:
 
     def sweep(self) -> None:
         """Forget the streams that have gone."""
-        while self._gone:
-            self._forget(self._gone.popleft())
-        self.admission.places.sweep()
+        while self._closed:
+            self._forget(self._closed.popleft())
+        self.admission.limiter.sweep()
 
     def _forget(self, subscription: Subscription) -> None:
         self.hangups.forget(subscription)
@@ -191,23 +196,23 @@ class Hub:
             if subscription.ticket is None:
                 return
             subscription.ticket = None
-            self._attention.end(subscription)
-            group = self._groups[subscription.channels]
+            self._watchlist.end(subscription)
+            group = self._sets[subscription.channels]
             group.remove(subscription)
             if not group:
-                del self._groups[subscription.channels]
+                del self._sets[subscription.channels]
                 for channel in subscription.channels:
-                    groups = self._groups_of[channel]
+                    groups = self._sets_of[channel]
                     groups.discard(group)
                     if not groups:
-                        del self._groups_of[channel]
-                        self._recent.end(channel)
-        self._unlisten(subscription.channels)
+                        del self._sets_of[channel]
+                        self._history.end(channel)
+        self._engine.unsubscribe(subscription.channels)
 
     def __len__(self) -> int:
         """Number of streams."""
         with self._dispatch:
-            return sum(map(len, self._groups.values()))
+            return sum(map(len, self._sets.values()))
 
     def open_block(self, position: int | None) -> bytes:
         """Return the block that a stream begins with. `position` is its client's in the log, if it has one there."""
@@ -223,10 +228,10 @@ class Hub:
         """Hand a turn to every stream that listens. `position` is the log's after it."""
         with self._dispatch:
             self.position = position
-            self._recent.add(turn)
+            self._history.add(turn)
             now = time.monotonic()
             work = []
-            for group, streams, block in self._blocks_of(turn):
+            for group, streams, block in blocks_of(turn, self._sets_of):
                 before = group.position
                 seen = block.seen_from(before.accepted)
                 group.position = before.after(seen, now, shared=True)
@@ -245,26 +250,6 @@ class Hub:
             logger.info("A stream was ended: its client reads slower than events come.")
             subscription.end(self.end_block("behind"), drop=True)
 
-    def _blocks_of(self, turn: Sequence[Item]) -> list[tuple[SubscriberSet, tuple[Subscription, ...], Block]]:
-        """Return the groups that the turn is for, with their streams and their block.
-
-        Groups whose channels have the same share in the turn get the same bytes: streams that have a channel of their
-        own each, beside one for all, cost no more than if they had only that one.
-        """
-        channels = {item[0] for item in turn}
-        if len(channels) == 1:
-            block = Block.of(turn)
-            return [(group, group.streams, block) for group in self._groups_of.get(turn[0][0], ())]
-        groups = {group for channel in channels for group in self._groups_of.get(channel, ())}
-        positions: dict[str, list[int]] = {channel: [] for channel in channels}
-        for position, (channel, _, _) in enumerate(turn):
-            positions[channel].append(position)
-        blocks = {}
-        for share in {group.channels & channels for group in groups}:
-            wanted = sorted(position for channel in share for position in positions[channel])
-            blocks[share] = Block.of([turn[position] for position in wanted])
-        return [(group, group.streams, blocks[group.channels & channels]) for group in groups]
-
     def gap(self, reason: str, position: int) -> None:
         """Tell every live stream that events may have been missed and cannot be had again.
 
@@ -274,9 +259,9 @@ class Hub:
         now = time.monotonic()
         with self._dispatch:
             self.position = position
-            self._recent.restart(position)
+            self._history.restart(position)
             after = Position(position, position, now, now, shared=True)
-            for group in self._groups.values():
+            for group in self._sets.values():
                 group.position = after
             for _, streams in in_portions(self._everybody()):
                 for subscription in streams:
@@ -294,19 +279,18 @@ class Hub:
         if now < self._look_at:
             return
         with self._dispatch:
-            self._recent.trim()
-            # The next one: often enough to see that a client takes nothing for `send_timeout`.
+            self._history.trim()
             self._look_at = now + min(self._heartbeat, self._send_timeout) / _LOOKS
-            for _, portion in in_portions([(None, tuple(self._attention.take(now)))]):
+            for _, portion in in_portions([(None, tuple(self._watchlist.take(now)))]):
                 for subscription in portion:
                     self._look_after(subscription, now)
-            self._look_at = min(self._look_at, self._attention.next_end)
+            self._look_at = min(self._look_at, self._watchlist.next_end)
             self._give_signs(now)
 
     def _give_signs(self, now: float) -> None:
         cursor = Block(event.control_block("cursor", {}, id=self.position), last=self.position)
-        work = [(way, group.streams) for way, group in self._signs.take(now, cursor)]
-        self._look_at = min(self._look_at, self._signs.next_at)
+        work = [(way, group.streams) for way, group in self._heartbeats.take(now, cursor)]
+        self._look_at = min(self._look_at, self._heartbeats.next_at)
         for (before, sign, after), portion in in_portions(work):
             together = []
             for subscription in portion:
@@ -338,7 +322,7 @@ class Hub:
     def pruned(self, through: int) -> None:
         """Forget what the log has lost: whether a stream may resume should not depend on the worker that it meets."""
         with self._dispatch:
-            self._recent.forget(min(through, self.position))
+            self._history.forget(min(through, self.position))
 
     def drain(self, reason: str) -> None:
         """End all streams, those that still wait for PostgreSQL too, and refuse new ones."""
@@ -352,19 +336,24 @@ class Hub:
                     if subscription.ticket is not None:
                         subscription.ticket.cancel()
 
-    def disconnect(self, subject: str | None, channel: str | None) -> None:
-        """End the streams of a subject, those on a channel or, where both are given, those that are both.
+    def ready(self, readiness: Readiness) -> None:
+        """Take note of the engine's state, for streams that wait to begin."""
+        self.admission.engine_is(readiness)
 
-        What waits for them is dropped: they are not to have it.
-        """
+    def control(self, message: ControlMessage) -> None:
+        """Obey what another process, or this one, has told all of them."""
+        self.disconnect(message)
+
+    def disconnect(self, command: Disconnect) -> None:
+        """End the streams that the command is for. What waits for them is dropped: they must not have it."""
         with self._dispatch:
             now = time.monotonic()
-            self.admission.revoke(subject, channel)
+            self.admission.revoke(command)
             self._look_at = min(self._look_at, now + FAREWELL)
             for _, streams in in_portions(self._everybody()):
                 for subscription in streams:
-                    if concerns(subscription, subject, channel):
+                    if concerns(subscription, command):
                         subscription.end(self.end_block("revoked"), drop=True, cut_at=now + FAREWELL)
 
     def _everybody(self) -> list[tuple[None, Sequence[Subscription]]]:
-        return [(None, group.streams) for group in self._groups.values()]
+        return [(None, group.streams) for group in self._sets.values()]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from .. import event
-from ..engine.base import Item, Page
+from ..engine.base import Page, Tail
 from ..errors import DatabaseUnavailable
 from .buffer import PIECE_BYTES
 from .hub import Hub
@@ -39,13 +39,11 @@ _RETRY = 1.0
 
 
 class Log(Protocol):
-    """Reads the event log. Both raise `DatabaseUnavailable`."""
+    """What reading asks of an engine. Both raise `DatabaseUnavailable`."""
 
-    def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
-        """Return the events after an id: `max_bytes` of them, or a larger one alone, up to `max_event` bytes."""
+    def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page: ...
 
-    def tails(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[tuple[str, int, Sequence[Item]]]:
-        """Return the last `max_bytes` of each channel up to an id of each, and after which id they are complete."""
+    def last(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[Tail]: ...
 
 
 class Replay:
@@ -148,8 +146,8 @@ class Replay:
         names = list(uptos)
         for start in range(0, len(names), most):
             part = {name: uptos[name] for name in names[start : start + most]}
-            for channel, after, items in self._log.tails(part, each):
-                self._hub.remember(channel, after, items, part[channel])
+            for tail in self._log.last(part, each):
+                self._hub.remember(tail, part[tail.channel])
         for channel in batch:  # those who wait for them have others in their next batch
             self._unfilled.pop(channel, None)
 

@@ -23,7 +23,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from .. import concurrency as wakeup
+from ..concurrency import ParkingSpot, new_parking_spot
+from ..engine.base import Ticket
 from ..server.direct_write import NOW, write
 from .block import Block, Position
 from .buffer import Buffer
@@ -32,14 +33,6 @@ from .buffer import Buffer
 _DIRECT_BYTES = 65536
 # Where a stream stands that takes nothing: no other does.
 _NOWHERE = Position()
-
-
-class Ticket(Protocol):
-    """The answer to come to a LISTEN."""
-
-    def wait(self, timeout: float) -> bool: ...
-
-    def cancel(self) -> None: ...
 
 
 class Connection(Protocol):
@@ -87,7 +80,7 @@ class Subscription:
     """One stream, as the fan-out sees it. `limit` bounds in bytes what waits for its client (see `Buffer`)."""
 
     __slots__ = (
-        "_backlog",
+        "_buffer",
         "_closing",
         "_past",
         "_sent",
@@ -118,19 +111,19 @@ class Subscription:
         self.position = _NOWHERE
         self._sent = 0  # see `sent`
         self.connection: Connection | None = None  # once the stream has begun
-        self.awake: set[Subscription] = set()  # where it stands while its generator is not parked: the hub's, once open
+        self.awake: set[Subscription] = set()  # where it is while its generator is not parked: the hub's, once open
         self.watched_as = -1  # the number of its socket, if it is watched for its end
         # Monotonic time at which it is to end or, once that has been decided, to lose its connection if that stands.
         self.due = terms.ends_at
         self.ticket: Ticket | None = None  # while the stream stands in the hub's tables
-        self._backlog: Buffer | None = None  # once something had to wait, which for most nothing ever has
+        self._buffer: Buffer | None = None  # once something had to wait, which for most nothing ever has
         self._closing: bytes | None = None
         self._way: _socket.socket | None = None  # to the client past the generator, while that is parked
         # Bytes written past the generator since it parked: these, and what `position` has grown by beyond `_since`.
         self._past = 0
         self._since = 0
         self._torn = b""  # the rest of a chunk of which the socket has taken a part
-        self._spot: wakeup.ParkingSpot | None = None
+        self._spot: ParkingSpot | None = None
 
     def agree(self, terms: Terms) -> None:
         """Be on other terms, until now nobody's. Before it is opened."""
@@ -140,7 +133,7 @@ class Subscription:
     @property
     def waiting(self) -> int:
         """Bytes that were offered and that the server has not yet sent."""
-        return 0 if self._backlog is None else self._backlog.size
+        return 0 if self._buffer is None else self._buffer.size
 
     @property
     def sent(self) -> int:
@@ -170,7 +163,7 @@ class Subscription:
         `like` is where others stand who have the same. Without it the client is taken not to know the id `after`: the
         log may have been read far beyond its last event.
         """
-        self._backlog = None
+        self._buffer = None
         self._sent = after
         self._move_to((like or Position(after, 0, now, now)) if self._closing is None else _NOWHERE)
         self.live = True
@@ -210,9 +203,9 @@ class Subscription:
         return self.offer(block, now, like)
 
     def _wait_with(self) -> Buffer:
-        if self._backlog is None:
-            self._backlog = Buffer(self.limit)
-        return self._backlog
+        if self._buffer is None:
+            self._buffer = Buffer(self.limit)
+        return self._buffer
 
     def _write(self, block: Block) -> int:
         """Send a block past the parked generator; return the bytes of its chunk that left, 0 for none."""
@@ -257,7 +250,7 @@ class Subscription:
         self._wake()
 
     def _drop(self) -> None:
-        backlog = self._backlog  # read once: without the hub's lock it may be gone the next moment
+        backlog = self._buffer  # read once: without the hub's lock it may be gone the next moment
         if backlog is not None:
             backlog.drop()
 
@@ -267,11 +260,11 @@ class Subscription:
         All that waits goes in one piece, up to 16 kB: a client that fell behind catches up in few sends. An empty piece
         says that the stream is not live.
         """
-        if self._backlog is not None:
-            self._backlog.arrived()
+        if self._buffer is not None:
+            self._buffer.arrived()
         while True:
             closing, live = self._closing, self.live  # read first: what was offered before is then in sight
-            found = self._backlog.next_piece() if self._backlog is not None else None
+            found = self._buffer.next_piece() if self._buffer is not None else None
             if found is not None:
                 piece, last = found
                 self._sent = last or self._sent
@@ -285,7 +278,7 @@ class Subscription:
 
     def _park(self) -> None:
         if self._spot is None:
-            self._spot = wakeup.new_parking_spot()
+            self._spot = new_parking_spot()
         connection = self.connection
         way = connection.way() if connection is not None else None
         self._way = way
@@ -307,7 +300,7 @@ class Subscription:
 
     def _has_work(self) -> bool:
         """Tell whether there is something for the generator, which then alone writes to the client."""
-        return bool(self._torn or self._backlog) or self._closing is not None or not self.live
+        return bool(self._torn or self._buffer) or self._closing is not None or not self.live
 
     def _wake(self) -> None:
         if self._spot is not None:

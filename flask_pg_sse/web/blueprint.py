@@ -20,7 +20,7 @@ from ..errors import EventLogMissing, InvalidChannel
 from ..hub.admission import TryLater
 from ..hub.stream import stream
 from ..hub.subscription import Subscription, Terms
-from ..runtime import Process
+from ..runtime import Worker
 from ..server import shutdown
 from ..server.capacity import why_no_stream
 from ..server.connection import Connection
@@ -57,7 +57,7 @@ class SSEBlueprint(Blueprint):
         authorizer that fails refuses for the moment: the browser tries again.
 
         Raises TypeError for what cannot be called so, and RuntimeError where another one was set before: it would
-        decide for all apps of the process. An app's own is `register_blueprint(sse_bp, authorize=…)`.
+        decide for all apps of the worker. An app's own is `register_blueprint(sse_bp, authorize=…)`.
         """
         self.default_authorize = _only(self.default_authorize, function, "authorize")
         return function
@@ -76,7 +76,7 @@ def _only(before: Any, function: _F, name: str) -> _F:
     check_hook(function, name)
     if before is not None and before is not function:
         raise RuntimeError(
-            f"@sse_bp.{name} was set before, to {name_of(before)}, and is one for all apps of the process. Give each "
+            f"@sse_bp.{name} was set before, to {name_of(before)}, and is one for all apps of the worker. Give each "
             f"app its own: register_blueprint(sse_bp, {name}=…)."
         )
     return function
@@ -151,7 +151,7 @@ def _answer(names: list[str]) -> ResponseReturnValue:
     environ = here.environ
     state = current_state()
     runtime, settings = state.runtime, state.runtime.settings
-    process = runtime.process  # which has found out what worker it is in
+    worker = runtime.worker  # which has found out what worker it is in
     reason = why_no_stream(environ, shutdown.gunicorn_worker())
     if reason is not None:
         logger.error("%s", reason)
@@ -173,10 +173,10 @@ def _answer(names: list[str]) -> ResponseReturnValue:
     last_event_id = environ.get("HTTP_LAST_EVENT_ID") or query.get("last_event_id", [""])[0]
     connection = Connection(environ)
     try:
-        subscription = _admitted(here, state, process, connection, channels, query.get("token", [""])[0])
+        subscription = _admitted(here, state, worker, connection, channels, query.get("token", [""])[0])
         if here.method == "HEAD":
             return stream_response(Blocks(connection), connection, settings)
-        hub, replay = process.streams
+        hub, replay = worker.streams
     except _Refused as refused:
         return refusal(403, str(refused))
     except EventLogMissing as error:
@@ -195,7 +195,7 @@ class _Refused(Exception):
 
 
 def _admitted(
-    here: Request, state: State, process: Process, connection: Connection, channels: Collection[str], signed: str
+    here: Request, state: State, worker: Worker, connection: Connection, channels: Collection[str], signed: str
 ) -> Subscription:
     """Return the stream that the client may have. Raises `_Refused`, `TryLater`, and HTTP errors of the app's."""
     asked_at = time.monotonic()
@@ -212,15 +212,15 @@ def _admitted(
     subscription = Subscription(channels, settings.buffer_bytes, Terms(asked_at=asked_at))
     subscription.connection = connection
     try:
-        with process.admission.place(subscription):
+        with worker.admission.place(subscription):
             subjects = authorize.subjects_of(state.subject or sse_bp.default_subject, token)
             if subjects is None:
                 raise _Refused("This site cannot tell whose stream this would be. Ask who runs it to look at its log.")
             each = settings.max_streams_per_client is not None
             clients = authorize.counted_under(subjects, here.remote_addr) if each else ()
             terms = Terms(subjects, clients, asked_at, *_end_of(token, settings.max_age))
-            process.admission.hold_as(subscription, terms)
-            process.wait_until_decidable(asks=bool(to_ask) and here.method != "HEAD")
+            worker.admission.count_for(subscription, terms)
+            worker.wait_until_decidable(asks=bool(to_ask) and here.method != "HEAD")
             for channel in to_ask:
                 if not authorize.may_listen(authorizer, channel):
                     raise _Refused(closed(channel))

@@ -102,7 +102,7 @@ def app_with(database_url: str, make_app: Callable[..., Flask]) -> Callable[...,
 
 
 def places(app: Flask) -> int:
-    return len(app.extensions["pg_sse"].runtime.process.admission.places._taken)
+    return len(app.extensions["pg_sse"].runtime.worker.admission.limiter._taken)
 
 
 def test_a_place_is_held_while_the_app_is_asked_and_given_back_on_every_way_out(
@@ -122,7 +122,7 @@ def test_a_place_is_held_while_the_app_is_asked_and_given_back_on_every_way_out(
     app = app_with(may_listen, subject=whose, SSE_MAX_STREAMS=1)
     client = app.test_client()
     assert client.head("/sse?channel=open").status_code == 200
-    assert app.extensions["pg_sse"].runtime.process._streams is None, "HEAD opens nothing"
+    assert app.extensions["pg_sse"].runtime.worker._streams is None, "HEAD opens nothing"
     for url, status in (("open", 200), ("unauthorized", 401), ("failing", 200), ("open&channel=unauthorized", 401)):
         response = client.get(f"/sse?channel={url}")
         response.close()
@@ -163,7 +163,7 @@ def test_a_channel_that_nothing_opens_is_refused_at_once(away: str, app_with: Ca
     app = app_with(None, SSE_DATABASE_URL=away, SSE_EVENT_LOG=True, SSE_CHANNELS=["open"])
     for method in ("GET", "HEAD"):
         assert app.test_client().open("/sse?channel=closed", method=method).status_code == 403
-    assert app.extensions["pg_sse"].runtime.process._streams is None, "nothing has been started for it"
+    assert app.extensions["pg_sse"].runtime.worker._streams is None, "nothing has been started for it"
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -179,9 +179,9 @@ def test_a_log_that_is_required_and_a_postgres_that_falls_silent_hold_up_no_depl
         assert app.test_client().get("/sse?channel=a").status_code == (200 if installed else 500)
         line.silence()
         if installed:
-            runtime._presence().forget()  # as a notify() that fails does
+            runtime.worker.engine._installation.forget()  # as a notify() that fails does
         else:
-            eventually(lambda: not runtime.process.admission._answered.is_set(), 20, "the listener has noticed")
+            eventually(lambda: not runtime.worker.admission._answered.is_set(), 20, "the listener has noticed")
         answers = []
         waiting = threading.Thread(target=lambda: answers.append(app.test_client().get("/sse?channel=b").data))
         waiting.start()

@@ -173,9 +173,9 @@ def test_a_right_that_is_taken_away_while_it_is_asked_for(url: str) -> None:
     obeyed = threading.Event()
 
     def may_listen(channel: str) -> bool:
-        hub = app.extensions["pg_sse"].runtime.process.streams[0]
+        hub = app.extensions["pg_sse"].runtime.worker.streams[0]
         disconnect(subject=7)
-        eventually(lambda: hub.admission._orders)
+        eventually(lambda: hub.admission._commands)
         obeyed.set()
         return True
 
@@ -197,7 +197,7 @@ def test_an_order_counts_again_soon_after_a_clock_was_set(url: str) -> None:
     app.register_blueprint(sse_bp, subject=lambda: 7)
     events = stream(app.test_client(), "/sse?channel=a", timeout=20)
     assert next(events).event == "sse-open"
-    orders = app.extensions["pg_sse"].runtime._process._threads[0]._orders
+    orders = app.extensions["pg_sse"].runtime._worker.engine._listener._commands
     right = orders._ahead
     orders._ahead -= 120
     eventually(lambda: abs(orders._ahead - right) < 10)
@@ -315,7 +315,7 @@ def test_forged_orders_do_nothing(url: str, start_server: Start, forger: Any) ->
         assert_hears(server, [response], "a", "at last")
         say(forger, json.dumps({"disconnect": at(0)}))  # with the key: so it would have been noticed
         assert_revoked(response)
-    assert server.log().count("Ignored an order to end streams") == 1, "once a minute"
+    assert server.log().count("Ignored a command to end streams") == 1, "once a minute"
     assert "Traceback" not in server.log()
 
 

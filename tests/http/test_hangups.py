@@ -22,7 +22,7 @@ from tests.http.test_hostile_requests import cpu
 from tests.http.test_limits import streams
 from tests.support.client import eventually, open_stream
 from tests.support.crowd import worker
-from tests.support.model import Granted
+from tests.support.model import Quiet
 from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]
@@ -118,7 +118,7 @@ def test_a_descriptor_that_is_another_streams_by_now_stays_watched() -> None:
 def test_the_first_stream_is_watched_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may open before the ticker's thread has run at all."""
     monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
-    hub = Hub(lambda channels: Granted(), lambda channels: None, heartbeat=15, retry=3000)
+    hub = Hub(Quiet(), heartbeat=15, retry=3000)
     ticker = Ticker(hub, 15)
     ticker.start()
     try:

@@ -142,7 +142,7 @@ def test_channels_of_a_url(database_url: str, make_app: MakeApp, url: str, chann
 
 
 def listened(app: Flask) -> list[str]:
-    channels: list[str] = app.extensions["pg_sse"].runtime._process._threads[0]._wanted.listened()
+    channels: list[str] = app.extensions["pg_sse"].runtime._worker.engine._listener._listens.listened()
     return channels
 
 

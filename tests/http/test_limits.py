@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_pg_sse.hub.places import StreamLimiter, _taken_here
+from flask_pg_sse.hub.admission import StreamLimiter, _taken_here
 from flask_pg_sse.hub.subscription import Subscription
 from flask_pg_sse.server.capacity import room_for_streams
 from flask_pg_sse.testing import parse, stream
@@ -128,11 +128,11 @@ def test_more_than_the_worker_can_hold_is_warned_about(database_url: str, start_
 def test_a_refused_stream_leaves_nothing_behind(database_url: str, make_app: MakeApp) -> None:
     app = make_app(database_url, SSE_MAX_STREAMS=1)
     first = opened(app, "/sse?channel=a")
-    hub = app.extensions["pg_sse"].runtime.process.streams[0]
+    hub = app.extensions["pg_sse"].runtime.worker.streams[0]
     for _ in range(100):
         events = stream(app.test_client(), "/sse?channel=b")
         assert [(event.event, event.json) for event in events] == [FULL]
-    assert len(hub) == 1 and len(hub.admission.places._taken) == 1
+    assert len(hub) == 1 and len(hub.admission.limiter._taken) == 1
     first.close()
     opened(app, "/sse?channel=b").close()
 
@@ -148,15 +148,15 @@ def test_who_is_refused_keeps_its_position(database_url: str, make_app: MakeApp)
 
 
 def test_what_a_forked_process_gives_back_was_its_parents() -> None:
-    places, one = StreamLimiter(1, None, most_here=1000), Subscription(["a"], 1)
-    assert places.take(one)
+    limiter, one = StreamLimiter(1, None, most_here=1000), Subscription(["a"], 1)
+    assert limiter.acquire(one)
     child = os.fork()
     if not child:
-        places.give_back(one)
-        places.give_back(one)
+        limiter.release(one)
+        limiter.release(one)
         os._exit(len(_taken_here))
     assert os.waitpid(child, 0)[1] == 0
-    places.give_back(one)
+    limiter.release(one)
 
 
 def opened(app: Flask, url: str, **options: Any) -> Any:
@@ -235,16 +235,16 @@ def test_an_address_is_no_subject() -> None:
 
 def test_a_place_is_given_back_once() -> None:
     before = len(_taken_here)
-    places = StreamLimiter(1, None, most_here=1000)
+    limiter = StreamLimiter(1, None, most_here=1000)
     one, other = Subscription("a", 1000), Subscription("a", 1000)
-    assert places.take(one) and not places.take(other)
-    places.give_back(other)  # which has none
-    assert not places.take(other)
-    places.give_back(one)
-    places.give_back(one)
-    assert places.take(other) and not places.take(one)
+    assert limiter.acquire(one) and not limiter.acquire(other)
+    limiter.release(other)  # which has none
+    assert not limiter.acquire(other)
+    limiter.release(one)
+    limiter.release(one)
+    assert limiter.acquire(other) and not limiter.acquire(one)
     assert len(_taken_here) == before + 1
-    places.give_back(other)
+    limiter.release(other)
     assert len(_taken_here) == before
 
 
@@ -264,8 +264,8 @@ def test_clients_that_have_gone_are_forgotten(database_url: str, make_app: MakeA
     for number in range(50):
         token = sign_token(["x"], Token(frozenset("a"), None, str(number)))
         opened(app, f"/sse?channel=a&token={token}").close()
-    hub = app.extensions["pg_sse"].runtime.process.streams[0]
-    eventually(lambda: not hub.admission.places._of)
+    hub = app.extensions["pg_sse"].runtime.worker.streams[0]
+    eventually(lambda: not hub.admission.limiter._of)
 
 
 # -- a flood

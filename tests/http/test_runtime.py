@@ -75,7 +75,7 @@ def test_a_close_during_a_start_waits_for_it(
         real(self)
 
     monkeypatch.setattr(Ticker, "start", slow)
-    starting = threading.Thread(target=lambda: runtime.process.streams)
+    starting = threading.Thread(target=lambda: runtime.worker.streams)
     starting.start()
     in_start.wait(10)
     close = threading.Thread(target=runtime.close)

@@ -42,7 +42,7 @@ def app(make_app: MakeApp) -> Flask:
 
 
 def streams(app: Flask) -> int:
-    return len(app.extensions["pg_sse"].runtime.process.streams[0])
+    return len(app.extensions["pg_sse"].runtime.worker.streams[0])
 
 
 # -- capture

@@ -158,7 +158,7 @@ def test_an_expired_token_gets_its_end_and_never_data(app: Flask) -> None:
     with app.test_client().get(url) as response:
         block = response.get_data()
     assert block.startswith(b"retry: ") and block.count(b"\n\n") == 1
-    assert app.extensions["pg_sse"].runtime.process._streams is None, "nothing has been started for it"
+    assert app.extensions["pg_sse"].runtime.worker._streams is None, "nothing has been started for it"
     assert app.test_client().head(url).status_code == 200
 
 

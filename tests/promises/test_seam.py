@@ -12,7 +12,7 @@ from flask import Flask
 
 from flask_pg_sse import notify, schema_sql, sse_cursor, sse_url
 from flask_pg_sse.engine.base import Page
-from flask_pg_sse.engine.postgres.history import EventLog
+from flask_pg_sse.engine.postgres.history import History
 from flask_pg_sse.engine.postgres.listener import Listener
 from flask_pg_sse.hub.hub import Hub
 from flask_pg_sse.testing import Received, stream
@@ -58,7 +58,7 @@ def opened(events: Iterator[Received]) -> Received:
 
 
 def hub_of(app: Flask) -> Hub:
-    hub: Hub = app.extensions["pg_sse"].runtime.process.streams[0]
+    hub: Hub = app.extensions["pg_sse"].runtime.worker.streams[0]
     return hub
 
 
@@ -94,9 +94,9 @@ def test_an_event_that_comes_by_the_log_and_by_notify_arrives_once(
     hub = hub_of(app)
     sent: list[int] = []
     gate = threading.Event()
-    read, hand_over = EventLog.page, Listener._hand_over
+    read, hand_over = History.page, Listener._hand_over
 
-    def read_while_one_is_committed(self: EventLog, *args: Any) -> Page:
+    def read_while_one_is_committed(self: History, *args: Any) -> Page:
         page = None
         if heard == "before the join" and not sent:
             page = read(self, *args)
@@ -113,9 +113,9 @@ def test_an_event_that_comes_by_the_log_and_by_notify_arrives_once(
     first = send("a", "missed")
     eventually(lambda: hub.position >= first)
     # What the hub remembers would do without the log: have it forget.
-    hub._recent.end("a")
-    monkeypatch.setattr(hub._recent, "fill", lambda *args: None)
-    monkeypatch.setattr(EventLog, "page", read_while_one_is_committed)
+    hub._history.end("a")
+    monkeypatch.setattr(hub._history, "fill", lambda *args: None)
+    monkeypatch.setattr(History, "page", read_while_one_is_committed)
     if heard == "after the join":
         monkeypatch.setattr(Listener, "_hand_over", hand_over_later)
     with closing(listen(app, "a", after=position)) as events:
@@ -178,9 +178,9 @@ def test_nothing_is_remembered_of_a_channel_before_its_listen_stands(
         thread.start()
         try:
             assert reached.wait(10)
-            eventually(lambda: "late" in hub_of(app)._groups_of)
+            eventually(lambda: "late" in hub_of(app)._sets_of)
             # As a stream leaves it that PostgreSQL's absence caught while it asked the log.
-            app.extensions["pg_sse"].runtime.process.streams[1]._unfilled["late"] = None
+            app.extensions["pg_sse"].runtime.worker.streams[1]._unfilled["late"] = None
             with closing(listen(app, "early", after=cursor)) as again:
                 opened(again)
                 send("early", "goes on")

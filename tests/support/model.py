@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flask_pg_sse.engine.base import Item, Page
+from flask_pg_sse.engine.base import ControlMessage, Item, Page, Readiness, Tail
 from flask_pg_sse.errors import DatabaseUnavailable
 from flask_pg_sse.event import control_block
 from flask_pg_sse.hub.hub import Hub
@@ -29,6 +29,16 @@ class Granted:
         pass
 
 
+class Quiet:
+    """An engine that hears all channels at once, and on which nothing comes."""
+
+    def subscribe(self, channels: Iterable[str]) -> Granted:
+        return Granted()
+
+    def unsubscribe(self, channels: Iterable[str]) -> None:
+        pass
+
+
 def item(channel: str, log_id: int, size: int) -> Item:
     """An event as bytes that say its id."""
     return (channel, (b"id: %d\ndata: [%d]" % (log_id, log_id)).ljust(size, b".") + b"\n\n", log_id)
@@ -44,6 +54,20 @@ def logged_in(output: bytes) -> list[int]:
 
 def raw_in(output: bytes) -> list[int]:
     return [int(number) for number in re.findall(rb"\{(\d+)\}", output)]
+
+
+class IdleSink:
+    """An engine's sink that does nothing."""
+
+    def deliver(self, turn: Sequence[Item], position: int) -> None: ...
+
+    def gap(self, reason: str, position: int) -> None: ...
+
+    def pruned(self, through: int) -> None: ...
+
+    def ready(self, readiness: Readiness) -> None: ...
+
+    def control(self, message: ControlMessage) -> None: ...
 
 
 class ModelLog:
@@ -86,7 +110,7 @@ class ModelLog:
         upto = there[kept - 1][2] if kept < len(there) else head
         return Page(FIRST, head, upto, there[:kept])
 
-    def tails(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[tuple[str, int, Sequence[Item]]]:
+    def last(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[Tail]:
         self.tail_reads += 1
         self._fail()
         found = []
@@ -95,7 +119,7 @@ class ModelLog:
             most = self._chooser.randrange(0, 6)
             kept = there[len(there) - most :] if most < len(there) else there
             after = FIRST if kept == there else (kept[0][2] - 1 if kept else upto)
-            found.append((channel, after, kept))
+            found.append(Tail(channel, after, kept))
         return found
 
     def _fail(self) -> None:
@@ -122,7 +146,7 @@ class World:
 
     def __init__(self, log: ModelLog, heartbeat: float = 0.0) -> None:
         self.log = log
-        self.hub = Hub(lambda channels: Granted(), lambda channels: None, heartbeat=heartbeat, retry=1000)
+        self.hub = Hub(Quiet(), heartbeat=heartbeat, retry=1000)
         self.replay = Replay(self.hub, log, heartbeat=heartbeat)
         self.hub.deliver((), FIRST)
         self._handed_over = 0

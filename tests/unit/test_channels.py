@@ -10,7 +10,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from flask_pg_sse.channels import RESERVED_PREFIX, check_channel, pg_name
+from flask_pg_sse.channels import RESERVED_PREFIX, check_channel
+from flask_pg_sse.engine.postgres.codec import pg_name
 from flask_pg_sse.errors import InvalidChannel
 
 CONTROLS = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) == "Cc"]

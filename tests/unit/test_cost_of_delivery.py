@@ -22,6 +22,7 @@ from flask_pg_sse.hub import subscription as subscription_module
 from flask_pg_sse.hub.fanout import OFFERS_BETWEEN_YIELDS
 from flask_pg_sse.hub.hub import Hub
 from flask_pg_sse.hub.subscription import Subscription, Terms, offer_to_all
+from tests.support.model import Quiet
 
 # Bytecode instructions of a delivery, the system call aside. CPython 3.10 takes 31, and 30, 28 and 25 the next three.
 MOST_STEPS = 31 if sys.version_info < (3, 12) else 29
@@ -31,11 +32,6 @@ FEW, MANY = 50, 150
 assert MANY < OFFERS_BETWEEN_YIELDS
 
 
-class Heard:
-    def wait(self, timeout: float) -> bool:
-        return True
-
-    def cancel(self) -> None: ...
 
 
 @pytest.fixture
@@ -49,7 +45,7 @@ def sink() -> Iterator[socket.socket]:
 
 def make_hub(streams: int, sink: socket.socket, heartbeat: float = 0, terms: Terms = Terms()) -> Hub:  # noqa: B008
     """Return a hub with idle streams that have all had the same."""
-    hub = Hub(lambda channels: Heard(), lambda channels: None, heartbeat=heartbeat, retry=3000)
+    hub = Hub(Quiet(), heartbeat=heartbeat, retry=3000)
     hub.position = 1
     for _ in range(streams):
         subscription = Subscription(["a"], 1000, terms)

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from flask_pg_sse import testing
-from flask_pg_sse.engine.postgres.codec import MAX_PAYLOAD_BYTES, from_payload, signature, to_payload, to_row
-from flask_pg_sse.engine.postgres.decode import Decoder
+from flask_pg_sse.engine.postgres.codec import MAX_PAYLOAD_BYTES, Decoder, from_payload, signature, to_payload, to_row
 from flask_pg_sse.errors import InvalidEvent, PayloadTooLarge
 from flask_pg_sse.event import HEARTBEAT, Event, control_block, encode, make_event
 

@@ -16,13 +16,10 @@ import gevent.monkey; gevent.monkey.patch_all()
 import socket, sys, threading, time, gevent
 from flask_pg_sse.hub.hub import Hub
 from flask_pg_sse.hub.subscription import Subscription
-
-class Heard:
-    def wait(self, timeout): return True
-    def cancel(self): ...
+from tests.support.model import Quiet
 """
 FAN_OUT = """
-hub = Hub(lambda channels: Heard(), lambda channels: None, heartbeat=15, retry=3000)
+hub = Hub(Quiet(), heartbeat=15, retry=3000)
 other, sink = socket.socket(type=socket.SOCK_DGRAM), socket.socket(type=socket.SOCK_DGRAM)
 other.bind(("127.0.0.1", 0))
 sink.connect(other.getsockname())  # takes all: what nobody fetches is dropped
@@ -74,7 +71,7 @@ def test_requests_are_answered_within_one_fan_out() -> None:
 
 
 BUSY = """
-hub = Hub(lambda channels: Heard(), lambda channels: None, heartbeat=0.001, retry=3000)
+hub = Hub(Quiet(), heartbeat=0.001, retry=3000)
 turns = beats = 0
 
 def client(stream):  # whose generator takes longer for a block than it takes to hand it one

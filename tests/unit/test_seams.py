@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flask_pg_sse.engine.base import Item
+from flask_pg_sse.engine.base import Item, Tail
 from flask_pg_sse.hub import history as recent_module
 from flask_pg_sse.hub.block import Block
 from flask_pg_sse.hub.history import TOTAL_BYTES, History
@@ -63,7 +63,7 @@ class Client(Subscription):
     @property
     def to_come(self) -> int:
         """Bytes that were offered and that no step has had."""
-        return 0 if self._backlog is None else self._backlog.size - self._backlog._in_flight
+        return 0 if self._buffer is None else self._buffer.size - self._buffer._in_flight
 
     def check(self, last_event_id: int | None) -> None:
         """Compare what came with the log, which it must have up to its end."""
@@ -145,8 +145,8 @@ def test_what_is_remembered_is_all_there_was_or_nothing(chooser: random.Random, 
                 asked += recent.gaps(chooser.sample(CHANNELS, 2)).items()
             elif act == "fill" and asked:
                 name, upto = asked.pop(chooser.randrange(len(asked)))
-                [(_, after, items)] = log.tails({name: upto}, 0)
-                recent.fill(name, after, items, upto)
+                [tail] = log.last({name: upto}, 0)
+                recent.fill(tail, upto)
             elif act == "trim":
                 recent.trim()
             elif act == "end":
@@ -182,7 +182,7 @@ def test_what_is_remembered_stays_within_its_bounds() -> None:
             recent.begin([name], FIRST)
             [(_, upto)] = recent.gaps([name]).items()
             size = (20, 200, 2000)[index % 3]
-            recent.fill(name, 0, [item(name, log_id, size) for log_id in range(1, 65)], upto)
+            recent.fill(Tail(name, 0, [item(name, log_id, size) for log_id in range(1, 65)]), upto)
             recent.add([item(name, 1000 + 1000 * index + number, size) for number in range(100)])
         recent.trim()
         memory = tracemalloc.get_traced_memory()[0]
@@ -202,7 +202,7 @@ def test_an_answer_of_the_log_that_no_longer_fits_is_not_used() -> None:
     recent.add(events)
     kept = recent.missed("a", FIRST + 35)
     assert kept == events[35:] and recent.missed("a", upto) is None, "more than is kept of one channel"
-    recent.fill(channel, 0, [item("a", 50, 10)], upto)
+    recent.fill(Tail(channel, 0, [item("a", 50, 10)]), upto)
     for number in range(40):
         found = recent.missed("a", FIRST + number)
         assert found is None or found == events[number:]
@@ -297,7 +297,7 @@ def listen(seed):
             known = subscription.sent
             if done.is_set() and known >= log.head:
                 break
-        backlog = subscription._backlog
+        backlog = subscription._buffer
         while backlog is not None and b"[" in backlog._rest[backlog._rest_from:]:
             got += logged_in(subscription.take())
         expected = [one[2] for one in log.on(wanted, FIRST)]
@@ -318,7 +318,7 @@ if any(thread.is_alive() for thread in threads):
 ticker.join()
 assert not failures, failures
 assert behind[0] > 50 and log.pages > 100, (behind, log.pages)
-assert not world.hub._groups
+assert not world.hub._sets
 print("fine", behind[0], log.pages, log.tail_reads)
 """
 

@@ -206,6 +206,14 @@ def test_direct_writes_have_a_word_of_their_own() -> None:
     assert read("SSE_DIRECT_WRITE", "Always") == "always"
 
 
+def test_the_only_broker_is_this_process() -> None:
+    assert read("SSE_BROKER_URL", " memory:// ") == "memory://"
+    assert read("SSE_BROKER_URL", "") is None, "an environment file may name it and leave it empty"
+    text = error("SSE_BROKER_URL", "redis://:secret@host")
+    assert '"memory://"' in text and "secret" not in text
+    error("SSE_BROKER_URL", 1)
+
+
 @pytest.mark.parametrize("value", ["yes", "", 2, -1, 1.0, [], "on", b"1"])
 @pytest.mark.parametrize(
     ("key", "word", "other"), [("EVENT_LOG", "auto", "always"), ("DIRECT_WRITE", "always", "AUTO")]
@@ -237,6 +245,7 @@ def test_every_key_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch
         "MAX_STREAMS": "500",
         "MAX_STREAMS_PER_CLIENT": "6",
         "MAX_CHANNELS": "5",
+        "BROKER_URL": "memory://",
     }
     assert {f"SSE_{name}" for name in texts} == {key for key, *_ in table()}, "a new key belongs here"
     for name, text in texts.items():
@@ -260,6 +269,7 @@ def test_every_key_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch
         max_streams=500,
         max_streams_per_client=6,
         max_channels=5,
+        broker_url="memory://",
         direct_write=False,
     )
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from flask_pg_sse import concurrency as wakeup
 from flask_pg_sse import event
+from flask_pg_sse.engine.base import Disconnect
 from flask_pg_sse.hub import hub as hub_module
 from flask_pg_sse.hub.block import Block, Position
 from flask_pg_sse.hub.buffer import PIECE_BYTES
@@ -39,16 +40,17 @@ class Confirmed:
 
 
 def make_hub(log: list[str] | None = None, ticket: Confirmed | None = None, heartbeat: float = 15) -> Hub:
-    def listen(channels: Iterable[str]) -> Confirmed:
-        if log is not None:
-            log.append("listen " + " ".join(sorted(channels)))
-        return ticket or Confirmed()
+    class Engine:
+        def subscribe(self, channels: Iterable[str]) -> Confirmed:
+            if log is not None:
+                log.append("listen " + " ".join(sorted(channels)))
+            return ticket or Confirmed()
 
-    def unlisten(channels: Iterable[str]) -> None:
-        if log is not None:
-            log.append("unlisten " + " ".join(sorted(channels)))
+        def unsubscribe(self, channels: Iterable[str]) -> None:
+            if log is not None:
+                log.append("unlisten " + " ".join(sorted(channels)))
 
-    return Hub(listen, unlisten, heartbeat=heartbeat, retry=3000)
+    return Hub(Engine(), heartbeat=heartbeat, retry=3000)
 
 
 def live(channels: Iterable[str], limit: int) -> Subscription:
@@ -230,7 +232,7 @@ def test_the_tables_are_empty_when_all_have_gone() -> None:
         hub.close(subscription)
         hub.close(subscription)
     hub.sweep()
-    assert not hub._groups and not hub._groups_of and not len(hub)
+    assert not hub._sets and not hub._sets_of and not len(hub)
     came = ["listen a", "listen a b", "listen a b", "listen c"]
     assert log == came + [f"un{line}" for line in came]
     hub.close(Subscription("a", 1000))  # never opened
@@ -265,8 +267,8 @@ def sent(subscription: Subscription) -> bytes | None:
     if not subscription._has_work():
         return None
     piece = subscription.take()
-    if subscription._backlog is not None:
-        subscription._backlog.arrived()
+    if subscription._buffer is not None:
+        subscription._buffer.arrived()
     return piece
 
 
@@ -387,8 +389,8 @@ def test_blocks_that_are_dropped_while_they_are_taken_lose_no_end() -> None:
     for count in (1, 2):
         subscription = live("a", 1000)
         assert subscription.offer(Block(b"x"), 0.0)
-        assert subscription._backlog is not None
-        subscription._backlog._blocks = Dropped([Block(b"x")] * count)
+        assert subscription._buffer is not None
+        subscription._buffer._blocks = Dropped([Block(b"x")] * count)
         subscription.end(b"end")
         assert [subscription.take(), subscription.take(), subscription.take()] == [b"x" * count, b"end", None]
 
@@ -409,7 +411,7 @@ def test_who_is_interrupted_on_the_way_into_the_tables_leaves_nothing_behind() -
     hub._dispatch = lock
     hub.close(subscription)
     hub.sweep()
-    assert not len(hub) and not hub.admission.places._taken and log == []
+    assert not len(hub) and not hub.admission.limiter._taken and log == []
 
 
 def test_a_stream_may_be_closed_by_the_garbage_collector_at_any_moment() -> None:
@@ -461,7 +463,7 @@ def test_nobody_is_looked_at_before_something_is_due(monkeypatch: pytest.MonkeyP
     clock.now += 20
     hub.beat()
     assert not looked
-    hub.disconnect("nobody", None)  # whoever is ended then has to be cut off in time
+    hub.disconnect(Disconnect("nobody", None))  # whoever is ended then has to be cut off in time
     clock.now += hub_module.FAREWELL
     hub.beat()
     assert set(looked) == set(streams)
@@ -492,9 +494,9 @@ def test_who_asks_whether_there_is_work_writes_only_if_the_generator_waits_after
         __slots__ = ()
 
         def _has_work(self) -> bool:
-            if self._backlog is not None and self._way is not None:
+            if self._buffer is not None and self._way is not None:
                 self._way = None
-                assert self._backlog.next_piece() is not None
+                assert self._buffer.next_piece() is not None
             return super()._has_work()
 
     ours, theirs = socket.socketpair()

@@ -1,4 +1,7 @@
-"""How an event travels through PostgreSQL: as the payload of a NOTIFY, and as a row of the event log. No I/O."""
+"""How events travel through PostgreSQL: as payloads of NOTIFY and rows of the log, on channels under its names. No I/O.
+
+`Decoder` turns what arrives into the bytes that go out to streams, once for all of them.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,20 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import re
+import time
 from dataclasses import dataclass
 from typing import Any
 
+from ...channels import RESERVED_PREFIX
 from ...errors import InvalidEvent, PayloadTooLarge
-from ...event import FIELDS, MAX_NUMBER, Event, Head, make_event, refuse_constant
+from ...event import FIELDS, MAX_NUMBER, Event, Head, encode, make_event, refuse_constant
 
+logger = logging.getLogger(__name__)
+
+# PostgreSQL's names end there (NAMEDATALEN - 1): LISTEN silently cuts a longer one, and pg_notify() refuses it.
+_MAX_NAME_BYTES = 63
 # A payload "must be shorter than 8000 bytes": https://www.postgresql.org/docs/current/sql-notify.html
 MAX_PAYLOAD_BYTES = 7999
 
@@ -196,3 +206,68 @@ def _load_object(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def pg_name(channel: str) -> str:
+    """Return the name under which PostgreSQL knows `channel`: itself, or a hash where it is longer than 63 bytes.
+
+    160 bits of SHA-256 behind the reserved prefix, so that no legal channel can be called so by chance or on purpose.
+    """
+    raw = channel.encode()
+    if len(raw) <= _MAX_NAME_BYTES:
+        return channel
+    return f"{RESERVED_PREFIX}:{hashlib.sha256(raw).hexdigest()[:40]}"
+
+
+class Dropped:
+    """Counts what is no legal event, and says so in the log once a minute at the most: anybody may send more."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._said_at = float("-inf")
+
+    def add(self, what: str, error: Exception) -> None:
+        self.count += 1
+        now = time.monotonic()
+        if now - self._said_at >= 60:
+            self._said_at = now
+            reason = error if isinstance(error, InvalidEvent) else type(error).__name__
+            logger.warning("Dropped %s, number %d so far: %s", what, self.count, reason)
+
+
+class Decoder:
+    """Encodes payloads, once for all streams. `key` is the event log's, None where none is used."""
+
+    def __init__(self) -> None:
+        self.key: bytes | None = None
+        self.dropped = Dropped()
+
+    def decode(self, payload: str) -> tuple[int, bytes | None]:
+        """Return an event's id in the log, 0 without one, and its bytes.
+
+        An id without bytes is that of an event that has to be fetched; neither means that there is nothing to send.
+        """
+        try:
+            found = from_log(payload) if self.key is not None else None
+            if found is not None:
+                log_id, signed, fields, data = found
+                self._check(log_id, signed)
+                return log_id, head_of(fields).encode(data, log_id)
+            message = from_payload(payload)
+            log_id = message.log_id or 0
+            if self.key is None:
+                log_id = 0
+            elif log_id:
+                self._check(log_id, message.signature)
+            if message.event is not None:
+                return log_id, encode(message.event, log_id or None)
+            if log_id:
+                return log_id, None
+            raise InvalidEvent("It is too large for NOTIFY, and the event log is not used here.")
+        except Exception as error:  # whatever anybody may have sent, it ends neither the listener nor a stream
+            self.dropped.add("a NOTIFY payload", error)
+            return 0, None
+
+    def _check(self, log_id: int, signed: str) -> None:
+        if self.key is None or signed != signature(self.key, log_id):
+            raise InvalidEvent("It claims an id of the event log, and is not signed: damaged or forged.")

@@ -7,16 +7,23 @@ libpq's own `host=… dbname=…`. https://www.postgresql.org/docs/current/libpq
 from __future__ import annotations
 
 import ipaddress
+import logging
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
 import psycopg2
-from psycopg2.extensions import make_dsn, parse_dsn
+from psycopg2.extensions import get_wait_callback, make_dsn, parse_dsn
 
+from ...concurrency import is_patched
 from ...errors import ConfigurationError, DatabaseNotConfigured
+from ...settings import Settings, database_sources
+
+logger = logging.getLogger(__name__)
 
 _SCHEME = re.compile(r"(?:postgres|postgresql)(?:\+(\w+))?://", re.ASCII)
 _KEYWORDS = re.compile(r"\w+\s*=", re.ASCII)
@@ -172,3 +179,43 @@ def _is_libpq_option(key: str) -> bool:
     except (psycopg2.Error, TypeError):
         return False
     return True
+
+
+_NO_DATABASE = (
+    "No PostgreSQL database is configured for flask_pg_sse. Set SSE_DATABASE_URL (or SQLALCHEMY_DATABASE_URI, or the "
+    "environment's DATABASE_URL) to postgresql://user:password@host/database."
+)
+
+
+def configured_databases(settings: Settings, config: Mapping[str, Any]) -> tuple[Dsn, Dsn]:
+    """Return where to notify and where to listen, as an app's config says, and say so in the log.
+
+    Raises `DatabaseNotConfigured` and `ConfigurationError`.
+    """
+    for source, value, connect_args in database_sources(settings, config, os.environ):
+        if source == "SSE_DATABASE_URL" or is_postgres(value):
+            dsn = to_dsn(value, source, connect_args)
+            if source == "SQLALCHEMY_DATABASE_URI":
+                _warn_of_psycopg2(value)
+            break
+    else:
+        raise DatabaseNotConfigured(_NO_DATABASE)
+    listen = dsn
+    if settings.listen_url is not None:
+        listen = to_dsn(settings.listen_url, "SSE_LISTEN_URL")
+        logger.info("Listening at %s (from SSE_LISTEN_URL).", listen)
+    logger.info("Using PostgreSQL at %s (from %s).", dsn, dsn.source)
+    return dsn, listen
+
+
+def _warn_of_psycopg2(url: Any) -> None:
+    """Say that an app's own queries are going to stop all its streams, where that can be known."""
+    sqlalchemy: Any = sys.modules.get("sqlalchemy")
+    if sqlalchemy is None or not is_patched() or get_wait_callback() is not None:
+        return
+    if sqlalchemy.make_url(url).get_driver_name() == "psycopg2":
+        logger.warning(
+            "SQLALCHEMY_DATABASE_URI is for psycopg2, with which each query stops the whole gevent worker until "
+            "PostgreSQL has answered, all streams included. Use psycopg 3 (postgresql+psycopg://), or call "
+            "psycogreen.gevent.patch_psycopg()."
+        )

@@ -9,10 +9,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ... import event
-from ..base import Item, Page
-from . import codec as wire
-from .decode import Dropped
+from ...event import encode
+from ..base import Item, Page, Tail
+from . import codec, control
+from .codec import Dropped
 from .pool import Pool
 
 # The fields as text: what psycopg2 cannot read as JSON would be an error of all rows.
@@ -32,11 +32,18 @@ Execute = Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]]
 
 
 def read_page(
-    execute: Execute, channels: Sequence[str], after: int, max_bytes: int, max_event: int, dropped: Dropped
+    execute: Execute,
+    channels: Sequence[str],
+    after: int,
+    max_bytes: int,
+    max_event: int,
+    dropped: Dropped,
+    commanded: Callable[[str], None] | None = None,
 ) -> Page:
     """Return the events on `channels` after an id: `max_bytes` of them, or a larger one alone, up to `max_event` bytes.
 
-    `execute` runs a query on the database. What cannot be sent is passed over, and counted in `dropped`.
+    `execute` runs a query on the database. What cannot be sent is passed over, and counted in `dropped`. On the control
+    channel there are no events but commands, which `commanded` gets.
     """
     rows = execute(_PAGE, (list(channels), after, max_bytes, max_event))
     pruned_through, head, upto = rows[0][:3]
@@ -46,19 +53,23 @@ def read_page(
             break
         if size > max(max_bytes, max_event):
             return Page(pruned_through, head, after, items, (log_id, size))
-        items += _items(channel, log_id, fields, data, dropped)
+        if channel == control.CHANNEL:
+            if commanded is not None:
+                commanded(data or "")
+        else:
+            items += _items(channel, log_id, fields, data, dropped)
     return Page(pruned_through, head, upto, items)
 
 
 def _items(channel: str, log_id: int, fields: str, data: str | None, dropped: Dropped) -> list[Item]:
     try:
-        return [(channel, event.encode(wire.from_row(fields, data), log_id), log_id)]
+        return [(channel, encode(codec.from_row(fields, data), log_id), log_id)]
     except Exception as error:  # notify() lets none in; whatever others write, it keeps no other event away
         dropped.add(f"event {log_id} of the log", error)
         return []
 
 
-class EventLog:
+class History:
     """The log, for streams that read it and for `sse_cursor()`."""
 
     def __init__(self, pool: Pool) -> None:
@@ -69,14 +80,14 @@ class EventLog:
         run = functools.partial(self._pool.execute, limit=LONGEST_READ)
         return read_page(run, channels, after, max_bytes, max_event, self._dropped)
 
-    def tails(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[tuple[str, int, Sequence[Item]]]:
+    def last(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[Tail]:
         found: dict[str, tuple[int, list[Item]]] = {}
         rows = self._pool.execute(_TAILS, (list(uptos), list(uptos.values()), max_bytes))
         for channel, after, log_id, fields, data in rows:
             _, items = found.setdefault(channel, (after, []))
             if log_id is not None:
                 items += _items(channel, log_id, fields, data, self._dropped)
-        return [(channel, after, items) for channel, (after, items) in found.items()]
+        return [Tail(channel, after, items) for channel, (after, items) in found.items()]
 
     def head(self) -> int:
         """Return the id up to which everything is committed."""

@@ -16,7 +16,7 @@ import logging
 import select
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import psycopg2
@@ -25,16 +25,15 @@ from psycopg2.extensions import quote_ident
 from ...concurrency import Wakeup, checkpoint
 from ...errors import DatabaseUnavailable, EventLogMissing, PgSSEError
 from ..backoff import Backoff
-from ..base import Item, Page
-from . import codec as wire
-from . import control
+from ..base import Item, Page, Readiness, Sink, Status
+from . import codec, control
+from .codec import Decoder
 from .connect import connect, execute
-from .decode import Decoder
+from .control import DisconnectCommands
 from .dsn import Dsn
 from .history import LONGEST_READ, read_page
 from .installation import InstallationLookup
 from .listens import ListenTable, ListenTicket
-from .orders import DisconnectCommands
 
 logger = logging.getLogger(__name__)
 
@@ -80,39 +79,32 @@ _DEAF = "LISTEN hears nothing here, as through PgBouncer: set SSE_LISTEN_URL to 
 
 
 class Listener:
-    """Listens to the channels that are wanted, from `start()` to `stop()`.
+    """Listens to the channels that are wanted, from `start()` to `stop()`, and hands what comes to `sink`.
 
-    `deliver(turn, position)` gets each turn in the order of arrival, and the log's position after it (0 without a log);
-    `gap(reason, position)` is called when events may have been missed and cannot be had again, and `pruned(through)`
-    when the log has lost its beginning; `orders` gets the orders to end streams, all that come after
-    `answered(True)`. `answered(False)` says that there is no log, and one is required, `answered(None)` that the
-    connection has failed. All run in the listener's thread. `linger` and `beat_every` are in seconds.
+    All calls of the sink run in the listener's thread. `commands` gets the commands to end streams: all that come after
+    the sink was told `READY`. `linger` and `beat_every` are in seconds.
     """
 
     def __init__(
         self,
         dsn: Dsn,
-        deliver: Callable[[Sequence[Item], int], None],
-        gap: Callable[[str, int], None],
-        presence: InstallationLookup,
+        sink: Sink,
+        installation: InstallationLookup,
+        commands: DisconnectCommands,
         *,
-        pruned: Callable[[int], None] = lambda through: None,
-        answered: Callable[[bool | None], None] = lambda hears_orders: None,
-        orders: DisconnectCommands | None = None,
         linger: float = LINGER,
         beat_every: float = BEAT_EVERY,
     ) -> None:
         self._dsn = dsn
-        self._deliver = deliver
-        self._gap = gap
-        self._answered = answered
-        self._presence = presence
-        self._orders = orders or DisconnectCommands(lambda: (), lambda subject, channel: None)
-        self._control = control.Control(pruned, self._orders)
+        self._sink = sink
+        self._installation = installation
+        self._commands = commands
+        self._control = control.Control(sink.pruned, commands)
         self._beat_every = beat_every
-        self._wanted = ListenTable(linger)
+        self._listens = ListenTable(linger)
         self._decoder = Decoder()
         self._position = 0  # in the log; 0: not known, or no log
+        self._readiness = Readiness.AWAY
         self._beat_at = 0.0  # when the last beat came back
         self._left: list[Any] = []  # arrived, and not handed over yet; the first one last
         self._lost_one = False  # a connection on which a LISTEN may have stood
@@ -129,24 +121,27 @@ class Listener:
     def stop(self, timeout: float) -> None:
         """End the thread and its connection, within `timeout` seconds; streams that wait for LISTEN are let go."""
         self._stopping = True
-        self._wanted.cancel()
+        self._listens.cancel()
         self._wakeup.set()
         if self._thread.is_alive():
             self._thread.join(timeout)
         else:  # it may never have started
             self._wakeup.close()
 
-    def listen(self, channels: Iterable[str]) -> ListenTicket:
+    def subscribe(self, channels: Iterable[str]) -> ListenTicket:
         """Want each of `channels` once more. The ticket tells when LISTEN stands; often it does already."""
-        ticket, missing = self._wanted.add(channels)
+        ticket, missing = self._listens.add(channels)
         if missing:
             self._wakeup.set()
         return ticket
 
-    def unlisten(self, channels: Iterable[str]) -> None:
+    def unsubscribe(self, channels: Iterable[str]) -> None:
         """Want each of `channels` once less. UNLISTEN follows later, if nobody wants it again until then."""
-        if self._wanted.remove(channels):  # the thread knows of no UNLISTEN to come yet
+        if self._listens.remove(channels):  # the thread knows of no UNLISTEN to come yet
             self._wakeup.set()
+
+    def status(self) -> Status:
+        return Status(self._readiness, self._position, self._listens.count())
 
     # -- the thread
 
@@ -175,12 +170,16 @@ class Listener:
             finally:
                 if connection is not None:
                     self._lost_one = True
-                    self._wanted.lost()
+                    self._listens.lost()
                     self._wakeup.watch(-1)
                     connection.close()
             if failure is not None:
-                self._answered(False if isinstance(failure, EventLogMissing) else None)
+                self._ready(Readiness.LOG_MISSING if isinstance(failure, EventLogMissing) else Readiness.AWAY)
                 self._pause(what, failure)
+
+    def _ready(self, readiness: Readiness) -> None:
+        self._readiness = readiness
+        self._sink.ready(readiness)
 
     def _pause(self, what: str, error: Exception) -> None:
         delay = self._backoff.next()
@@ -198,7 +197,7 @@ class Listener:
             return
         self._left = []
         self._find_log(connection, anew=True)
-        self._wanted.restart()
+        self._listens.restart()
         self._execute(connection, f"LISTEN {control.CHANNEL}")
         try:
             self._beat(connection, _BEAT)
@@ -207,13 +206,13 @@ class Listener:
             return
         self._execute(connection, _SETUP)
         confirmed = []
-        while names := self._wanted.due(_BATCH)[1]:
+        while names := self._listens.due(_BATCH)[1]:
             confirmed.append((names, self._listen(connection, names)))
         # After every LISTEN, so that from here on nothing is missed; and before any event that has come meanwhile,
         # which would look like the next one.
         self._recover(connection)
         for names, heard in confirmed:
-            self._wanted.confirm(names, heard)
+            self._listens.confirm(names, heard)
         self._backoff.reset()
 
         self._wakeup.watch(connection.fileno())
@@ -228,7 +227,7 @@ class Listener:
                 self._beat(connection, self._beat_query())
 
     def _find_log(self, connection: Any, *, anew: bool = False) -> None:
-        installation = self._presence.look(lambda query: self._execute(connection, query), anew=anew)
+        installation = self._installation.look(lambda query: self._execute(connection, query), anew=anew)
         self._decoder.key = installation.key if installation is not None else None
 
     @property
@@ -238,20 +237,20 @@ class Listener:
     def _next_chore_in(self) -> float:
         """Return the seconds until an UNLISTEN or a beat is due."""
         beat_in = self._beat_at + self._beat_every - time.monotonic()
-        return max(0.0, min(beat_in, self._wanted.next_due_in()))
+        return max(0.0, min(beat_in, self._listens.next_due_in()))
 
     def _change_listens(self, connection: Any) -> bool:
         """Bring the LISTENs of the connection to what is wanted, one batch; tell whether to call again."""
         if self._stopping:
             return False
-        ended, begun = self._wanted.due(_BATCH)
+        ended, begun = self._listens.due(_BATCH)
         if ended:
             self._execute(connection, ";".join(f"UNLISTEN {quote_ident(name, connection)}" for name in ended))
         if begun:
             heard = self._listen(connection, begun)
             # The position is then one that was the log's head after LISTEN.
             self._beat(connection, self._beat_query())
-            self._wanted.confirm(begun, heard)
+            self._listens.confirm(begun, heard)
         return bool(ended or begun)
 
     def _listen(self, connection: Any, names: Sequence[str]) -> set[str]:
@@ -274,7 +273,7 @@ class Listener:
     def _beat(self, connection: Any, query: str) -> None:
         """Notify ourselves, and hand over what has come until that comes back. Raises `_Deaf` if it does not."""
         [(now, key)] = self._execute(connection, query, (self._control.next_beat(),))
-        self._orders.set_clock(now)  # again and again: clocks are set, and machines suspended
+        self._commands.set_clock(now)  # again and again: clocks are set, and machines suspended
         if query == _BEAT_OF_LOG and (key is None or bytes(key) != self._decoder.key):
             # Before the position moves: what it has sent since was taken for forged, and is to be read.
             raise DatabaseUnavailable("The event log is another one: it was installed anew, or restored")
@@ -317,7 +316,7 @@ class Listener:
                     ours = notification.pid == connection.info.backend_pid
                     self._position = max(self._position, self._control.notified(notification.payload, ours))
                     continue
-                channel = self._wanted.channel_of(notification.channel)
+                channel = self._listens.channel_of(notification.channel)
                 if channel is None:
                     continue
                 log_id, block = self._decoder.decode(notification.payload)
@@ -331,7 +330,7 @@ class Listener:
                 size += len(block)
         finally:  # what came before the connection broke has come
             if turn or self._position != before:
-                self._deliver(turn, self._position)
+                self._sink.deliver(turn, self._position)
         if fetch:
             self._catch_up(connection)
         checkpoint(_PAUSE)
@@ -344,14 +343,14 @@ class Listener:
             self._catch_up(connection)
             return
         self._position = self._read(connection, [], 0).head if self._log_is_on else 0
-        self._answered(True)
+        self._ready(Readiness.READY)
         if lost_one:
             logger.warning("Listening again to %s; events since the connection broke may be lost.", self._dsn)
-            self._gap("reconnected", self._position)
+            self._sink.gap("reconnected", self._position)
         else:
             logger.info("Listening to PostgreSQL at %s.", self._dsn)
             if self._position:
-                self._deliver((), self._position)
+                self._sink.deliver((), self._position)
 
     def _catch_up(self, connection: Any) -> None:
         """Read the log from the position to its end, and hand over what it has."""
@@ -359,16 +358,16 @@ class Listener:
             # What has arrived of the log is in the pages to come, and would be too much to keep after a long absence.
             connection.poll()
             arrived, connection.notifies = [*self._left[::-1], *connection.notifies], []
-            self._left = [one for one in reversed(arrived) if not wire.is_logged(one.payload)]
-            page = self._read(connection, [*self._wanted.channels(), control.CHANNEL], self._position)
+            self._left = [one for one in reversed(arrived) if not codec.is_logged(one.payload)]
+            page = self._read(connection, [*self._listens.channels(), control.CHANNEL], self._position)
             reason = page.why_not_from(self._position)
             if reason is not None:
                 logger.warning("The event log of %s does not reach back to what was received last.", self._dsn)
                 self._position = page.head
-                self._gap(reason, page.head)
+                self._sink.gap(reason, page.head)
                 return
             self._position = page.upto
-            self._deliver(self._control.logged(page.items), page.upto)
+            self._sink.deliver(page.items, page.upto)
             if page.upto >= page.head:
                 return
             checkpoint(_PAUSE)
@@ -377,7 +376,9 @@ class Listener:
         def run(query: str, args: Sequence[Any]) -> Any:
             return execute(connection, query, tuple(args), timeout=_READ_WITHIN, limit=LONGEST_READ)
 
-        return read_page(run, channels, after, _TURN_BYTES, _ANY_SIZE, self._decoder.dropped)
+        return read_page(
+            run, channels, after, _TURN_BYTES, _ANY_SIZE, self._decoder.dropped, commanded=self._control.logged
+        )
 
     def _follow_log(self, connection: Any) -> None:
         """Serve without LISTEN: look at the log from time to time."""
@@ -385,9 +386,9 @@ class Listener:
             raise _Deaf(_DEAF)
         logger.error("%s. Until then events of the log come late, and others not at all.", _DEAF)
         while not self._stopping:
-            _, begun = self._wanted.due(_BATCH)
+            _, begun = self._listens.due(_BATCH)
             self._recover(connection)
-            self._wanted.confirm(begun, set(begun))
+            self._listens.confirm(begun, set(begun))
             while self._hand_over(connection) and not self._stopping:
                 pass
             self._backoff.reset()

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 
-from ...channels import pg_name
+from .codec import pg_name
 
 
 class _Pending:
@@ -155,6 +155,10 @@ class ListenTable:
         """Return the channels that are wanted or were until a moment ago, as streams call them."""
         with self._lock:
             return list(self._channel_of.values())
+
+    def count(self) -> int:
+        """Return on how many channels LISTEN stands."""
+        return len(self._listening)
 
     def listened(self) -> list[str]:
         """Return the channels on which LISTEN stands."""

@@ -49,9 +49,9 @@ def prune(execute: Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]], max_
 class Pruner:
     """Prunes the log of one database now and then, from `start()` to `stop()`. `retention` is in seconds."""
 
-    def __init__(self, pool: Pool, presence: InstallationLookup, retention: float) -> None:
+    def __init__(self, pool: Pool, installation: InstallationLookup, retention: float) -> None:
         self._pool = pool
-        self._presence = presence
+        self._installation = installation
         self._retention = retention
         self._wakeup = Wakeup()
         self._stopping = False
@@ -73,7 +73,7 @@ class Pruner:
             while not self._stopping:
                 # Not all processes at once, though they were started at once.
                 self._wakeup.wait(min(_EVERY, self._retention / 2) * random.uniform(0.5, 1.0))
-                if self._presence.found and not self._stopping:
+                if self._installation.found and not self._stopping:
                     self._round()
         finally:
             self._wakeup.close()

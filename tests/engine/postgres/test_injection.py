@@ -24,8 +24,7 @@ from psycopg2 import sql
 
 from demo import postgres
 from flask_pg_sse import InvalidChannel, InvalidEvent, PayloadTooLarge, notify, notify_many, schema_sql
-from flask_pg_sse.channels import pg_name
-from flask_pg_sse.engine.postgres.codec import from_payload
+from flask_pg_sse.engine.postgres.codec import from_payload, pg_name
 from flask_pg_sse.engine.postgres.listener import Listener
 from flask_pg_sse.event import Event
 from flask_pg_sse.testing import Received, stream
@@ -271,7 +270,7 @@ def test_channels(place: Place, app: Flask, ways: Ways, listening_to: list[str])
         assert dict(rows) == dict.fromkeys(HOSTILE, 3 + len(ways.all) - 1)  # the one that is not durable
 
     # And UNLISTEN, of all but one.
-    app.extensions["pg_sse"].runtime._process._threads[0]._wanted._linger = 0
+    app.extensions["pg_sse"].runtime._worker.engine._listener._listens._linger = 0
     kept = streams.pop('"; UNLISTEN *; --')
     for events in streams.values():
         events.close()

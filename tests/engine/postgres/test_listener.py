@@ -16,21 +16,28 @@ import psycopg2
 import pytest
 
 from demo import postgres
-from flask_pg_sse.channels import pg_name
 from flask_pg_sse.engine.backoff import Backoff
 from flask_pg_sse.engine.base import Item
+from flask_pg_sse.engine.postgres.codec import pg_name
 from flask_pg_sse.engine.postgres.connect import connect
+from flask_pg_sse.engine.postgres.control import DisconnectCommands
 from flask_pg_sse.engine.postgres.dsn import to_dsn
 from flask_pg_sse.engine.postgres.installation import InstallationLookup
 from flask_pg_sse.engine.postgres.listener import Listener
 from flask_pg_sse.errors import DatabaseUnavailable
 from tests.support.client import eventually
 from tests.support.link import Link, through
+from tests.support.model import IdleSink
 from tests.support.postgres import connect as plain_connect
 from tests.support.postgres import execute
 
 Turns = list[list[Item]]
 Make = Callable[..., tuple[Listener, Turns, list[float]]]
+
+
+def new_listener(url: str, sink: IdleSink, **options: Any) -> Listener:
+    commands = DisconnectCommands(lambda: (), sink.control)
+    return Listener(to_dsn(url, "test"), sink, InstallationLookup("auto"), commands, **options)
 
 
 @pytest.fixture
@@ -42,14 +49,15 @@ def make_listener() -> Iterator[Make]:
         turns: Turns = []
         gaps: list[float] = []
 
-        def deliver(turn: Sequence[Item], position: int) -> None:
-            if turn:
-                turns.append(list(turn))
+        class Sink(IdleSink):
+            def deliver(self, turn: Sequence[Item], position: int) -> None:
+                if turn:
+                    turns.append(list(turn))
 
-        def gap(reason: str, position: int) -> None:
-            gaps.append(time.monotonic())
+            def gap(self, reason: str, position: int) -> None:
+                gaps.append(time.monotonic())
 
-        listener = Listener(to_dsn(url, "test"), deliver, gap, InstallationLookup("auto"), **options)
+        listener = new_listener(url, Sink(), **options)
         listener.start()
         made.append(listener)
         return listener, turns, gaps
@@ -77,7 +85,7 @@ def test_listen_is_confirmed_before_the_ticket_says_so(database_url: str, make_l
     listener, turns, _ = make_listener(database_url)
     for number in range(20):
         channel = f"room-{number}"
-        assert listener.listen([channel]).wait(10)
+        assert listener.subscribe([channel]).wait(10)
         # Sent after the confirmation: it may not be missed.
         execute(database_url, "SELECT pg_notify(%s, %s)", (channel, str(number)))
     eventually(lambda: len(events(turns)) == 20)
@@ -101,10 +109,10 @@ def test_two_thousand_channels_cost_few_round_trips(
 
     monkeypatch.setattr(Listener, "_execute", counting)
     listener, turns, _ = make_listener(database_url, linger=0.0)
-    first = listener.listen(["first"])
+    first = listener.subscribe(["first"])
     eventually(lambda: any("first" in query for query in statements))
     del statements[:]
-    tickets = [listener.listen([f"room-{n}"]) for n in range(2000)]
+    tickets = [listener.subscribe([f"room-{n}"]) for n in range(2000)]
     go_on.set()
     assert all(ticket.wait(20) for ticket in [first, *tickets])
     assert len(statements) <= 5, statements
@@ -113,27 +121,27 @@ def test_two_thousand_channels_cost_few_round_trips(
     eventually(lambda: events(turns))
 
     del statements[:]
-    listener.unlisten([f"room-{number}" for number in range(2000)])
-    eventually(lambda: listener._wanted.listened() == ["first"])
+    listener.unsubscribe([f"room-{number}" for number in range(2000)])
+    eventually(lambda: listener._listens.listened() == ["first"])
     assert len([query for query in statements if "UNLISTEN" in query]) <= 5
 
 
 def test_unlisten_lingers_and_a_returning_stream_needs_no_round_trip(database_url: str, make_listener: Make) -> None:
     listener, turns, _ = make_listener(database_url, linger=60.0)
-    assert listener.listen(["orders"]).wait(10)
-    listener.unlisten(["orders"])
-    assert listener.listen(["orders"]).wait(0), "LISTEN still stood"
+    assert listener.subscribe(["orders"]).wait(10)
+    listener.unsubscribe(["orders"])
+    assert listener.subscribe(["orders"]).wait(0), "LISTEN still stood"
     execute(database_url, "NOTIFY orders, 'x'")
     eventually(lambda: events(turns))
 
 
 def test_channels_are_freed_when_nobody_wants_them(database_url: str, make_listener: Make) -> None:
     listener, _, _ = make_listener(database_url, linger=0.05)
-    assert listener.listen(["a", "b", "ü" * 100]).wait(10)
-    listener.unlisten(["a", "ü" * 100])
-    eventually(lambda: listener._wanted.listened() == ["b"])
-    assert listener._wanted._channel_of.keys() == {"b"}
-    assert not listener._wanted._idle_since and not listener._wanted._pending and not listener._wanted._to_listen
+    assert listener.subscribe(["a", "b", "ü" * 100]).wait(10)
+    listener.unsubscribe(["a", "ü" * 100])
+    eventually(lambda: listener._listens.listened() == ["b"])
+    assert listener._listens._channel_of.keys() == {"b"}
+    assert not listener._listens._idle_since and not listener._listens._pending and not listener._listens._to_listen
 
 
 def test_a_stream_that_comes_during_an_unlisten_gets_a_listen_of_its_own(
@@ -146,7 +154,7 @@ def test_a_stream_that_comes_during_an_unlisten_gets_a_listen_of_its_own(
     def churn(name: str) -> None:
         sender = plain_connect(database_url)
         for number in range(40):
-            assert listener.listen(["busy"]).wait(10)
+            assert listener.subscribe(["busy"]).wait(10)
             text = f"{name}-{number}"
             sender.cursor().execute("SELECT pg_notify('busy', %s)", (text,))
             block = ("busy", f"data: {text}\n\n".encode())
@@ -154,7 +162,7 @@ def test_a_stream_that_comes_during_an_unlisten_gets_a_listen_of_its_own(
                 eventually(lambda block=block: block in events(turns), 5)  # type: ignore[misc]
             except AssertionError:
                 deaf.append(text)
-            listener.unlisten(["busy"])
+            listener.unsubscribe(["busy"])
         sender.close()
 
     threads = [threading.Thread(target=churn, args=(f"t{n}",)) for n in range(4)]
@@ -168,7 +176,7 @@ def test_a_stream_that_comes_during_an_unlisten_gets_a_listen_of_its_own(
 def test_long_names_travel_under_a_hash(database_url: str, make_listener: Make) -> None:
     listener, turns, _ = make_listener(database_url)
     long = "kitchen-" + "é" * 100
-    assert listener.listen([long, long[:70]]).wait(10)
+    assert listener.subscribe([long, long[:70]]).wait(10)
     execute(database_url, "SELECT pg_notify(%s, 'x')", (pg_name(long),))
     eventually(lambda: events(turns))
     assert events(turns) == [(long, b"data: x\n\n")]
@@ -177,7 +185,7 @@ def test_long_names_travel_under_a_hash(database_url: str, make_listener: Make) 
 @pytest.mark.parametrize("name", ['a"b', "a'b", "a;DROP TABLE x", '"; UNLISTEN *; --', "a\\b", "Ä €", "%s", "a b", "*"])
 def test_names_are_quoted(database_url: str, make_listener: Make, name: str) -> None:
     listener, turns, _ = make_listener(database_url)
-    assert listener.listen([name, "bystander"]).wait(10)
+    assert listener.subscribe([name, "bystander"]).wait(10)
     execute(database_url, "SELECT pg_notify(%s, 'x'), pg_notify('bystander', 'y')", (name,))
     eventually(lambda: len(events(turns)) == 2)
     assert events(turns) == [(name, b"data: x\n\n"), ("bystander", b"data: y\n\n")]
@@ -185,7 +193,7 @@ def test_names_are_quoted(database_url: str, make_listener: Make, name: str) -> 
 
 def test_a_killed_backend_is_replaced_and_the_gap_told(database_url: str, make_listener: Make) -> None:
     listener, turns, gaps = make_listener(database_url)
-    assert listener.listen(["orders", "other"]).wait(10)
+    assert listener.subscribe(["orders", "other"]).wait(10)
     for round in range(3):
         pid = listener_pid(database_url)
         execute(database_url, "SELECT pg_terminate_backend(%s)", (pid,))
@@ -198,7 +206,7 @@ def test_a_killed_backend_is_replaced_and_the_gap_told(database_url: str, make_l
 def test_what_arrived_before_the_connection_broke_is_delivered(database_url: str, make_listener: Make) -> None:
     """A notification and the server's farewell may come in one read."""
     listener, turns, gaps = make_listener(database_url)
-    assert listener.listen(["orders"]).wait(10)
+    assert listener.subscribe(["orders"]).wait(10)
     for number in range(10):
         sender = plain_connect(database_url)
         pid = listener_pid(database_url)
@@ -211,16 +219,16 @@ def test_what_arrived_before_the_connection_broke_is_delivered(database_url: str
 
 def test_postgres_stopped_and_started(own_postgres: postgres.Server, make_listener: Make) -> None:
     listener, turns, gaps = make_listener(own_postgres.url())
-    assert listener.listen(["orders"]).wait(10)
+    assert listener.subscribe(["orders"]).wait(10)
     modes: tuple[postgres.StopMode, ...] = ("fast", "immediate")
     for mode in modes:
         own_postgres.stop(mode)
-        eventually(lambda: not listener._wanted.listened())
-        assert not listener.listen(["late"]).wait(0.1)
+        eventually(lambda: not listener._listens.listened())
+        assert not listener.subscribe(["late"]).wait(0.1)
         count = len(gaps)
         own_postgres.start()
         eventually(lambda: len(gaps) == count + 1)  # noqa: B023
-        assert listener.listen(["late"]).wait(0), "whoever waited has been served"
+        assert listener.subscribe(["late"]).wait(0), "whoever waited has been served"
         before = len(events(turns))
         execute(own_postgres.url(), "NOTIFY orders, 'x'")
         execute(own_postgres.url(), "NOTIFY late, 'y'")
@@ -229,14 +237,14 @@ def test_postgres_stopped_and_started(own_postgres: postgres.Server, make_listen
 
 def test_nothing_piles_up_while_postgres_is_away(own_postgres: postgres.Server, make_listener: Make) -> None:
     listener, _, _ = make_listener(own_postgres.url())
-    assert listener.listen(["kept"]).wait(10)
+    assert listener.subscribe(["kept"]).wait(10)
     own_postgres.stop()
-    eventually(lambda: not listener._wanted.listened())
+    eventually(lambda: not listener._listens.listened())
     for number in range(1000):
-        assert not listener.listen([f"room-{number}"]).wait(0)
-        listener.unlisten([f"room-{number}"])
-    assert listener._wanted._channel_of.keys() == listener._wanted._to_listen | {"kept"} == {"kept"}
-    assert not listener._wanted._pending
+        assert not listener.subscribe([f"room-{number}"]).wait(0)
+        listener.unsubscribe([f"room-{number}"])
+    assert listener._listens._channel_of.keys() == listener._listens._to_listen | {"kept"} == {"kept"}
+    assert not listener._listens._pending
     own_postgres.start()
 
 
@@ -247,21 +255,21 @@ def test_the_listener_notices_that_the_server_does_not_answer(
     """A half-open connection: the server's process is stopped, so that nothing comes and nothing breaks."""
     monkeypatch.setattr("flask_pg_sse.engine.postgres.listener._ANSWER_WITHIN", 0.3)
     listener, turns, gaps = make_listener(database_url, beat_every=0.1)
-    assert listener.listen(["orders"]).wait(10)
+    assert listener.subscribe(["orders"]).wait(10)
     pid = listener_pid(database_url)
     os.kill(pid, signal.SIGSTOP)
 
     def noticed() -> bool:
         if reloading:  # it wakes the listener, and is no sign of life of the server
-            listener.listen(["orders"])
-            listener.unlisten(["orders"])
+            listener.subscribe(["orders"])
+            listener.unsubscribe(["orders"])
         return bool(gaps)
 
     try:
-        listener.unlisten(["orders"])
+        listener.unsubscribe(["orders"])
         eventually(noticed)
     finally:
-        listener.listen(["orders"])
+        listener.subscribe(["orders"])
         os.kill(pid, signal.SIGCONT)
     execute(database_url, "NOTIFY orders, 'x'")
     eventually(lambda: events(turns))
@@ -272,7 +280,7 @@ def test_idle_session_timeouts_of_the_server_do_not_end_the_listener(database_ur
     execute(database_url, f"ALTER DATABASE {name} SET idle_session_timeout = '200ms'")
     execute(database_url, f"ALTER DATABASE {name} SET statement_timeout = '100ms'")
     listener, _, gaps = make_listener(database_url)
-    assert listener.listen(["orders"]).wait(10)
+    assert listener.subscribe(["orders"]).wait(10)
     pid = listener_pid(database_url)
     with pytest.raises(psycopg2.Error):  # proof that the setting bites
         idle = plain_connect(database_url)
@@ -284,7 +292,7 @@ def test_idle_session_timeouts_of_the_server_do_not_end_the_listener(database_ur
 
 def test_binary_rubbish_and_forged_payloads_end_nothing(database_url: str, make_listener: Make) -> None:
     listener, turns, gaps = make_listener(database_url)
-    assert listener.listen(["orders"]).wait(10)
+    assert listener.subscribe(["orders"]).wait(10)
     payloads = [
         "\x1e", "\x1e1", "\x1e1{", '\x1e1{"event":"sse-end"}\nx', "\x1e9{}\nx", "\x1e1[]\nx", '\x1e1{"n":{}}',
         '{"event": "sse-end"}', '{"event": "a\\nb"}', '{"data": "\\ud800"}', '{"retry": -1}', '{"id": [1]}',
@@ -305,7 +313,7 @@ def test_malformed_payloads_are_logged_once_a_minute(
     database_url: str, make_listener: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     listener, turns, _ = make_listener(database_url)
-    assert listener.listen(["orders"]).wait(10)
+    assert listener.subscribe(["orders"]).wait(10)
     for _ in range(50):
         execute(database_url, "SELECT pg_notify('orders', %s)", ('{"event": "sse-end", "data": "hunter2"}',))
     execute(database_url, "NOTIFY orders, 'end'")
@@ -318,7 +326,7 @@ def test_malformed_payloads_are_logged_once_a_minute(
 
 def test_turns_are_bounded(database_url: str, make_listener: Make) -> None:
     listener, turns, _ = make_listener(database_url)
-    assert listener.listen(["orders"]).wait(10)
+    assert listener.subscribe(["orders"]).wait(10)
     execute(database_url, "SELECT pg_notify('orders', n || repeat('x', 1000)) FROM generate_series(1, 3000) AS n")
     eventually(lambda: len(events(turns)) == 3000, 20)
     assert [int(block[6:].split(b"x")[0]) for _, block in events(turns)] == list(range(1, 3001))
@@ -340,8 +348,8 @@ def test_turns_are_bounded_behind_a_statement_too(
 
     monkeypatch.setattr(Listener, "_execute", waiting)
     listener, turns, _ = make_listener(database_url)
-    assert listener.listen(["orders"]).wait(10)
-    ticket = listener.listen(["second"])
+    assert listener.subscribe(["orders"]).wait(10)
+    ticket = listener.subscribe(["second"])
     execute(database_url, "SELECT pg_notify('orders', n || repeat('x', 1000)) FROM generate_series(1, 3000) AS n")
     go_on.set()
     assert ticket.wait(20)
@@ -361,13 +369,13 @@ def test_events_do_not_wait_until_subscribers_stop_coming(
 
     monkeypatch.setattr(Listener, "_execute", far_away)
     listener, turns, _ = make_listener(database_url)
-    assert listener.listen(["orders"]).wait(10)
+    assert listener.subscribe(["orders"]).wait(10)
     stop = threading.Event()
 
     def keep_coming() -> None:
         number = 0
         while not stop.wait(0.002):
-            listener.listen([f"room-{number}"])
+            listener.subscribe([f"room-{number}"])
             number += 1
 
     coming = threading.Thread(target=keep_coming)
@@ -382,7 +390,7 @@ def test_events_do_not_wait_until_subscribers_stop_coming(
 
 def test_a_stop_in_the_midst_of_a_flood_is_a_stop(database_url: str, make_listener: Make) -> None:
     listener, turns, _ = make_listener(database_url)
-    assert listener.listen(["orders"]).wait(10)
+    assert listener.subscribe(["orders"]).wait(10)
     stop = threading.Event()
 
     def flood() -> None:
@@ -410,8 +418,8 @@ def test_a_name_that_the_database_cannot_write_harms_no_other(
     url = postgres_server.url("latin1")
     listener, turns, gaps = make_listener(url)
     try:
-        assert listener.listen(["orders"]).wait(10)
-        tickets = [listener.listen([name]) for name in ("room-€", "café", "room-\u4e2d", "plain")]
+        assert listener.subscribe(["orders"]).wait(10)
+        tickets = [listener.subscribe([name]) for name in ("room-€", "café", "room-\u4e2d", "plain")]
         assert [ticket.wait(10) for ticket in tickets] == [False, True, False, True]
         execute(url, "SELECT pg_notify(channel, 'x') FROM unnest(%s) AS channel", (["orders", "café", "plain"],))
         eventually(lambda: len(events(turns)) == 3)
@@ -424,16 +432,16 @@ def test_a_name_that_the_database_cannot_write_harms_no_other(
 def test_a_callback_that_fails_does_not_end_the_listener(database_url: str) -> None:
     calls: list[Any] = []
 
-    def deliver(turn: Sequence[Item], position: int) -> None:
-        calls.append(turn)
-        if len(calls) == 1:
-            raise RuntimeError("a bug")
+    class Sink(IdleSink):
+        def deliver(self, turn: Sequence[Item], position: int) -> None:
+            calls.append(turn)
+            if len(calls) == 1:
+                raise RuntimeError("a bug")
 
-    lookup = InstallationLookup("auto")
-    listener = Listener(to_dsn(database_url, "test"), deliver, lambda reason, position: None, lookup)
+    listener = new_listener(database_url, Sink())
     listener.start()
     try:
-        assert listener.listen(["orders"]).wait(10)
+        assert listener.subscribe(["orders"]).wait(10)
         execute(database_url, "NOTIFY orders, 'first'")
         eventually(lambda: calls)
 
@@ -510,7 +518,7 @@ def test_a_refusal_in_another_encoding_is_one_like_others(
         listener, turns, _ = make_listener(url)
         eventually(lambda: refusing.refused >= 3)
         line.lead_to(postgres_server.port)
-        assert listener.listen(["orders"]).wait(20)
+        assert listener.subscribe(["orders"]).wait(20)
         execute(database_url, "NOTIFY orders, 'x'")
         eventually(lambda: events(turns) == [("orders", b"data: x\n\n")])
         listener.stop(5)

@@ -13,8 +13,7 @@ from flask import Flask
 from demo import postgres
 from flask_pg_sse import notify, schema_sql, sse_cursor
 from flask_pg_sse.engine.base import Item, Page
-from flask_pg_sse.engine.postgres import history as log
-from flask_pg_sse.engine.postgres import pool
+from flask_pg_sse.engine.postgres import history, pool
 from flask_pg_sse.engine.postgres.connect import connect as own_connection
 from flask_pg_sse.engine.postgres.connect import execute as own_execute
 from flask_pg_sse.engine.postgres.dsn import to_dsn
@@ -39,7 +38,7 @@ def test_streams_that_resume_do_not_wait_one_behind_the_other(
     """On channels of their own each, of whose last events the log has to be asked; LISTEN stands."""
     execute(database_url, schema_sql())
     monkeypatch.setattr(pool, "TIMEOUT", 1.0)
-    monkeypatch.setattr(log, "_TAILS", "SELECT pg_sleep(60); " + log._TAILS)
+    monkeypatch.setattr(history, "_TAILS", "SELECT pg_sleep(60); " + history._TAILS)
     app = make_app(database_url)
     begun = next(stream(app.test_client(), "/sse?channel=a"))
     heard: list[str] = []
@@ -54,7 +53,7 @@ def test_streams_that_resume_do_not_wait_one_behind_the_other(
     # One attempt for which they have waited, and one for those who came when it had begun; it was one for each.
     assert time.monotonic() - since < 10
     assert heard == ['{"reason": "unavailable"}'] * 20
-    assert not app.extensions["pg_sse"].runtime.process.streams[1]._unfilled
+    assert not app.extensions["pg_sse"].runtime.worker.streams[1]._unfilled
 
 
 def test_what_waits_for_a_lock_does_not_pile_up_in_postgresql(

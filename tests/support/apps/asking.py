@@ -19,7 +19,7 @@ def may_listen(channel: str) -> bool:
 @app.get("/places")
 def places() -> ResponseReturnValue:
     """How many are taken."""
-    return str(len(current_app.extensions["pg_sse"].runtime.process.admission.places._taken))
+    return str(len(current_app.extensions["pg_sse"].runtime.worker.admission.limiter._taken))
 
 
 __all__ = ["app"]

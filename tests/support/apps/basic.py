@@ -47,7 +47,7 @@ def held() -> ResponseReturnValue:
 @app.get("/state")
 def state() -> ResponseReturnValue:
     """What the package holds in this process, without starting anything."""
-    process = current_app.extensions["pg_sse"].runtime._process
-    if process is None or process._streams is None:
+    worker = current_app.extensions["pg_sse"].runtime._worker
+    if worker is None or worker._streams is None:
         return jsonify(streams=0, listened=[])
-    return jsonify(streams=len(process._streams[0]), listened=process._threads[0]._wanted.listened())
+    return jsonify(streams=len(worker._streams[0]), listened=worker.engine._listener._listens.listened())

@@ -1,0 +1,143 @@
+"""The engine in the memory of one process: for tests, where `SSE_BROKER_URL = "memory://"` says so.
+
+It keeps events as the event log does, and hears what this process sends and nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..concurrency import FairLock
+from ..event import Event, encode
+from .base import ControlMessage, Item, Page, Readiness, Sink, Status, Tail
+
+# Bytes of events that are kept, at most.
+KEPT_BYTES = 16 * 1024 * 1024
+
+
+class _Heard:
+    """A ticket that has its answer: nothing stands between this engine and its sink."""
+
+    def wait(self, timeout: float) -> bool:
+        return True
+
+    def cancel(self) -> None:
+        pass
+
+
+class MemoryEngine:
+    """One app's events in one process; see `base.Engine`.
+
+    `log` says whether events get ids and are kept, for `retention` seconds. Each publisher hands its events over
+    itself, one publisher at a time. An event on a caller's `connection` leaves at the call, whatever becomes of the
+    transaction.
+    """
+
+    def __init__(self, *, log: bool = True, retention: float = 86400.0) -> None:
+        self._log = log
+        self._retention = retention
+        # Ids begin at the clock's microseconds, above all that a process before this one has given out.
+        self._pruned_through = int(time.time() * 1_000_000) if log else 0
+        self._head = self._pruned_through
+        self._kept: deque[tuple[float, Item]] = deque()  # when, and what; oldest first
+        self._kept_bytes = 0
+        self._channels: Counter[str] = Counter()
+        # Not the lock of a turn: the sink may hold its own lock while it subscribes.
+        self._counting = threading.Lock()
+        self._sink: Sink | None = None
+        self._turn = FairLock()
+
+    def start(self, sink: Sink) -> None:
+        with self._turn:
+            self._sink = sink
+            sink.ready(Readiness.READY)
+            sink.deliver((), self._head)
+
+    def stop(self, timeout: float) -> None:
+        self._sink = None
+
+    def subscribe(self, channels: Iterable[str]) -> _Heard:
+        with self._counting:
+            self._channels.update(channels)
+        return _Heard()
+
+    def unsubscribe(self, channels: Iterable[str]) -> None:
+        with self._counting:
+            self._channels.subtract(channels)
+            self._channels = +self._channels  # without those that nobody wants
+
+    def publish(
+        self, channel: str, events: Sequence[Event], *, durable: bool = True, connection: Any = None
+    ) -> int | None:
+        with self._turn:
+            logged = self._log and durable
+            ids = range(self._head + 1, self._head + 1 + len(events)) if logged else [0] * len(events)
+            turn = [(channel, encode(event, id or None), id) for event, id in zip(events, ids, strict=True)]
+            if logged:
+                self._keep(turn)
+            if self._sink is not None:
+                self._sink.deliver(turn if channel in self._channels else (), self._head)
+            return self._head if logged and events else None
+
+    def _keep(self, turn: Sequence[Item]) -> None:
+        now = time.monotonic()
+        for item in turn:
+            self._kept.append((now, item))
+            self._kept_bytes += len(item[1])
+            self._head = item[2]
+        before = self._pruned_through
+        while self._kept and (self._kept[0][0] <= now - self._retention or self._kept_bytes > KEPT_BYTES):
+            _, item = self._kept.popleft()
+            self._kept_bytes -= len(item[1])
+            self._pruned_through = item[2]
+        if self._sink is not None and self._pruned_through > before:
+            self._sink.pruned(self._pruned_through)
+
+    def head(self) -> int:
+        return self._head
+
+    def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
+        items: list[Item] = []
+        size, head = 0, self._head
+        for item in self._between(channels, after, head):
+            if not items and len(item[1]) > max(max_bytes, max_event):
+                return Page(self._pruned_through, head, after, [], (item[2], len(item[1])))
+            size += len(item[1])
+            if items and size > max_bytes:
+                return Page(self._pruned_through, head, items[-1][2], items)
+            items.append(item)
+        return Page(self._pruned_through, head, max(after, head), items)
+
+    def last(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[Tail]:
+        found = []
+        for channel, upto in uptos.items():
+            items: deque[Item] = deque()
+            size, after = 0, self._pruned_through
+            for item in reversed(self._between([channel], 0, upto)):
+                size += len(item[1])
+                if size > max_bytes:
+                    after = item[2]
+                    break
+                items.appendleft(item)
+            found.append(Tail(channel, after, list(items)))
+        return found
+
+    def _between(self, channels: Iterable[str], after: int, upto: int) -> list[Item]:
+        wanted = set(channels)
+        return [item for _, item in list(self._kept) if item[0] in wanted and after < item[2] <= upto]
+
+    def control(self, message: ControlMessage) -> None:
+        with self._turn:
+            if self._sink is not None:
+                self._sink.control(message)
+
+    def now(self) -> float:
+        return time.time()
+
+    def status(self) -> Status:
+        readiness = Readiness.AWAY if self._sink is None else Readiness.READY
+        return Status(readiness, self._head, len(self._channels))

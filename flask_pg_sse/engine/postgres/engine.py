@@ -1,0 +1,169 @@
+"""The engine on PostgreSQL: NOTIFY carries events, and the event log keeps them where it is installed.
+
+How an event is sent is decided here: through the log or by NOTIFY alone, on a connection of the package's own or on the
+caller's.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ...event import Event
+from ...tokens import Keys, sign_disconnect
+from ..base import ControlMessage, Page, Readiness, Sink, Status, Tail, Ticket
+from . import control
+from .codec import pg_name, to_payload, to_row
+from .control import DisconnectCommands
+from .dsn import Dsn
+from .history import History
+from .installation import InstallationLookup
+from .listener import BEAT_EVERY, CLOCK, Listener
+from .pool import Pool
+from .publish import CallersConnection, OwnConnection
+from .retention import Pruner
+
+# Connections of the package's own. A notify takes about a millisecond, so a few serve a whole worker.
+_NOTIFY_CONNECTIONS = 4
+# Reading for slow clients must not keep notify() waiting, nor the other way round.
+_LOG_CONNECTIONS = 2
+
+
+class PostgresEngine:
+    """One app's database in one process; see `base.Engine`.
+
+    `databases` returns where to notify and where to listen, and is asked at first use. `event_log` is what
+    `SSE_EVENT_LOG` says, `retention` is in seconds, `longest_silence` the seconds after which a lost connection must be
+    noticed, and `keys` returns the keys that sign control messages, oldest first.
+    """
+
+    def __init__(
+        self,
+        databases: Callable[[], tuple[Dsn, Dsn]],
+        *,
+        event_log: bool | str,
+        retention: float,
+        longest_silence: float = BEAT_EVERY,
+        keys: Callable[[], Keys] = lambda: (),
+    ) -> None:
+        self._databases = databases
+        self._installation = InstallationLookup(event_log)
+        self._retention = retention
+        self._beat_every = min(BEAT_EVERY, longest_silence)
+        self._keys = keys
+        self._opening = threading.Lock()
+        self._connections: _Connections | None = None
+        self._listener: Listener | None = None
+        self._pruner: Pruner | None = None
+        self._stopped = False
+
+    @property
+    def _own(self) -> _Connections:
+        if self._connections is None:
+            with self._opening:
+                if self._connections is None:
+                    self._connections = _Connections(self._databases())
+                    if self._stopped:
+                        self._connections.close()  # what is borrowed from now on is closed after its use
+        return self._connections
+
+    # -- hearing
+
+    def start(self, sink: Sink) -> None:
+        own = self._own
+        commands = DisconnectCommands(self._keys, sink.control)
+        self._listener = Listener(own.listen_dsn, sink, self._installation, commands, beat_every=self._beat_every)
+        self._pruner = Pruner(own.pruning, self._installation, self._retention)
+        try:
+            self._listener.start()
+            self._pruner.start()
+        except BaseException:  # no thread to be had, or a greenlet that was killed while it waited for one
+            self._stop_threads(0)
+            raise
+
+    def stop(self, timeout: float) -> None:
+        self._stopped = True
+        self._stop_threads(timeout)
+        if self._connections is not None:
+            self._connections.close()
+
+    def _stop_threads(self, timeout: float) -> None:
+        for thread in (self._pruner, self._listener):
+            if thread is not None:
+                thread.stop(timeout)
+
+    def subscribe(self, channels: Iterable[str]) -> Ticket:
+        assert self._listener is not None, "subscribe() before start()"
+        return self._listener.subscribe(channels)
+
+    def unsubscribe(self, channels: Iterable[str]) -> None:
+        assert self._listener is not None, "unsubscribe() before start()"
+        self._listener.unsubscribe(channels)
+
+    # -- sending
+
+    def publish(
+        self, channel: str, events: Sequence[Event], *, durable: bool = True, connection: Any = None
+    ) -> int | None:
+        through = self._own.sending if connection is None else CallersConnection(connection)
+        if not durable or self._installation.look(through.execute) is None:
+            through.notify(pg_name(channel), [to_payload(event, channel) for event in events])
+            return None
+        return self._log(through, channel, events)
+
+    def control(self, message: ControlMessage) -> None:
+        through = self._own.sending
+        command = sign_disconnect(self._keys(), message.subject, message.channel, self.now())
+        if self._installation.look(through.execute) is None:
+            through.notify(control.CHANNEL, [json.dumps({"disconnect": command})])
+        else:
+            self._log(through, control.CHANNEL, [Event(command)])
+
+    def _log(self, through: OwnConnection | CallersConnection, channel: str, events: Sequence[Event]) -> int | None:
+        rows = [to_row(event) for event in events]
+        try:
+            return through.log(channel, rows)
+        except Exception:
+            self._installation.forget()  # it may have been taken away
+            raise
+
+    # -- reading
+
+    def head(self) -> int:
+        if self._installation.look(self._own.sending.execute) is None:
+            return 0
+        return self._own.history.head()
+
+    def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
+        return self._own.history.page(channels, after, max_bytes, max_event)
+
+    def last(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[Tail]:
+        return self._own.history.last(uptos, max_bytes)
+
+    def now(self) -> float:
+        [(now,)] = self._own.sending.execute(CLOCK)
+        return float(now)
+
+    def status(self) -> Status:
+        return Status(Readiness.AWAY, 0, 0) if self._listener is None else self._listener.status()
+
+
+class _Connections:
+    """The pools, whose connections are opened as they are needed, and where to listen."""
+
+    def __init__(self, databases: tuple[Dsn, Dsn]) -> None:
+        dsn, self.listen_dsn = databases
+        self._pools = (
+            Pool(dsn, "notify", _NOTIFY_CONNECTIONS),
+            Pool(dsn, "log", _LOG_CONNECTIONS, down_for=0.5),
+            Pool(dsn, "prune", 1),
+        )
+        self.sending = OwnConnection(self._pools[0])
+        self.history = History(self._pools[1])
+        self.pruning = self._pools[2]
+
+    def close(self) -> None:
+        for pool in self._pools:
+            pool.close()
