@@ -1,9 +1,8 @@
-"""Cross-origin access: which sites' pages may read a stream."""
+"""Cross-origin access, through flask-cors: which sites' pages may read a stream."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 
 from flask import Response, request
 from flask_cors import cross_origin
@@ -14,42 +13,44 @@ from .state import current_state
 
 
 def cross_origin_headers(response: Response) -> Response:
-    """Let the pages of listed origins read the answer, and of no others, whatever CORS the app has besides.
+    """Let pages of the origins in `SSE_ALLOWED_ORIGINS` read the response, whatever CORS the app itself allows.
 
-    Flask runs a blueprint's functions before the app's, and flask-cors leaves a response alone that it has seen.
+    Flask runs a blueprint's `after_request` functions before the app's, and flask-cors leaves a response alone that it
+    has evaluated.
     """
     try:
         origins = current_state().runtime.settings.allowed_origins
     except ConfigurationError:  # the view has failed with it already
         return response
-    # CORS(app) has had its hand on what an error handler returned, before any function that runs after a request.
+    # CORS(app) adds its headers to what an error handler returns, before any `after_request` function runs.
     for name in [name for name, _ in response.headers if name.lower().startswith("access-control-")]:
         del response.headers[name]
     origin = request.environ.get("HTTP_ORIGIN", "").lower()
-    if not origin and "*" not in origins:  # the site's own pages ask for no leave: spare the way through flask-cors
-        setattr(response, FLASK_CORS_EVALUATED, True)
+    if origin and (origin in origins or "*" in origins):
+        _allow(response, origin, with_credentials=origin in origins)
     else:
-        _decide(response, origin, origins)
-    if origins:
+        setattr(response, FLASK_CORS_EVALUATED, True)
+    if origins:  # also where nothing is allowed: a cache must not serve one origin's answer to another
         response.vary.add("Origin")
     return response
 
 
-def _decide(response: Response, origin: str, origins: Collection[str]) -> None:
-    listed = bool(origin) and origin in origins
-    # As a pattern of its own: flask-cors takes any text with brackets, an IPv6 origin say, for a regular expression.
-    exactly = re.compile(re.escape(origin) + r"\Z", re.IGNORECASE)
-    decide = cross_origin(
-        origins=[exactly] if listed else "*" if "*" in origins else [],
-        supports_credentials=listed,
-        send_wildcard=not listed,
-        always_send=False,
-        automatic_options=False,
-        vary_header=False,
+def _allow(response: Response, origin: str, *, with_credentials: bool) -> None:
+    """Add flask-cors' headers: for this origin with credentials, or for all origins without."""
+    # A compiled pattern, because flask-cors takes a text with brackets, such as an IPv6 origin, for a pattern itself.
+    this_origin = re.compile(re.escape(origin) + r"\Z", re.IGNORECASE)
+    allow = cross_origin(
+        origins=[this_origin] if with_credentials else "*",
+        supports_credentials=with_credentials,
+        send_wildcard=not with_credentials,
         methods=["GET", "HEAD"],
         allow_headers="*",
+        # Flask answers OPTIONS, and `Vary` is set for every response.
+        automatic_options=False,
+        vary_header=False,
+        # Said here, because the app's CORS_… configuration would apply to what is left out.
         expose_headers=None,
         max_age=None,
         allow_private_network=False,
     )
-    decide(lambda: response)()
+    allow(lambda: response)()
