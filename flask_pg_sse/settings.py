@@ -109,7 +109,7 @@ def _on_off_or(word: str) -> Kind:
     return Kind(f'true, false or "{word}"', parse)
 
 
-PATTERNS = Kind("a list of patterns, or a string with commas between them, none of them empty", _texts)
+PATTERNS = Kind("a list of patterns, or a string of patterns with commas between them; no pattern may be empty", _texts)
 ORIGINS = Kind('a list of origins such as "https://www.example.com" (no path, no wildcard inside), or "*"', _origins)
 WEB_URL = Kind("an http:// or https:// URL without query", _web_url)
 DATABASE = Kind("a PostgreSQL URL", _database)
@@ -138,43 +138,47 @@ class Settings:
         None, DATABASE, "the database; else `SQLALCHEMY_DATABASE_URI`, else the environment's `DATABASE_URL`"
     )
     listen_url: Any = _key(  # noqa: RUF009
-        None, DATABASE, "a direct connection for LISTEN, where the database URL leads through PgBouncer"
+        None, DATABASE, "a direct connection for LISTEN, needed if the database URL leads through PgBouncer"
     )
     allowed_origins: tuple[str, ...] = _key(
-        (), ORIGINS, "origins of other sites whose pages may open streams, with cookies; `*`: all, without cookies"
+        (),
+        ORIGINS,
+        "origins of other sites whose pages may open streams, with cookies; `*`: all sites, without cookies",
     )
     server_url: str | None = _key(
         None,
         WEB_URL,
-        "where the streams are, if not in this app, the blueprint's path included: `https://live.example.com/sse`",
+        "URL of the streams, if another server has them, with the blueprint's path: `https://live.example.com/sse`",
     )
     secret_key: str | bytes | None = _key(
-        None, SECRET, "signs URLs and `disconnect()`; else the app's `SECRET_KEY`; `SECRET_KEY_FALLBACKS` are taken too"
+        None, SECRET, "signs URLs and `disconnect()`; else the app's `SECRET_KEY`; `SECRET_KEY_FALLBACKS` work too"
     )
     event_log: bool | str = _key(
         "auto",
         ON_OFF_AUTO,
-        "the event log: used where it is installed (`flask sse init`); true: required; false: unused",
+        "auto: use the event log if it is installed (`flask sse init`); true: require it; false: do not use it",
     )
     retention: float = _key(86400.0, SECONDS, "seconds for which the event log keeps events")
     heartbeat: float = _key(
-        15.0, SECONDS, "seconds after which a quiet stream gets a sign of life, to keep proxies patient"
+        15.0, SECONDS, "seconds after which a quiet stream gets a heartbeat, so that proxies keep it open"
     )
     retry: int = _key(3000, WHOLE, "milliseconds a browser waits before it reconnects")
     buffer_bytes: int = _key(
-        262144, WHOLE, "bytes that may wait for one slow client; past that it reads the event log, or without it ends"
+        262144, WHOLE, "bytes that may wait for one slow client; above that it reads the event log, or without it ends"
     )
     send_timeout: float = _key(
-        30.0, SECONDS, "seconds in which a client must take 16 kB, or all that waits for it, or its stream is cut"
+        30.0, SECONDS, "seconds in which a client must take 16 kB, or all that waits for it; else its stream is cut"
     )
     max_age: float | None = _key(
-        None, SECONDS, "seconds after which a stream ends, so that its client is asked anew who it is; up to 10 % less"
+        None, SECONDS, "seconds after which a stream ends, so that permission is checked again; up to 10 % earlier"
     )
     max_streams: int | None = _key(
-        None, WHOLE, "streams of one worker; else 90 % of `worker_connections`, `threads` - 1 under gthread, or 1000"
+        None,
+        WHOLE,
+        "streams of one worker; by default 90 % of `worker_connections`, `threads` - 1 under gthread, else 1000",
     )
     max_streams_per_client: int | None = _key(
-        None, WHOLE, "streams of one client in one worker: of its subject or, where it has none, of its address"
+        None, WHOLE, "streams of one client in one worker, counted by its subject or, without a subject, by its address"
     )
     max_channels: int = _key(100, WHOLE, "channels on one stream")
     broker_url: str | None = _key(
@@ -183,7 +187,7 @@ class Settings:
     direct_write: bool | str = _key(
         True,
         ON_OFF_ALWAYS,
-        "whether gunicorn's idle streams are written to directly; always: past middleware too; false: by generators",
+        "true: write to gunicorn's idle streams directly; always: behind middleware too; false: through generators",
     )
 
     @classmethod
