@@ -1,1 +1,1 @@
-"""What the package costs, measured: programs to run by hand, each of which prints its tables."""
+"""Measure what the package costs: programs to run by hand, each of which prints tables."""

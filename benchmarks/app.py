@@ -1,4 +1,4 @@
-"""The application that is measured: what the README begins with, one route more, settings from the environment."""
+"""The measured application: the README's first example, one more route, and settings from the environment."""
 
 from __future__ import annotations
 

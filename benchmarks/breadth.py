@@ -1,4 +1,4 @@
-"""What more channels cost, and more workers."""
+"""Measure what more channels cost, and more workers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def channels(rig: Rig) -> Iterator[str]:
     yield "### Channels"
     yield ""
     yield (
-        f"As many clients as channels, each on one of its own. {SINGLE:,} events a second go to one channel after the "
-        f"other, so each is delivered once; {rig.rounds}."
+        f"As many clients as channels, one client on each. {SINGLE:,} events a second go to the channels in turn, so "
+        f"each is delivered once; {rig.rounds}."
     )
     names = ("channels", "", "CPU µs an event", "times the floor", "p50 ms", "p99 ms", "CPU of the load generator")
     yield ""
@@ -69,8 +69,8 @@ def workers(rig: Rig) -> Iterator[str]:
     yield "### Workers"
     yield ""
     yield (
-        f"{args.crowd:,} clients, {number(rate)} events a second, and all workers on one core: what counts here is the "
-        f"work, not the time. {rig.rounds}."
+        f"{args.crowd:,} clients, {number(rate)} events a second, and all workers on one core: compare the work, not "
+        f"the time. {rig.rounds}."
     )
     names = (
         "workers", "CPU µs a delivery, all workers", "CPU µs an event, all workers", "PostgreSQL's CPU µs an event",

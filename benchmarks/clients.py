@@ -1,7 +1,7 @@
-"""Client processes of a benchmark: each has its own connections and does what it is told, all of them at once.
+"""Client processes of a benchmark: each has its own connections, and all make their calls at the same time.
 
-Processes and not threads, so that no two clients share an interpreter. What they use of the CPU is reported, because a
-client that is busy would be measured in place of the server.
+They are processes, not threads, so that no two clients share an interpreter. They report their own CPU, because the
+figures of a client that is too busy would be its own, not the server's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flask_pg_sse import PgSSE
 CHANNEL = "benchmark"
 # Events of one notify_many().
 MANY = 1000
-# Rows that a transaction writes of its own, besides its event.
+# Other rows that a transaction writes besides its event.
 OWN_ROWS = 10
 
 TABLES = """
@@ -45,9 +45,9 @@ _OWN = "INSERT INTO own (dish) VALUES (%s)"
 
 @dataclass
 class Result:
-    """What one client did in one round: the seconds that each call took, and the CPU that the client used for them.
+    """One client's round: the seconds of each call, and the client's CPU for them.
 
-    `ended` is when each call ended, by the monotonic clock.
+    `ended` has the time when each call ended, by the monotonic clock.
     """
 
     calls: list[float]
@@ -57,13 +57,13 @@ class Result:
 
 
 class _Client:
-    """One client. Every method without an underscore is one call that is measured."""
+    """One client. Every method without an underscore is one measured call."""
 
     def __init__(self, url: str, number: int) -> None:
         self._random = random.Random(number)
         self._autocommit = psycopg2.connect(url)
         self._autocommit.autocommit = True
-        self._connection = psycopg2.connect(url)  # its transactions begin by themselves
+        self._connection = psycopg2.connect(url)  # without autocommit: every statement begins a transaction
         self._package = PgSSE(database_url=url)
         self._serial = 0
         self.use(100)
@@ -123,7 +123,7 @@ class _Client:
         self._connection.commit()
 
     def mixture(self) -> None:
-        """2,100 events in every way that there is."""
+        """Send 2,100 events, in every way."""
         self.many()
         self.many_transaction()
         for _ in range(100):
@@ -132,7 +132,7 @@ class _Client:
 
 
 def _serve(url: str, number: int, orders: Connection) -> None:
-    """Do what comes on `orders`, until its other end is closed. Times are of the monotonic clock, the same for all."""
+    """Make the calls that `orders` names, until its other end closes. All processes share the monotonic clock."""
     client = _Client(url, number)
     orders.send("ready")
     try:
@@ -157,7 +157,7 @@ def _serve(url: str, number: int, orders: Connection) -> None:
 
 
 def _listen(url: str, ready: Connection) -> None:
-    """Hear all events and do nothing with them, as the one connection of a worker would."""
+    """Receive all events and ignore them, like the one connection of a worker."""
     connection = psycopg2.connect(url)
     connection.autocommit = True
     with connection.cursor() as cursor:
@@ -175,7 +175,7 @@ class Clients:
     """`count` client processes, and one that listens."""
 
     def __init__(self, url: str, count: int) -> None:
-        # Not forked: an open pipe of the server's keeper would live on in the children.
+        # Not forked: children would inherit a pipe, and the process at its other end would wait for them too.
         context = multiprocessing.get_context("spawn")
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
@@ -206,7 +206,7 @@ class Clients:
                 process.join()
 
     def start(self, name: str, seconds: float, *, count: int, size: int) -> None:
-        """Have the first `count` clients make one call after the other, for `seconds` and at least once."""
+        """Let the first `count` clients make one call after the other, for `seconds` and at least once."""
         begin = time.monotonic() + 0.02
         for pipe in self._pipes[:count]:
             pipe.send((name, size, begin, begin + seconds))

@@ -1,7 +1,7 @@
-"""Thousands of streams that one thread reads, and the check of every event on each of them.
+"""Read thousands of streams in one thread, and check every event on each of them.
 
-All streams of a channel are sent the same bytes. So what has been read is taken apart once and then looked up, which
-makes a client in Python fast enough to measure a server with.
+All streams of a channel get the same bytes. So each piece is parsed once and then looked up. That makes a client in
+Python fast enough to measure a server.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# Bytes of one read, and of what is worth remembering: large events come to few streams.
+# Bytes of one read.
 _READ = 1 << 16
-# Pieces that are remembered: those of the events that are on their way at one time.
+# Parsed pieces to remember: those of the events that are being delivered at one time.
 _PIECES = 512
-# Streams that are being opened at once: below any server's backlog.
+# Streams to open at once: fewer than any server's backlog.
 _OPENING = 50
-# Seconds in which a server has to accept a connection, and to begin a stream.
+# Seconds in which a server must accept a connection and begin a stream.
 _PATIENCE = 60.0
 
 
@@ -35,7 +35,7 @@ def _pattern(padding: int) -> re.Pattern[bytes]:
 
 @dataclass
 class Heard:
-    """What the streams heard since `expect()`, and the CPU that was used for it."""
+    """What the streams received since `expect()`, and the CPU that this took."""
 
     deliveries: int = 0  # of different events
     missing: int = 0
@@ -44,7 +44,7 @@ class Heard:
     torn: int = 0
     ended: int = 0  # streams
     signs: int = 0  # of life: heartbeats and cursors
-    # Seconds from publishing to reading, one for each read: of its oldest event. And how many events it brought.
+    # For each read: the seconds from publishing to reading of its oldest event, and the number of its events.
     latencies: array.array[float] = field(default_factory=lambda: array.array("d"))
     brought: array.array[int] = field(default_factory=lambda: array.array("L"))
     last_at: float = 0.0  # monotonic time of the last event
@@ -59,17 +59,17 @@ class _Stream:
         self.sock = sock
         self.channel = channel
         self.following = 0  # the number of the next event
-        self.gaps: set[int] = set()  # lower ones that have not come
-        self.rest: tuple[bytes, bytes] | None = None  # of a block, and of a chunk, that have come in part
+        self.gaps: set[int] = set()  # lower numbers that have not come
+        self.rest: tuple[bytes, bytes] | None = None  # the beginnings of an incomplete block and of an incomplete chunk
 
 
 class _Piece:
-    """What some bytes of a stream hold, the rest of earlier bytes before them."""
+    """The parsed bytes of one read, after the rest of the read before."""
 
     __slots__ = ("at", "broken", "events", "first", "last", "numbers", "rest", "signs", "torn")
 
     def __init__(self, block: bytes, data: bytes, event: re.Pattern[bytes]) -> None:
-        self.broken = False  # by a chunk of another length than it says
+        self.broken = False  # true if a chunk has another length than it says
         blocks = [block]
         at = 0
         while (end := data.find(b"\r\n", at)) >= 0:
@@ -102,11 +102,11 @@ class _Piece:
         self.first = self.numbers[0] if self.numbers else 0
         self.last = self.first + self.events - 1
         if self.torn or self.numbers != list(range(self.first, self.last + 1)):
-            self.first = -1  # never the one that follows, so that it is looked at event by event
+            self.first = -1  # never the expected number, so the events are checked one by one
 
 
 class Crowd:
-    """The streams of one server. Events of channel number k are numbered from 0, anew since each `expect()`."""
+    """The streams of one server. Events of channel number k are numbered from 0; each `expect()` starts again at 0."""
 
     def __init__(self, padding: int) -> None:
         self.heard = Heard()
@@ -120,7 +120,7 @@ class Crowd:
     def connect(self, port: int, path: str, first: int, clients: int, channels: int) -> None:
         """Open streams number `first` to `clients`, some at a time; raise ConnectionError if one does not begin.
 
-        Each is on the next of so many channels.
+        The streams use the channels in turn.
         """
         for start in range(first, clients, _OPENING):
             opening = []
@@ -140,7 +140,7 @@ class Crowd:
                     stream.sock.close()
 
     def _begin(self, stream: _Stream) -> None:
-        """Read the head and the first block, which says that the channel is listened to."""
+        """Read the head and the first block, which confirms LISTEN."""
         answer = b""
         while b"\n\n\r\n" not in answer:
             data = stream.sock.recv(_READ)
@@ -162,7 +162,7 @@ class Crowd:
         self._begun = (time.monotonic(), time.process_time())
 
     def read(self, timeout: float) -> None:
-        """Read from those streams on which something has come, waiting for `timeout` seconds at the most."""
+        """Read from all streams that have data; wait for at most `timeout` seconds."""
         for number, _ in self._epoll.poll(timeout, 512):
             stream = self._streams[number]
             try:
@@ -177,7 +177,7 @@ class Crowd:
             self._ended.append(stream)
 
     def _hear(self, stream: _Stream, data: bytes, now: float) -> bool:
-        """Count what has come; False if nothing can come after it."""
+        """Count the events in `data`; return False if the stream cannot be read any further."""
         if stream.rest is None:
             piece = self._pieces.get(data)
             if piece is None:
@@ -218,7 +218,7 @@ class Crowd:
                 self.heard.repeated += 1
 
     def finish(self, published: Sequence[int]) -> Heard:
-        """Return what was heard of so many events of each channel; what has not come by now is missing."""
+        """Return the counts. `published` has the events of each channel; events that have not come are missing."""
         heard = self.heard
         for stream in (*self._streams.values(), *self._ended):
             heard.missing += len(stream.gaps) + max(0, published[stream.channel] - stream.following)

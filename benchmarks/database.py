@@ -1,4 +1,4 @@
-"""A fresh database for a benchmark, on a server of its own or on that of DATABASE_URL."""
+"""A fresh database for a benchmark, on its own server or on that of DATABASE_URL."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flask_pg_sse import schema_sql
 
 
 class Database:
-    """A fresh database with the event log, and what can be learnt of its server."""
+    """A fresh database with the event log, and figures of its server."""
 
     def __init__(self, url: str, pid: int | None) -> None:
         self.url = url
@@ -36,7 +36,7 @@ class Database:
         return self.execute(query, args)[0][0]
 
     def cpu(self) -> dict[int, float]:
-        """Return the seconds of CPU that each process of the server has used; nothing where they are out of reach."""
+        """Return the seconds of CPU of each process of the server; empty if the server runs elsewhere."""
         return machine.cpu(machine.children(self._pid)) if self._pid is not None else {}
 
     def close(self) -> None:
@@ -45,7 +45,7 @@ class Database:
 
 @contextlib.contextmanager
 def database(fsync: str) -> Iterator[Database]:
-    """Give a fresh database: on a server of this run's own, or on that of DATABASE_URL."""
+    """Give a fresh database: on this run's own server, or on that of DATABASE_URL."""
     with contextlib.ExitStack() as stack:
         url, pid = os.environ.get("DATABASE_URL"), None
         if not url:

@@ -1,4 +1,4 @@
-"""What a delivery costs and how long it takes, by the number of clients; and how many there can be a second."""
+"""Measure the cost and the time of a delivery by the number of clients, and the largest rate of events."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from benchmarks.rig import Measured, Rig, median, ratio
 from benchmarks.servers import FLOOR, PACKAGE, VARIANTS
 from benchmarks.tables import load, number, share, table
 
-# A rate holds if 99 % of the events are read within so many ms, and the last one within this part of the step's time
-# after the last one was due.
+# A rate holds if 99 % of the events are read within _P99 milliseconds, and the last event is read at most _AFTER times
+# the step's time after it was due.
 _P99 = 1000.0
 _AFTER = 0.25
 
@@ -27,7 +27,7 @@ def clients(rig: Rig) -> Iterator[str]:
             for one in servers:
                 rig.say(f"clients: opening {count:,} streams of {one.variant.title}")
                 one.connect(count)
-                rig.measure(one, where, rate, 0)  # what is done once
+                rig.measure(one, where, rate, 0)  # warm up
             rounds = found[count] = {one.variant.name: [] for one in servers}
             for _ in range(args.rounds):
                 for one in servers:
@@ -87,10 +87,10 @@ def events(rig: Rig) -> Iterator[str]:
     yield "### Events"
     yield ""
     yield (
-        f"{args.crowd:,} clients. The rate is doubled, from {args.rate:,} events a second, until the server falls "
-        f"behind: 99 % of the events are not read within a second, or all of them not soon after the end, or some not "
-        f"at all (the floor waits for nobody). Above {SINGLE:,} events a second, those that are due every hundredth of "
-        f"a second are published in one transaction. {args.seconds:g} s a rate; a rate held if it did "
+        f"{args.crowd:,} clients. The rate doubles, from {args.rate:,} events a second, until the server falls behind: "
+        f"until fewer than 99 % of the events are read within a second, the last event is read late, or events are lost "
+        f"(the floor does not wait for slow clients). Above {SINGLE:,} events a second, the events of each hundredth of a "
+        f"second are published in one transaction. Each rate runs for {args.seconds:g} s; a rate held if it did so "
         f"{'twice' if rounds > 1 else 'once'}."
     )
     names = (
@@ -121,7 +121,7 @@ def _ceiling(title: str, tried: dict[float, list[Measured]], rig: Rig) -> tuple[
 
 
 def _why_not(measured: Measured, clients: int, seconds: float) -> str:
-    """Return why a rate did not hold; nothing if it did."""
+    """Return why a rate did not hold; an empty text if it did."""
     lost = measured.events * clients - measured.deliveries
     late = _AFTER * seconds + 0.1
     if lost:

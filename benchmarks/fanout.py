@@ -1,11 +1,11 @@
-"""What the package costs: by clients, events, channels and workers, at rest, and for the app's other requests.
+"""Measure what the package costs: by clients, events, channels, workers, at rest, and for the app's other requests.
 
     python -m benchmarks.fanout [--quick] [--only clients,rest] [--into docs/performance.md --plot docs/performance.svg]
 
-Every variant is measured in every round, one after the other, and compared with the floor of its round: the machine may
-be slower or faster a minute later. Every delivery is checked; if one is lost, repeated, out of order or torn, the exit
-status is 1. PostgreSQL is one of this run's own, or that of DATABASE_URL, in a database that is made for the run and
-dropped after it.
+Each round measures every variant, one after the other, and compares it with the floor of that round, because the
+machine may be slower or faster a minute later. Every delivery is checked. If one is lost, repeated, out of order or
+torn, the exit status is 1. The run starts its own PostgreSQL or uses that of DATABASE_URL. It makes a database for
+itself and drops it afterwards.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ SECTIONS: dict[str, Callable[[Rig], Iterator[str]]] = {
     "rest": rest.rest,
     "others": others.others,
 }
-# Descriptors that a process of the run needs for other things than streams.
+# Descriptors that a process of the run needs besides its streams.
 _SPARE = 200
 MEASURED = re.compile(r"(<!-- measured: .*? -->\n).*?(<!-- measured: end -->)", re.DOTALL)
 
 
 def report(rig: Rig, left_out: Sequence[int]) -> Iterator[str]:
-    """Run the sections that are wanted, and yield the lines of what they have found."""
+    """Run the sections in `args.only`, and yield the lines of their reports."""
     args = rig.args
     begun = time.monotonic()
     yield f"{machine.describe()}, {rig.base.value('''SELECT split_part(version(), ' on ', 1)''')}. {_places(rig)}"
@@ -48,8 +48,8 @@ def report(rig: Rig, left_out: Sequence[int]) -> Iterator[str]:
         sizes = " and ".join(f"{count:,}" for count in left_out)
         yield ""
         yield (
-            f"Left out: {sizes} clients. A process may not have so many sockets here (`ulimit -Hn`, or LimitNOFILE= of "
-            "the service)."
+            f"Left out: {sizes} clients. A process here may not have that many sockets (`ulimit -Hn`, or LimitNOFILE= "
+            "of the service)."
         )
     for name in args.only:
         yield ""
@@ -68,16 +68,16 @@ def report(rig: Rig, left_out: Sequence[int]) -> Iterator[str]:
 
 def _places(rig: Rig) -> str:
     where = (
-        "The server ran on a core of its own, and PostgreSQL, the publisher and the load generator on the others"
+        "The server ran on its own core; PostgreSQL, the publisher and the load generator ran on the others"
         if rig.cores
-        else "There was one core for all, the load generator included"
+        else "Everything ran on one core, including the load generator"
     )
-    log = "PostgreSQL did not wait for the disk (fsync off)" if rig.base.cpu() else "PostgreSQL was one that was there"
-    return f"{where}. {log}. An event has some 100 bytes of data."
+    log = "PostgreSQL did not wait for the disk (fsync off)" if rig.base.cpu() else "It was that of DATABASE_URL"
+    return f"{where}. {log}. An event has about 100 bytes of data."
 
 
 def put_into(file: Path, lines: Sequence[str]) -> None:
-    """Put the report in the place of the one that stands in a document between its two comments."""
+    """Replace the report between a document's two comments."""
     text = file.read_text(encoding="utf-8")
     body = "\n".join(lines)
     file.write_text(MEASURED.sub(lambda found: f"{found[1]}\n{body}\n\n{found[2]}", text), encoding="utf-8")
@@ -108,7 +108,7 @@ def _document(text: str) -> Path:
     return file
 
 
-# What --quick changes. `deliveries` are those of a second; `doublings` how many rates are tried, from `rate` events on.
+# What --quick changes. `deliveries` are per second. `doublings` is the number of rates, beginning with `rate`.
 _FULL = {
     "clients": [100, 1000, 5000, 10_000], "crowd": 1000, "channels": [100, 500, 2000], "workers": [1, 2, 4],
     "rounds": 3, "seconds": 2.0, "deliveries": 20_000, "rate": 100, "doublings": 8,
@@ -124,14 +124,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="less of everything: under a minute")
     parser.add_argument("--only", type=_sections, default=list(SECTIONS), metavar="NAME,…", help=", ".join(SECTIONS))
     parser.add_argument("--plot", type=Path, default=Path("benchmarks/fanout.svg"), help="(benchmarks/fanout.svg)")
-    parser.add_argument("--into", type=_document, help="a document that has a place for the report")
+    parser.add_argument("--into", type=_document, help="a document with the two comments for the report")
     parser.add_argument("--clients", type=_numbers, metavar="N,…", help="how many at once (100,1000,5000,10000)")
     parser.add_argument("--crowd", type=int, help="clients of events and workers (1000)")
     parser.add_argument("--channels", type=_numbers, metavar="N,…", help="(100,500,2000)")
     parser.add_argument("--workers", type=_numbers, metavar="N,…", help="(1,2,4)")
     parser.add_argument("--rounds", type=int, help="(3)")
     parser.add_argument("--seconds", type=float, help="of a variant in a round (2)")
-    parser.add_argument("--doublings", type=int, help="how many rates of events are tried at the most (8)")
+    parser.add_argument("--doublings", type=int, help="rates of events to try at most (8)")
     args = parser.parse_args(arguments)
     for key, default in (_QUICK if args.quick else _FULL).items():
         if getattr(args, key, None) is None:
@@ -143,8 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     if not machine.measures_cpu():
         print(
-            "benchmarks/run needs Linux: what a server uses is read from /proc/PID/schedstat, which this system does "
-            "not have. Run it in a virtual machine or a container there.",
+            "benchmarks/run needs Linux: it reads the CPU of a server from /proc/PID/schedstat, which this system does "
+            "not have. Run it in a Linux virtual machine or container.",
             file=sys.stderr,
         )
         return 2
@@ -162,7 +162,7 @@ def _run(args: argparse.Namespace, base: Database, cores: set[int], left_out: Se
         print(line, flush=True)
         lines.append(line)
     if rig.curves:
-        # Not at the top of the module, which each load generator imports as it starts: this takes a second.
+        # Not at the top of the module: the import takes a second, and each load generator imports this module.
         from benchmarks import plot
 
         plot.draw(rig.curves, args.plot)
@@ -176,7 +176,7 @@ def _run(args: argparse.Namespace, base: Database, cores: set[int], left_out: Se
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signum)  # and everything that was started is ended on the way
+    raise SystemExit(128 + signum)  # on the way out, context managers end everything that was started
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Straight lines through what was measured, in words; and the word that there is none."""
+"""Fit straight lines through measurements, and say in words what they mean, or that no line fits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from benchmarks.tables import number
 
-# What was measured may lie off its line by so much of itself; and what is off one value by less, or grows by less from
-# the first size to the last, is called the same everywhere.
+# A line fits if no measurement deviates from it by more than _GOOD of itself. If all measurements deviate from one
+# value by at most _SAME, or grow by at most _SAME from the first size to the last, they count as the same.
 _GOOD = 0.25
 _SAME = 0.1
 _TIMES = "\N{MULTIPLICATION SIGN}"
@@ -18,7 +18,7 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Line:
-    """`fixed` + x times `slope`, and by how much of itself the farthest measurement lies off it."""
+    """`fixed` + x times `slope`, and the largest deviation, as a share of the measurement."""
 
     fixed: float
     slope: float
@@ -30,7 +30,7 @@ def _through(points: Points, fixed: float, slope: float) -> Line:
 
 
 def line(points: Points) -> Line:
-    """Fit a line by least squares of the relative errors: small sizes count as large ones do. Through 0, not below."""
+    """Fit a line by least squares of the relative errors, so small sizes count as much as large ones. Not below 0."""
     # Normal equations of fixed / y + slope * x / y = 1.
     a = sum(1 / y**2 for _, y in points)
     b = sum(x / y**2 for x, y in points)
@@ -42,14 +42,14 @@ def line(points: Points) -> Line:
 
 
 def level(points: Points) -> Line:
-    """Fit one value for all."""
+    """Fit one value for all sizes."""
     return _through(points, sum(1 / y for _, y in points) / sum(1 / y**2 for _, y in points), 0.0)
 
 
 def sentence(costs: str, points: Points, letter: str, what: str, unit: str) -> str:
-    """Say how a cost, in µs, ms or kB, grows with the number of `what`; or that it does not, or not in a line."""
+    """Say how a cost (in µs, ms or kB) grows with the number of `what`: in a line, not at all, or otherwise."""
     if len(points) < 3 or min(y for _, y in points) <= 0:
-        return f"{costs} what the table says: for a line, that is too little."
+        return f"{costs} what the table says: too little for a line."
     same, found = level(points), line(points)
     grows = abs(found.slope) * (points[-1][0] - points[0][0]) / same.fixed
     if same.deviation <= (_GOOD if grows <= _SAME else _SAME):

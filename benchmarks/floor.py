@@ -1,10 +1,10 @@
-"""The floor: what one send for each client and event costs at least, in Python and with nothing around it.
+"""The floor: the least that one send for each client and event can cost in Python.
 
     python -m benchmarks.floor PORT DATABASE_URL
 
-It takes any request for a stream of the channel that its URL ends with, and sends every NOTIFY to all who have asked,
-one after the other. No event log, no ids, no heartbeats, no limits, no access checks, no second chance for a slow
-client: it is there to be compared with.
+It accepts any request, takes the channel from the end of its URL, and sends every NOTIFY to all clients of the channel,
+one after the other. It has no event log, no ids, no heartbeats, no limits, no permission checks, and no second chance
+for a slow client. It exists only for comparison.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main(port: int, url: str) -> None:
     connection.autocommit = True
     cursor = connection.cursor()
     sends: dict[str, list[Callable[[bytes, int], int]]] = {}
-    # Closed by whoever started this, who ends it after each measurement: a client that leaves is not looked for.
+    # Never closed here: the benchmark ends this process after each measurement, so clients that leave do not matter.
     clients: dict[int, socket.socket] = {}
     server = socket.create_server(("127.0.0.1", port), backlog=4096)
     epoll = select.epoll()
@@ -51,7 +51,7 @@ def main(port: int, url: str) -> None:
             else:
                 client = clients[number]
                 asked = client.recv(4096)
-                epoll.unregister(number)  # from here on only written to
+                epoll.unregister(number)  # from here on this only writes to it
                 if asked:
                     channel = asked.split(b" ", 2)[1].rpartition(b"=")[2].decode()
                     if channel not in sends:

@@ -1,8 +1,8 @@
-"""The load generator: a process of its own with the streams of one server, seen from outside.
+"""The load generator: a separate process with the streams of one server, as the benchmark sees it.
 
     python -m benchmarks.listeners DESCRIPTOR PADDING     what `Listeners` starts
 
-Nobody has to believe that it is fast enough: what it used of the CPU comes with every measurement.
+Every measurement includes its CPU, so the report shows whether it was fast enough.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from types import TracebackType
 from benchmarks.crowd import Crowd, Heard
 
 ROOT = Path(__file__).resolve().parent.parent
-# Seconds without any event after which what is still to come is taken to be lost.
+# After so many seconds without any event, missing events count as lost.
 QUIET = 5.0
 
 
 class Listeners:
-    """A process with the streams of one server. `padding` is that of the events that they will hear."""
+    """A process with the streams of one server. `padding` is that of the events which they receive."""
 
     def __init__(self, padding: int) -> None:
         self._pipe, theirs = Pipe()
-        # Not by multiprocessing, whose children import all that their parent has: here that takes a second of CPU.
+        # Not by multiprocessing: its children import all modules of the parent, which takes a second of CPU here.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.listeners", str(theirs.fileno()), str(padding)],
             cwd=ROOT,
@@ -66,7 +66,7 @@ class Listeners:
         self._order("expect")
 
     def finish(self, deliveries: int, published: Sequence[int]) -> Heard:
-        """Wait until so many deliveries have come, as long as any come, and return what was heard.
+        """Wait for `deliveries`, or until no more events come, and return the counts.
 
         `published` has the number of events of each channel.
         """
@@ -76,7 +76,7 @@ class Listeners:
 
 
 def main(orders: Connection, padding: int) -> None:
-    """Do what comes on `orders` until it is closed, and read all the time."""
+    """Make the calls that `orders` names until it closes, and read the streams all the time."""
     crowd = Crowd(padding)
     try:
         while True:

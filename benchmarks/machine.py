@@ -1,4 +1,4 @@
-"""The machine: its cores, what processes use of them and of its memory, and what it is."""
+"""The machine: its cores, the CPU and the memory of processes, and its description."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROC = Path("/proc")
 
 
 def children(pid: int) -> list[int]:
-    """Return the processes that a process has started and that are running."""
+    """Return the running child processes of a process."""
     found = []
     for stat in _PROC.glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
@@ -24,7 +24,7 @@ def children(pid: int) -> list[int]:
 
 
 def cpu(pids: Collection[int]) -> dict[int, float]:
-    """Return the seconds of CPU that each process has used, in the kernel too; nothing where it cannot be known.
+    """Return the seconds of CPU of each process, in the kernel too; leave out processes that have ended.
 
     From schedstat, which counts in nanoseconds, and not from stat, which counts in ticks of 10 ms.
     """
@@ -37,19 +37,19 @@ def cpu(pids: Collection[int]) -> dict[int, float]:
 
 
 def resident(pids: Collection[int]) -> int:
-    """Return the bytes of memory that processes have together."""
+    """Return the resident memory of some processes together, in bytes."""
     lines = [line for pid in pids for line in (_PROC / str(pid) / "status").read_text().splitlines()]
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
 def measures_cpu() -> bool:
-    """Tell whether this system says what a process has used."""
+    """Tell whether this system reports the CPU of a process."""
     return (_PROC / "self" / "schedstat").exists()
 
 
 @contextlib.contextmanager
 def on(these: Collection[int]) -> Iterator[None]:
-    """Run on these cores alone, and start processes there; anywhere if there are none."""
+    """Run on these cores only, and start processes there; on all cores if `these` is empty."""
     if not these:
         yield
         return
@@ -67,14 +67,14 @@ def cores() -> list[int]:
 
 
 def divide() -> tuple[set[int], set[int]]:
-    """Return the core for the server and those for everything else; none for either where there is only one."""
+    """Return the core for the server and the cores for everything else; two empty sets if there is only one core."""
     all_of_them = cores()
     return (set(all_of_them[:1]), set(all_of_them[1:])) if len(all_of_them) > 1 else (set(), set())
 
 
 @contextlib.contextmanager
 def many_descriptors() -> Iterator[int]:
-    """Let this process and its children open as many files and sockets as the system allows, and tell how many."""
+    """Let this process and its children open as many files and sockets as the system allows; give that number."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = hard if hard != resource.RLIM_INFINITY else max(soft, 65536)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
@@ -85,7 +85,7 @@ def many_descriptors() -> Iterator[int]:
 
 
 def describe() -> str:
-    """Return what the machine is, and what runs on it."""
+    """Return a description of the machine and of the versions on it."""
     models = [line.partition(":")[2].strip() for line in _read("/proc/cpuinfo").splitlines() if "model name" in line]
     model = models[0] if models else platform.machine()
     packages = ("flask", "gunicorn", "gevent", "psycopg2-binary")

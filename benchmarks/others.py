@@ -1,4 +1,4 @@
-"""How long the rest of the app waits for its answers while a worker serves many streams."""
+"""Measure how long other requests of the app wait while their worker serves many streams."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.rig import Rig, percentiles
 from benchmarks.servers import PACKAGE
 from benchmarks.tables import number, table
 
-# Clients of large events, and the bytes and the number a second of those.
+# Clients of large events; bytes of such an event, and events a second.
 _FEW = 5
 _LARGE = 1_000_000
 _LARGE_RATE = 1.0
@@ -62,7 +62,7 @@ def others(rig: Rig) -> Iterator[str]:
                 found[title].append(answers.result())
     yield "### Other requests"
     yield ""
-    yield (f"`GET /ping`, answered by the same worker, one request after the other on one connection; {rig.rounds}.")
+    yield (f"`GET /ping`, served by the same worker, one request after the other on one connection; {rig.rounds}.")
     rows = []
     for title, rounds in found.items():
         p50, p99 = (statistics.median(part) for part in zip(*map(percentiles, rounds), strict=True))
@@ -73,7 +73,7 @@ def others(rig: Rig) -> Iterator[str]:
 
 
 def _ping(port: int, ended: threading.Event) -> list[float]:
-    """Ask until it is ended, at least once, and return the seconds that each answer took."""
+    """Send requests until `ended` is set, at least one, and return the seconds of each."""
     took: list[float] = []
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
         while not took or not ended.wait(_PAUSE):

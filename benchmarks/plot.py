@@ -1,4 +1,4 @@
-"""The plot: latency and CPU by the number of clients, as SVG that is the same for the same figures."""
+"""The plot: latency and CPU by the number of clients. The same figures give the same SVG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.rig import Measured, median
 from benchmarks.servers import FLOOR, GENERATORS, PACKAGE, Variant
 
-# Colours that everybody can tell apart, on white, which is readable on a dark page too.
+# Colours that colour-blind readers can tell apart, on white, which is readable on a dark page too.
 _STYLES = {PACKAGE.name: ("#0072B2", "o"), GENERATORS.name: ("#D55E00", "s"), FLOOR.name: ("#666666", "^")}
 _SETTINGS: Any = {
     "svg.hashsalt": "flask_pg_sse", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3,
@@ -23,7 +23,7 @@ Curves = Mapping[str, Sequence[tuple[int, Sequence[Measured]]]]
 
 
 def draw(curves: Curves, file: Path) -> None:
-    """Draw what `clients` has measured: for each variant, the rounds at each number of clients."""
+    """Draw the measurements of `clients`: for each variant, the rounds at each number of clients."""
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(9, 3.6), layout="constrained", facecolor="white")
         latency, cpu = figure.subplots(1, 2)
@@ -43,7 +43,7 @@ def draw(curves: Curves, file: Path) -> None:
             axes.minorticks_off()
             handles, labels = axes.get_legend_handles_labels()
             axes.legend(handles[::-1], labels[::-1])  # drawn last, on top of the others, and named first
-        # Neither a date nor the version of the library.
+        # Without the date and the version of the library, which would change the file.
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
 
 

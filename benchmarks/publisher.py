@@ -1,4 +1,4 @@
-"""The publisher: so many events a second on the channels of one server, and the time in each."""
+"""The publisher: it sends events at a given rate on the channels of one server; each event carries its time."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import psycopg2
 from benchmarks.crowd import data_of
 from flask_pg_sse import PgSSE
 
-# Up to so many events a second, each has a transaction of its own; above, all that are due every hundredth of a second
-# have one together.
+# Up to SINGLE events a second, each event has its own transaction. Above that, all events of each hundredth of a second
+# share one.
 SINGLE = 200
 _TICK = 0.01
-# Events of one transaction at the most.
+# Most events in one transaction.
 _MANY = 1000
 
 
 @dataclass
 class Published:
-    """How many events each channel got, when the first was due, and by how many seconds the last one came too late."""
+    """The number of events on each channel, the time when the first was due, and the last one's delay in seconds."""
 
     counts: list[int]
     begun: float  # by the monotonic clock
@@ -28,9 +28,9 @@ class Published:
 
 
 class Publisher:
-    """Publishes through the event log or, for a server that knows none, by pg_notify().
+    """Publishes through the event log or, for a server without one, by pg_notify().
 
-    The events of channel number k, whose name is `prefix` and k, are numbered from 0 in each `publish()`.
+    Channel number k has the name `prefix` + k. Each `publish()` numbers the events of each channel from 0.
     """
 
     def __init__(self, url: str, prefix: str, padding: int, *, log: bool) -> None:
@@ -41,7 +41,7 @@ class Publisher:
         self._connection.autocommit = True
 
     def publish(self, rate: float, seconds: float, channels: int = 1) -> Published:
-        """Send to one channel after the other, `rate` events a second in all, and at least one."""
+        """Send to the channels in turn, `rate` events a second in total, and at least one event."""
         total = max(1, round(rate * seconds))
         counts = [0] * channels
         begun = time.monotonic()

@@ -1,10 +1,10 @@
-"""What publishing costs, with the event log and without; and what a million events leave behind.
+"""Measure what publishing costs, with and without the event log, and what a million events leave behind.
 
     python -m benchmarks.publishing [--quick] [--fsync off]
 
-Every variant is measured in every round, one after the other, and compared with the first one of its round: the machine
-may be slower or faster a minute later. The server is a PostgreSQL of this run's own, with PostgreSQL's defaults, or the
-one of DATABASE_URL, in a database that is made for the run and dropped after it. One connection listens all the time.
+Each round measures every variant, one after the other, and compares it with the first variant of that round, because
+the machine may be slower or faster a minute later. The run starts its own PostgreSQL with PostgreSQL's defaults, or
+uses that of DATABASE_URL. It makes a database for itself and drops it afterwards. One connection listens all the time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.database import Database, database
 from demo import postgres
 from flask_pg_sse.engine.postgres.retention import BATCH
 
-# Name of the call in clients.py, what it does, and its events.
+# Name of the call in clients.py, its description, and its number of events.
 SINGLE = [
     ("bare", "bare INSERT + pg_notify", 1),
     ("ephemeral", "notify(durable=False)", 1),
@@ -55,7 +55,7 @@ def empty(base: Database) -> None:
 
 @dataclass
 class Round:
-    """One variant in one round: milliseconds of a call (the median), calls a second, microseconds of CPU a call."""
+    """One variant in one round: milliseconds per call (median), calls per second, microseconds of CPU per call."""
 
     ms: float
     rate: float
@@ -101,7 +101,7 @@ def compare(
 
 
 def events_of(name: str) -> int:
-    """Return how many events a call leaves in the log."""
+    """Return the number of events that a call adds to the log."""
     if name not in LOGGED:
         return 0
     return next(events for known, _, events in [*SINGLE, *TRANSACTIONS, *BULK] if known == name)
@@ -199,7 +199,7 @@ def state(base: Database, when: str, most: int | None = None) -> None:
 
 
 def fill(base: Database, clients: Clients, events: int, count: int) -> tuple[int, float, int]:
-    """Publish at least `events`; return how many, the seconds that took, and how large `pending` was at its largest."""
+    """Publish at least `events`; return their number, the seconds, and the largest size of `pending`."""
     begun, most = time.monotonic(), 0
     first = base.value("SELECT flask_pg_sse.head_v1()")
     done = 0
@@ -218,7 +218,7 @@ def latencies(base: Database, clients: Clients, seconds: float) -> list[float]:
 
 
 def percentiles(calls: Sequence[float]) -> str:
-    if not calls:  # it was over before the first
+    if not calls:  # pruning ended before the first call
         return "- | - | - | 0"
     at = [calls[min(len(calls) - 1, int(len(calls) * part))] for part in (0.5, 0.99)]
     return f"{at[0]:.2f} | {at[1]:.2f} | {calls[-1]:.2f} | {len(calls):,}"
@@ -228,10 +228,10 @@ def bloat(base: Database, clients: Clients, args: argparse.Namespace) -> None:
     empty(base)
     base.execute("SELECT pg_stat_reset()")
     count, took, most = fill(base, clients, args.events, 4)
-    # From here on everything is older than this many seconds when pruning begins.
+    # When pruning begins, all these events are older than the time since here.
     filled_at = time.monotonic()
     print(f"{count:,} events of 100 B by 4 clients in {took:.0f} s, 95 % of them by notify_many(), half of those and "
-          "all others in transactions of the caller's. Sizes in MB, autovacuum as by default.\n")  # fmt: skip
+          "all others in the caller's transactions. Sizes in MB, autovacuum's defaults.\n")  # fmt: skip
     print("| | `event` with indexes | its heap | dead | autovacuums | `pending` | its heap | dead | autovacuums "
           "| `pending` at most |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -247,7 +247,7 @@ def bloat(base: Database, clients: Clients, args: argparse.Namespace) -> None:
         batches.append(1000 * (time.perf_counter() - begun))
         return rows
 
-    # Clients go on for a time that is known beforehand; what they did after the pruning does not count.
+    # Clients run for a fixed time; their calls after the end of the pruning do not count.
     max_age = time.monotonic() - filled_at
     busy: list[float] = []
     deleted, took, more = 0, 0.0, True
@@ -305,7 +305,7 @@ def load() -> str:
 
 
 def fsync_ms() -> float:
-    """Return the milliseconds of a write of 8 kB and fdatasync, as of a commit, where the server's data are."""
+    """Return the milliseconds of a write of 8 kB with fdatasync, as in a commit, in the folder of the server's data."""
     folder = postgres.scratch()
     took = []
     try:
@@ -328,10 +328,10 @@ def numbers(text: str) -> list[int]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.publishing", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="less of everything: under a minute")
-    parser.add_argument("--fsync", choices=["on", "off"], default="on", help="of the server of this run's own (on)")
+    parser.add_argument("--fsync", choices=["on", "off"], default="on", help="of this run's own server (on)")
     parser.add_argument("--clients", type=numbers, metavar="N,N", help="how many at once (1,4,16)")
     parser.add_argument("--sizes", type=numbers, metavar="N,N", help="bytes of data (100,5000)")
-    parser.add_argument("--only", choices=["events"], help="leave out what a single publish costs")
+    parser.add_argument("--only", choices=["events"], help="only the part about what events leave behind")
     parser.add_argument("--rounds", type=int, help="(7)")
     parser.add_argument("--seconds", type=float, help="of a variant in a round (0.7)")
     parser.add_argument("--events", type=int, help="published and pruned (1000000); 0: leave that part out")
@@ -352,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         describe(base, args)
         parts = [
             ("One event", SINGLE, single),
-            (f"One event in a transaction with {OWN_ROWS} INSERTs of its own", TRANSACTIONS, transactions),
+            (f"One event in a transaction with {OWN_ROWS} other INSERTs", TRANSACTIONS, transactions),
             ("Many events in one transaction", BULK, bulk),
         ]
         for title, variants, rows in [] if args.only == "events" else parts:
@@ -362,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.events:
             print("\n## What events leave behind\n", flush=True)
             bloat(base, clients, args)
-        print(f"\nLoad average at the end, this run's own included: {load()}.")
+        print(f"\nLoad average at the end, including this run: {load()}.")
 
 
 if __name__ == "__main__":

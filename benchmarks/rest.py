@@ -1,4 +1,4 @@
-"""What streams cost on which nothing happens: memory, heartbeats, and the moment in which they come."""
+"""Measure what idle streams cost: memory, heartbeats, and opening them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from benchmarks.rig import Rig
 from benchmarks.servers import PACKAGE
 from benchmarks.tables import number, share, table
 
-# Seconds between heartbeats by default; and here that many times those of a round, so that there are soon enough.
+# Seconds between heartbeats by default. Here they come after _SHORT times the seconds of a round, to save time.
 _DEFAULT = 15.0
 _SHORT = 1.5
-# Heartbeats of each stream that are waited for.
+# Heartbeats of each stream to wait for.
 _BEATS = 2
-# Streams that are there before anything is measured: with the first one comes what all of them share.
+# Streams that open before the measurement: the first one also creates the parts that all share.
 _FIRST = 1
 
 
@@ -48,9 +48,9 @@ def rest(rig: Rig) -> Iterator[str]:
     yield "### At rest"
     yield ""
     yield (
-        f"This package alone. Memory is what the worker's resident memory has grown by; what the kernel keeps of a "
-        f"connection is not in it. The clients connect as fast as one process can, fifty at a time. Heartbeats came "
-        f"every {heartbeat:g} s here, and the last column is counted back to {_DEFAULT:g} s, the default."
+        f"Only this package. Memory is the growth of the worker's resident memory, without the kernel's memory for the "
+        f"connections. The clients connect as fast as one process can, fifty at a time. Heartbeats came every "
+        f"{heartbeat:g} s here; the last column is converted to {_DEFAULT:g} s, the default."
     )
     names = ("streams", "kB a stream", "CPU µs a connect", "connects/s", "CPU µs a heartbeat", "CPU at rest")
     yield ""

@@ -1,4 +1,4 @@
-"""One measurement: a server with its streams, events that are published, and what that cost and brought."""
+"""One measurement: publish events to a server with streams, and return the cost and the deliveries."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from benchmarks.listeners import Listeners
 from benchmarks.publisher import Publisher
 from benchmarks.servers import VARIANTS, Server, Variant
 
-# Bytes that make an event's data some hundred, as in benchmarks/publishing.py; and what a line with an id of the log
-# takes, so that the floor, which has none, sends as much.
+# Padding that makes an event's data about 100 bytes, as in benchmarks/publishing.py. The floor has no ids, so its
+# events get _ID more bytes each, the length of a line with an id of the log.
 PADDING = 55
 _ID = 21
 
 
 @dataclass
 class Measured:
-    """What one server did in one measurement. CPU in seconds, latencies in ms."""
+    """The figures of one server in one measurement. CPU in seconds, latencies in ms."""
 
     events: int
     deliveries: int
@@ -35,12 +35,12 @@ class Measured:
     load: float  # CPU of the load generator, as a share of one core
     p50: float
     p99: float
-    late: float  # seconds by which the publisher was behind its plan in the end
+    late: float  # seconds by which the publisher's last event came too late
     drained: float  # seconds from the first event's publishing to the last one's delivery
 
     @property
     def us(self) -> float:
-        """Microseconds of CPU a delivery."""
+        """Microseconds of CPU per delivery."""
         return 1e6 * self.cpu / max(1, self.deliveries)
 
     @property
@@ -49,7 +49,7 @@ class Measured:
 
     @property
     def postgres_us(self) -> float:
-        """Microseconds of PostgreSQL's CPU an event."""
+        """Microseconds of PostgreSQL's CPU per event."""
         return 1e6 * self.postgres / self.events
 
     @property
@@ -60,7 +60,7 @@ class Measured:
 
 @dataclass
 class Running:
-    """A server with streams of one kind, and who publishes to them. Their channels are `prefix` and a number."""
+    """A server with its streams and their publisher. The channels are named `prefix` + a number."""
 
     server: Server
     prefix: str
@@ -74,7 +74,7 @@ class Running:
         return self.server.variant
 
     def connect(self, clients: int, channels: int = 1) -> None:
-        """Open more streams, up to so many, which are on so many channels in turn."""
+        """Open more streams, up to `clients`, on `channels` channels in turn."""
         path = f"/sse?channel={self.prefix}{{channel}}"
         self.listeners.connect(self.server.port, path, self.clients, clients, channels)
         self.clients, self.channels = clients, channels
@@ -82,7 +82,7 @@ class Running:
 
 @dataclass
 class Rig:
-    """What all measurements of a run share, and what they have found so far."""
+    """The parts that all measurements of a run share, and their results so far."""
 
     args: argparse.Namespace
     base: Database
@@ -97,7 +97,7 @@ class Rig:
         return f"{self.args.rounds} round{'s' if self.args.rounds > 1 else ''} of {self.args.seconds:g} s"
 
     def steps(self, section: str, count: int) -> Callable[[str], None]:
-        """Return what is to be told each time that a step of a section begins."""
+        """Return a function that announces the next step of a section."""
         at = iter(range(1, count + 1))
         return lambda text: self.say(f"{section}, {next(at)} of {count}: {text}")
 
@@ -110,9 +110,9 @@ class Rig:
         workers: int = 1,
         settings: Mapping[str, str] | None = None,
     ) -> Iterator[list[Running]]:
-        """Start servers, all at once, as yet without streams; each worker has room for so many."""
+        """Start servers at the same time, without streams; each worker has room for `room` of them."""
         with contextlib.ExitStack() as stack:
-            # Twice the room: the package keeps a tenth of it for other requests, and workers share badly.
+            # Twice the room: the package keeps a tenth of it for other requests, and workers get unequal shares.
             started = [
                 stack.enter_context(
                     Server(one, self.base.url, room=2 * room, cores=self.cores, workers=workers, settings=settings)
@@ -135,7 +135,7 @@ class Rig:
             yield Running(server, prefix, listeners, publisher)
 
     def measure(self, running: Running, where: str, rate: float, seconds: float, *, may_lose: bool = False) -> Measured:
-        """Publish, wait until all has been heard, and return what that cost; note what was wrong."""
+        """Publish, wait for all deliveries, return the figures, and record faults."""
         running.listeners.expect()
         postgres, cpu = self.base.cpu(), running.server.cpu()
         published = running.publisher.publish(rate, seconds, running.channels)
@@ -159,7 +159,7 @@ class Rig:
 
 
 def faults(heard: Heard) -> str:
-    """Return what was wrong with the deliveries; nothing if nothing was."""
+    """Return the faults of the deliveries; an empty text if there were none."""
     wrong = {
         "lost": heard.missing, "repeated": heard.repeated, "out of order": heard.disordered, "torn": heard.torn,
         "of the streams ended": heard.ended,
@@ -168,7 +168,7 @@ def faults(heard: Heard) -> str:
 
 
 def percentiles(values: Sequence[float], weights: Sequence[int] | None = None) -> tuple[float, float]:
-    """Return the 50th and the 99th percentile of values that count as often as their weights say; NaN of nothing."""
+    """Return the 50th and the 99th percentile of weighted values; NaN if there are none."""
     if not values:
         return float("nan"), float("nan")
     ordered = sorted(zip(values, weights or [1] * len(values), strict=True))

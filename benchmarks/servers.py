@@ -1,4 +1,4 @@
-"""The servers that are compared: this package in two ways, and the floor."""
+"""The compared servers: this package in two ways, and the floor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the servers. `log` tells whether its events go through the event log; `settings` are the app's."""
+    """One of the servers. `log`: its events go through the event log. `settings`: those of the app."""
 
     name: str
     title: str
@@ -36,13 +36,13 @@ VARIANTS = (PACKAGE, GENERATORS, FLOOR)
 
 
 class ServerError(RuntimeError):
-    """A server did not start; the message has what it said."""
+    """A server did not start; the message contains its output."""
 
 
 class Server:
-    """One server on a port of its own, on the cores that are named; it and all that it started end with the context.
+    """One server on its own port and on the given cores. It and its child processes end with the context.
 
-    `room` is for how many connections a worker has to have room.
+    `room` is the number of connections for which a worker needs room.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Server:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # At once: nothing of it is needed any more, and its clients need no farewell.
+        # SIGKILL: nothing needs a clean end here.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -109,11 +109,11 @@ class Server:
         return [self._process.pid, *machine.children(self._process.pid)]
 
     def cpu(self) -> float:
-        """Return the seconds of CPU that it has used, all processes together."""
+        """Return the seconds of CPU of all its processes together."""
         return sum(machine.cpu(self._pids()).values())
 
     def resident(self) -> int:
-        """Return its bytes of memory."""
+        """Return its resident memory in bytes."""
         return machine.resident(self._pids())
 
 

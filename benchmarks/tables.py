@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-# Of a core: from here on a row says that the load generator may have been the limit.
+# Above this share of a core, a row says that the load generator may have been the limit.
 LIMITED = 0.8
 
 
@@ -20,7 +20,7 @@ def _row(cells: Sequence[object]) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number with the three digits that count, below 0.1 fewer; a dash for none."""
+    """Return a number with three significant digits, below 0.1 with one; a dash for NaN."""
     if value != value:
         return "-"
     if abs(value) < 0.1:
@@ -30,10 +30,10 @@ def number(value: float) -> str:
 
 
 def share(value: float) -> str:
-    """Return a part of one core in percent."""
+    """Return a share of one core in percent."""
     return f"{100 * value:.{0 if value >= 0.1 else 1}f} %"
 
 
 def load(value: float) -> str:
-    """Return what the load generator used, and whether that was too much."""
+    """Return the load generator's CPU, with a remark if it was too much."""
     return f"{share(value)}{' (may be the limit)' if value > LIMITED else ''}"
