@@ -88,10 +88,10 @@ def events(rig: Rig) -> Iterator[str]:
     yield ""
     yield (
         f"{args.crowd:,} clients. The rate doubles, from {args.rate:,} events a second, until the server falls behind: "
-        f"until fewer than 99 % of the events are read within a second, the last event is read late, or events are lost "
-        f"(the floor does not wait for slow clients). Above {SINGLE:,} events a second, the events of each hundredth of a "
-        f"second are published in one transaction. Each rate runs for {args.seconds:g} s; a rate held if it did so "
-        f"{'twice' if rounds > 1 else 'once'}."
+        f"until fewer than 99 % of the events are read within a second, the last event is read late, or events are "
+        f"lost (the floor does not wait for slow clients). Above {SINGLE:,} events a second, the events of each "
+        f"hundredth of a second are published in one transaction. Each rate runs for {args.seconds:g} s; a rate held "
+        f"if it did so {'twice' if rounds > 1 else 'once'}."
     )
     names = (
         "", "events/s that held", "deliveries/s", "CPU µs a delivery", "p50 ms", "p99 ms", "CPU of the server",

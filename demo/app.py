@@ -2,10 +2,10 @@
 
     gunicorn -k gevent demo.app:app          (with DATABASE_URL in the environment; ./demo/run does it all)
 
-The idea in one line: the HTML that answers the person who clicked is also sent, through PostgreSQL, to everybody else.
-A view changes an order and calls ``notify()`` in the same transaction. PostgreSQL delivers the event if and when that
-commits, to every worker on every host; each hands it to its open pages, and htmx puts the card where it belongs. A page
-that was away (a hidden tab, a tunnel, a deploy) gets from the event log what it has missed.
+The idea in one line: the server sends the HTML that answers a click to all other pages too, through PostgreSQL.
+A view changes an order and calls ``notify()`` in the same transaction. If that commits, PostgreSQL delivers the event
+to every worker on every host. Each worker sends it to its open pages, and htmx puts the card in its place. A page that
+was away (a hidden tab, a tunnel, a deploy) gets the missed events from the event log.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from demo.orders import MENU, STEPS, Order
 from flask_pg_sse import DatabaseUnavailable, notify, sse_bp, sse_cursor
 
 app = Flask(__name__)
-app.config["SSE_CHANNELS"] = ["orders"]  # whoever can open the page may listen to this channel, and to no other
+app.config["SSE_CHANNELS"] = ["orders"]  # everybody may listen to this channel, and to no other
 app.register_blueprint(sse_bp)  # GET /sse?channel=orders
 app.register_blueprint(htmx_bp)  # GET /htmx/htmx.min.js
 
@@ -32,13 +32,13 @@ app.register_blueprint(htmx_bp)  # GET /htmx/htmx.min.js
 @app.get("/")
 def page() -> str:
     orders.create_tables(orders.database_url())
-    cursor = sse_cursor()  # before the board is read: what changes after this line comes by the stream
+    cursor = sse_cursor()  # before the board is read: the stream brings all changes after this line
     return render_template("page.html", board=orders.read_board(), menu=MENU, cursor=cursor)
 
 
 @app.get("/board")
 def board() -> str:
-    """The columns alone: what a page fetches when it has been away for so long that the log does not reach back."""
+    """The columns only. A page fetches them when it was away for longer than the log reaches back."""
     return render_template("board.html", board=orders.read_board())
 
 
@@ -49,7 +49,7 @@ def place() -> ResponseReturnValue:
     if dish not in MENU:
         abort(400, "Please choose a dish from the menu.")
     if not 1 <= quantity <= 9:
-        abort(400, "From one to nine of a dish, please.")
+        abort(400, "Please order one to nine of a dish.")
     customer = line_of_text("name", 30) or "Guest"
     note = line_of_text("note", 80)
     with orders.transaction() as conn:
@@ -70,19 +70,19 @@ def move(order_id: int) -> ResponseReturnValue:
 
 
 def announce(order: Order, conn: Connection) -> None:
-    """Send the order's card and a line for the log to every open page, when and only when this transaction commits."""
+    """Send the order's card and a line for the log to every open page, if and when this transaction commits."""
     notify("orders", render_template("event.html", order=order), connection=conn)
 
 
 def card(order: Order) -> ResponseReturnValue:
-    """Answer the page that asked. It gets the card by the stream as well, and takes whichever comes first."""
-    if "HX-Request" not in request.headers:  # a browser without JavaScript has sent the plain form
+    """Answer the page that asked. It also gets the card by its stream, and shows the one that comes first."""
+    if "HX-Request" not in request.headers:  # the plain form, from a browser without JavaScript
         return redirect(url_for("page"), 303)
     return render_template("card.html", order=order)
 
 
 def line_of_text(field: str, longest: int) -> str:
-    """Return a form field as one line without control characters (NUL, which PostgreSQL refuses, is one)."""
+    """Return a form field as one line without control characters (PostgreSQL refuses NUL, for example)."""
     text = "".join(c if c.isprintable() else " " for c in request.form.get(field, ""))
     text = " ".join(text.split())
     if len(text) > longest:
@@ -113,16 +113,18 @@ def refusal(status: int, message: str) -> Response:
     if "HX-Request" not in request.headers:
         return Response(message, status, mimetype="text/plain")
     answer = Response(render_template("refusal.html", message=message), status)
-    if status == 409:  # the page was behind: this header makes htmx send it the event "stale", and it fetches the board
+    if status == 409:  # the page is behind: the header makes htmx fire "stale", and the page fetches the board
         answer.headers["HX-Trigger"] = "stale"
     return answer
 
 
 @app.before_request
 def refuse_other_sites() -> None:
-    """Refuse a form sent from another site's page. There is no session to carry a token, and none is needed:
-    every browser says where a POST comes from."""
-    site = request.headers.get("Sec-Fetch-Site")  # over https and to localhost; elsewhere there is Origin alone
+    """Refuse a form sent from another site's page.
+
+    This needs no session and no token: every browser says where a POST comes from.
+    """
+    site = request.headers.get("Sec-Fetch-Site")  # only over https and to localhost; elsewhere there is Origin
     origin = request.headers.get("Origin")
     here = site == "same-origin" if site else not origin or urlsplit(origin).netloc == request.host
     if request.method == "POST" and not here:
@@ -131,6 +133,6 @@ def refuse_other_sites() -> None:
 
 @app.after_request
 def only_from_here(response: Response) -> Response:
-    """Nothing on the page comes from elsewhere, and no text of a visitor's could run as a script."""
+    """Allow content from this server only, so that no visitor's text can run as a script."""
     response.headers["Content-Security-Policy"] = "default-src 'self'; base-uri 'none'; frame-ancestors 'none'"
     return response

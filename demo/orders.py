@@ -1,4 +1,4 @@
-"""The kitchen's orders in PostgreSQL: plain psycopg2, and every value a parameter."""
+"""The kitchen's orders in PostgreSQL, with plain psycopg2. Every value is a parameter."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from psycopg2.extensions import connection as Connection
 from flask_pg_sse import schema_sql
 
 MENU = ("Margherita", "Mushroom ramen", "Falafel wrap", "Fish tacos", "Garden salad", "Lemon tart")
-STEPS = ("new", "cooking", "ready", "collected")  # an order goes through them in this order, one at a time
-MAX_OPEN = 40  # orders not collected yet: whatever visitors do, the table stays small
+STEPS = ("new", "cooking", "ready", "collected")  # an order moves from left to right, one step at a time
+MAX_OPEN = 40  # orders not collected yet; keeps the table small
 KEEP_COLLECTED = 4
 
 COLUMNS = "id, dish, quantity, customer, note, status, version, changed_at"
 
 
 class Refused(Exception):
-    """The kitchen says no; the text tells the visitor why."""
+    """The kitchen refuses an order; the text tells the visitor why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,11 @@ def place(conn: Connection, dish: str, quantity: int, customer: str, note: str) 
 
 
 def move(conn: Connection, order_id: int, to: str) -> Order:
-    """Move an order one step along, to ``to``. Raises Refused when that is not its next step (any more)."""
+    """Move an order to its next step, ``to``. Raises Refused if that is not its next step (any more)."""
     with conn.cursor() as cur:
         version = next_version(conn)
-        # The step it must come from is part of the statement: of two people who press the same button, one wins,
-        # and the other does not push the order two steps along.
+        # The statement checks the order's present step. If two people press the same button, one wins, and the other
+        # does not move the order a second step.
         cur.execute(
             f"""UPDATE demo_order SET status = %s, version = %s, changed_at = now()
                 WHERE id = %s AND status = %s RETURNING {COLUMNS}""",
@@ -87,7 +87,7 @@ def move(conn: Connection, order_id: int, to: str) -> Order:
             cur.execute("SELECT status FROM demo_order WHERE id = %s", (order_id,))
             found = cur.fetchone()
             raise Refused(f"Order {order_id} is {found[0]} now." if found else f"There is no order {order_id}.")
-        cur.execute(  # the last few collected orders stay on the board, older ones leave the table
+        cur.execute(  # keep the last few collected orders on the board, and delete older ones
             """DELETE FROM demo_order WHERE status = 'collected' AND version NOT IN (
                    SELECT version FROM demo_order WHERE status = 'collected' ORDER BY version DESC LIMIT %s)""",
             (KEEP_COLLECTED,),
@@ -96,10 +96,10 @@ def move(conn: Connection, order_id: int, to: str) -> Order:
 
 
 def next_version(conn: Connection) -> int:
-    """Count one more change of the board, and hold its row until the transaction ends.
+    """Count a change of the board, and lock its row until the transaction ends.
 
-    Writers therefore go one after another, and versions are in the order of commits, which is also the order in
-    which PostgreSQL delivers the notifications. A page can tell by the version alone which of two cards is newer.
+    So writers commit one after the other, and versions are in the order of commits. PostgreSQL delivers notifications
+    in the same order. A page can tell by the version alone which of two cards is newer.
     """
     with conn.cursor() as cur:
         cur.execute("UPDATE demo_board SET version = version + 1 RETURNING version")
@@ -108,7 +108,7 @@ def next_version(conn: Connection) -> int:
 
 
 def read_board() -> Board:
-    """Read all orders, each column in the order in which its orders came to it (collected ones: newest first)."""
+    """Read all orders. Each column is in the order of arrival (collected orders: newest first)."""
     with transaction() as conn, conn.cursor() as cur:
         cur.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")  # both reads see the same moment
         cur.execute("SELECT version FROM demo_board")
@@ -124,10 +124,10 @@ def read_board() -> Board:
 
 @contextmanager
 def transaction() -> Iterator[Connection]:
-    """Give a connection whose work is committed at the end of the block, or rolled back if the block raises.
+    """Give a connection. Commit at the end of the block, or roll back if the block raises.
 
-    A connection for each request keeps the demo short; an application with more to do has a pool. While a plain
-    psycopg2 call runs, its gevent worker does nothing else: no matter for queries of a millisecond such as these.
+    One connection for each request keeps the demo short; a larger application has a pool. A plain psycopg2 call stops
+    its gevent worker. That does not matter here, because these queries take about a millisecond.
     """
     create_tables(database_url())
     conn = psycopg2.connect(database_url())
@@ -140,9 +140,10 @@ def transaction() -> Iterator[Connection]:
 
 @cache
 def create_tables(url: str) -> None:
-    """Run schema.sql once a process, at first use: the app starts even while PostgreSQL is down.
+    """Run schema.sql and install the event log, once in each process.
 
-    And install the event log, so that a page that was away gets what it has missed: what ``flask sse init`` does.
+    This happens at first use, so that the app starts even while PostgreSQL is down. ``flask sse init`` installs the log
+    in the same way. With the log, a page that was away gets the missed events.
     """
     conn = psycopg2.connect(url)
     try:
@@ -154,8 +155,8 @@ def create_tables(url: str) -> None:
 
 
 def database_url() -> str:
-    """Return the environment's DATABASE_URL, without SQLAlchemy's ``+driver``, which libpq does not know."""
+    """Return the environment's DATABASE_URL, without SQLAlchemy's ``+driver``, because libpq refuses that."""
     url = os.environ.get("DATABASE_URL")
     if not url:
-        raise RuntimeError("DATABASE_URL is not set. ./demo/run starts the demo with a PostgreSQL of its own.")
+        raise RuntimeError("DATABASE_URL is not set. ./demo/run starts the demo with its own PostgreSQL.")
     return re.sub(r"^postgres(ql)?\+\w+:", "postgresql:", url)

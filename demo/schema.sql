@@ -1,9 +1,9 @@
--- The demo's two tables. This file runs at every start, and in several workers at once.
+-- The demo's two tables. This file runs at every start, in several workers at the same time.
 
--- CREATE TABLE IF NOT EXISTS is not safe against itself: two sessions may both find no table, and one then fails.
+-- A lock, because CREATE TABLE IF NOT EXISTS is not safe in two sessions: both may find no table, and one then fails.
 SELECT pg_advisory_xact_lock(hashtext('flask_pg_sse demo schema'));
 
--- One row: how often the board has changed. See orders.py, next_version().
+-- One row: the number of changes of the board. See next_version() in orders.py.
 CREATE TABLE IF NOT EXISTS demo_board (
     only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
     version bigint NOT NULL
@@ -20,7 +20,7 @@ CREATE TABLE IF NOT EXISTS demo_order (
     changed_at timestamptz NOT NULL DEFAULT now()
 );
 
--- On the very first start, and only then, three orders that show what the board is.
+-- At the very first start only: three sample orders.
 WITH first_start AS (
     INSERT INTO demo_board (version) VALUES (3) ON CONFLICT DO NOTHING RETURNING version
 )

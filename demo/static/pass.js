@@ -1,5 +1,5 @@
-// htmx puts the server's HTML where it belongs. This file adds what HTML cannot say: which of two cards is newer,
-// the light, the order in which cards glide, and where the keyboard's focus goes when its card moves.
+// htmx puts the server's HTML in its place. This file does the rest: it finds the newer of two cards, switches the
+// light, moves cards smoothly, and keeps the keyboard's focus on a card that moves.
 
 const stream = document.getElementById("stream");
 const board = document.getElementById("board");
@@ -8,7 +8,7 @@ const toast = document.getElementById("toast");
 
 // --- Newer wins ------------------------------------------------------------------------------------------------
 // A card may come twice (as the answer to a click, and by the stream), and a fetched board may cross an event on its
-// way. Every change has its number on the board (data-version), so the page can tell which of two is newer.
+// way. Every change has a number (data-version), so the page can tell which of two cards is newer.
 
 const version = (element) => Number(element?.dataset.version ?? 0);
 
@@ -25,7 +25,7 @@ document.addEventListener("htmx:before:swap", ({ detail: { tasks } }) => {
   }
 });
 
-// The fetched board is the truth as of its version; cards that have changed since then stay as they are.
+// A fetched board replaces all cards up to its version. Newer cards stay.
 function keepNewerCards(columns) {
   for (const card of board.querySelectorAll(".ticket")) {
     if (version(card) <= version(columns)) continue;
@@ -39,7 +39,7 @@ function keepNewerCards(columns) {
 
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 let places = new Map(); // where each card was before the swap
-let focused = null; // what had the focus before the swap, if it was on the board
+let focused = null; // the element with the focus before the swap, if it was on the board
 
 function remember() {
   places = new Map([...board.querySelectorAll(".ticket")].map((card) => [card.id, card.getBoundingClientRect()]));
@@ -128,7 +128,7 @@ for (const failure of ["htmx:error", "htmx:response:error"]) {
   });
 }
 
-// htmx closes the stream of a hidden tab. When the tab is looked at again, or the network is back, nobody should wait.
+// htmx closes the stream of a hidden tab. When the tab is shown again, or the network is back, reconnect at once.
 const hurry = () => setTimeout(() => connection?.delayCanceller?.());
 document.addEventListener("visibilitychange", hurry);
 addEventListener("online", hurry);
@@ -148,7 +148,7 @@ form.addEventListener("htmx:after:request", ({ detail }) => {
   form.quantity.value = 1;
 });
 
-// A refusal is shown for a while, or until the next request.
+// Show a refusal for 8 s, or until the next request.
 let fading;
 document.addEventListener("htmx:before:request", ({ target }) => {
   if (target !== stream && target !== board) toast.replaceChildren();
@@ -158,7 +158,7 @@ toast.addEventListener("htmx:after:settle", () => {
   fading = setTimeout(() => toast.replaceChildren(), 8000);
 });
 
-// --- What could not be sent ------------------------------------------------------------------------------------
+// --- Requests that fail ----------------------------------------------------------------------------------------
 document.addEventListener("htmx:error", ({ target }) => {
   if (target !== stream && target !== board) toast.textContent = "That did not reach the kitchen. Is the network there?";
 });
