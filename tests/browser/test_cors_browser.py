@@ -103,7 +103,7 @@ def test_the_listed_site_hears_and_the_other_does_not(
     for credentials in (False, True):
         assert sites.hears(page, sites.listed, "news", credentials)
         assert not sites.hears(page, sites.other, "news", credentials)
-    # What only the cookie opens: the user is logged in, whoever's page it is.
+    # A channel that only the cookie opens. The login counts on pages of every site.
     assert not sites.hears(page, sites.listed, "user-7", True)
     page.goto(f"http://127.0.0.1:{sites.server.port}/login")
     assert sites.hears(page, sites.listed, "user-7", True)

@@ -1,4 +1,4 @@
-"""What docs/ says is true: the examples run, the links lead somewhere, and what is listed is what there is."""
+"""The pages in docs/ are right: their examples run, their links lead somewhere, and their lists match the code."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_page_in_a_browser(page: Page, shop: WebServer, database_url: str) -
     execute(database_url, "SELECT flask_pg_sse.notify('orders', '{\"id\": 1, \"dish\": \"soup\"}', event => 'created')")
     order(shop, "tea")
     expect(page.locator("#orders > li")).to_have_text(["soup", "tea"])
-    # An order that no event told of, and a position that the log does not reach back to: the page loads itself anew.
+    # An order without an event, and a position that is too old for the log: the page loads itself again.
     execute(database_url, "INSERT INTO orders (dish) VALUES ('pie')")
     page.evaluate("stream.dispatchEvent(new MessageEvent('sse-reset', {data: '{\"reason\": \"too-old\"}'}))")
     expect(page.locator("#orders > li")).to_have_text(["soup", "tea", "pie"])

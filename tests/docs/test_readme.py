@@ -1,4 +1,4 @@
-"""What the README says is true: its examples run, and its table is the one in settings.py."""
+"""The README is right: its examples run, and its table is the one in settings.py."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def login(id):
 
 
 def test_the_authorizer(database_url: str, start_server: Callable[..., WebServer], tmp_path: Path) -> None:
-    """Who is logged in hears only what is theirs, and nothing more once they are blocked."""
+    """A logged-in user hears only their own channel, and nothing more after they are blocked."""
     code = USERS + example("authorize") + "\napp.register_blueprint(sse_bp)\n"
     (tmp_path / "guarded.py").write_text(code)
     server = start_server(
@@ -228,7 +228,7 @@ def test_the_version_is_in_the_changelog() -> None:
 def test_the_nginx_example_streams_without_delay(
     database_url: str, start_server: Callable[..., WebServer], tmp_path: Path
 ) -> None:
-    """On another port, with a certificate, and as the nginx that is installed here wants to hear of HTTP/2."""
+    """On another port, with a certificate, and with the installed nginx's directive for HTTP/2."""
     nginx = shutil.which("nginx") or next(iter(p for p in ("/usr/sbin/nginx",) if os.path.exists(p)), None)
     if nginx is None:
         pytest.skip("nginx is not installed: apt-get install nginx-light")
@@ -262,7 +262,7 @@ def test_the_nginx_example_streams_without_delay(
         "", command=lambda _: [nginx, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")], port=port, tls=trusted
     )
     with open_stream(port, "orders", tls=trusted) as stream:
-        for name in ("X-Forwarded-For", "X-Spare"):  # who says to be somebody else is not believed
+        for name in ("X-Forwarded-For", "X-Spare"):  # a client cannot choose its address
             with request(port, "/sse?channel=orders", tls=trusted, headers={name: "9.9.9.9"}) as refused:
                 assert refused.next().json == {"reason": "capacity"}
         for number in range(20):

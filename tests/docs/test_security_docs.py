@@ -1,4 +1,4 @@
-"""What docs/security.md says is true: its examples run, in a browser where they are for one; its tests are there."""
+"""docs/security.md is right: its examples run (those for a browser in one), and the tests that it names exist."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def start(start_server: Start, tmp_path: Path, name: str, code: str, database_ur
 def test_a_page_fetches_another_url_when_its_own_has_expired(
     page: Page, database_url: str, start_server: Start, tmp_path: Path
 ) -> None:
-    """Time and again, and misses nothing that was sent in between; until it is logged out."""
+    """It does so every time and misses no event in between, until its user logs out."""
     execute(database_url, schema_sql())
     code = APP + SECURITY.example("live-url").replace("expires=300", "expires=1.5")
     code += "\nPAGE = " + repr(SECURITY.example("expired"))
@@ -104,7 +104,7 @@ def test_a_page_fetches_another_url_when_its_own_has_expired(
 
 
 def test_streams_on_a_server_of_their_own(database_url: str, start_server: Start, tmp_path: Path) -> None:
-    """The example knows the key, the database and nobody's session."""
+    """The example has the key and the database, but no sessions."""
     env = {"FLASK_SSE_SECRET_KEY": "shared", "FLASK_SSE_DATABASE_URL": database_url}
     code = SECURITY.example("relay") + '\n@app.get("/ping")\ndef ping(): return "pong"\n'
     relay = start(start_server, tmp_path, "relay", code, "", **env)

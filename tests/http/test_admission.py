@@ -1,4 +1,4 @@
-"""Streams that are being decided on: whoever waits for PostgreSQL holds a place, and other routes are answered."""
+"""Streams whose permission is being checked: those that wait for PostgreSQL hold a place, and other routes answer."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_a_log_that_is_required_and_a_postgres_that_falls_silent_hold_up_no_depl
 
 
 def test_a_stream_opens_where_it_was_decided_on(app_with: Callable[..., Flask]) -> None:
-    """What is started anew meanwhile has not heard the orders that came in between."""
+    """The engine restarts during the check: the new one has not heard the disconnect commands in between."""
 
     def may_listen(channel: str) -> bool:
         app.extensions["pg_sse"].close()

@@ -81,7 +81,7 @@ def test_every_event_once_in_order_and_whole(
         TAKE_PART="4",
     )
     choose = random.Random(7)
-    # Small ones by the hundred, large ones in their midst, alone and many in one transaction.
+    # Hundreds of small events with large ones among them, alone and many in one transaction.
     turns = [[choose.choice(SIZES[:4] if choose.random() < 0.9 else SIZES) for _ in range(choose.choice([1, 1, 1, 30]))]
              for _ in range(40)]  # fmt: skip
     sizes = [max(size, len(f"{n} ")) for n, size in enumerate(size for turn in turns for size in turn)]

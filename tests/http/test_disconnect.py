@@ -1,4 +1,4 @@
-"""disconnect(): in every worker on every host, for those who lost the right meanwhile; and nobody else can do it."""
+"""disconnect(): it ends streams in every worker on every host, and nobody else can do that."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_in_every_worker_on_every_host(
 
 
 def test_within_a_second(url: str, start_server: Start) -> None:
-    """Not at the next heartbeat, nor at the ticker's next look: the best of a few is far below."""
+    """It does not wait for the next heartbeat or the ticker's next look: the best of a few takes far less time."""
     server = start_members(start_server, url)
     took = []
     for _ in range(5):

@@ -42,7 +42,7 @@ def nothing(sock: socket.socket) -> None:
 
 
 def say_more(sock: socket.socket) -> None:
-    """What nobody reads stands between the server and the connection's end."""
+    """Unread bytes lie between the server and the end of the connection."""
     sock.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
 
 

@@ -175,7 +175,7 @@ def test_percent_rubbish_is_a_name_or_none_but_never_an_error(server: WebServer,
     [b"1" * 8000, b"x" * 8000, b"9" * 19, b"-1", b"\xff\xfe", b"1 2", b"%00", b"'; --", b"1e9", b"\xd9\xa1"],
 )
 def test_no_last_event_id_is_an_error(server: WebServer, value: bytes) -> None:
-    """A browser sends what it was given last, whoever has served the URL before: it is a stream with a reset."""
+    """A browser sends the id that it got last, even from another server under the URL: the stream gets a reset."""
     status, _, body = get(server, b"/sse?channel=open", b"Last-Event-ID: " + value)
     assert (status, body) == (200, b"sse-open sse-reset")
 
@@ -235,7 +235,7 @@ def test_odd_but_legal_requests_are_served(server: WebServer) -> None:
 
 @pytest.mark.parametrize("name", [name for name, (target, *_) in LONG.items() if len(target) < 20_000])
 def test_refusals_need_no_database(server_without_database: WebServer, name: str) -> None:
-    """Whoever may not listen costs no query: the answer is the same, and at once, where there is no database."""
+    """A client without permission costs no query: without a database the answer is the same, and comes at once."""
     target, status, word = LONG[name]
     assert_refused(get(server_without_database, target), status, word)
 

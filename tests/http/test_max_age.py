@@ -1,4 +1,4 @@
-"""SSE_MAX_AGE and the end of tokens, under real servers: the browser's own reconnect is asked anew."""
+"""SSE_MAX_AGE and the expiry of tokens, under real servers: a browser that reconnects is checked again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORKERS = pytest.mark.parametrize("options", [(), ("-k", "gthread", "--threads",
 
 @WORKERS
 def test_every_stream_ends_at_its_own_time(database_url: str, start_server: Start, options: tuple[str, ...]) -> None:
-    """Within the last tenth, so that those which were opened at once do not all come back at once.
+    """In the last tenth of that time, so that streams which opened together do not all come back together.
 
     The ticker looks four times a heartbeat, and no less than once a second: here often enough to see it.
     """

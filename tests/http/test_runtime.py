@@ -1,4 +1,4 @@
-"""What runs for one app: started at first use, ended by close(), nothing left when either fails."""
+"""The threads and connections of one app: started at first use, ended by close(), none left when either fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SSE_SEND_TIMEOUT: who takes nothing, or a byte now and then, loses the stream; who is slow but steady is served."""
+"""SSE_SEND_TIMEOUT: clients that take nothing, or a byte now and then, are cut; slow but steady clients are served."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_forged_events_and_beats_move_no_position_and_keep_nothing_away(
             other = publish(url, "b", f"other {number}")
             assert logged_event(on_both) == logged_event(on_b) == (other, f"other {number}"), name
 
-        # Nor does the listener believe it has what it has not, when it begins anew.
+        # After a reconnect, too, the listener does not believe that it has events which it has not.
         execute(
             url,
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "

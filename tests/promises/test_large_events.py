@@ -67,7 +67,7 @@ def test_large_events_come_in_their_place(database_url: str, start_server: Start
 
 
 def test_nothing_overtakes_a_large_event_on_any_channel(database_url: str, start_server: Start) -> None:
-    """When a stream on another channel has what was sent after it, one on its channel has it too, or next."""
+    """When a stream on another channel has a later event, a stream on its channel has it already, or gets it next."""
     install(database_url)
     server = start_server(database_url)
     with Crowd(server.port) as crowd:
@@ -119,7 +119,7 @@ def test_large_events_are_read_once_for_all_that_fall_behind(database_url: str, 
 
 
 def test_streams_with_other_channels_share_a_large_event_and_no_more(database_url: str, start_server: Start) -> None:
-    """One that stands in the midst of it holds it in memory; another one is given that, and then its own events."""
+    """One stream is sending it and holds it in memory; another stream gets that copy, and then its own events."""
     install(database_url)
     server = start_server(database_url, "-c", "python:tests.support.apps.small_buffers")
     publish(database_url, ("a", "first"))
@@ -232,7 +232,7 @@ def test_what_cannot_be_fetched_may_not_be_large(database_url: str, make_app: Ma
 
 
 def test_other_routes_answer_while_a_large_event_is_fetched_and_sent(database_url: str, start_server: Start) -> None:
-    """What they wait for is the parsing and the encoding of one event, not the database or a client."""
+    """They wait for the parsing and the encoding of one event, not for the database or a client."""
     install(database_url)
     server = start_server(database_url)
     times: list[float] = []

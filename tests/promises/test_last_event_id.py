@@ -1,4 +1,4 @@
-"""What clients say of their own position, true or not, over real servers; and how long a position stays good."""
+"""The positions that clients send, right or wrong, over real servers; and how long a position stays valid."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def url(own_postgres: postgres.Server) -> str:
 
 @pytest.fixture
 def line(own_postgres: postgres.Server) -> Iterator[Link]:
-    """What lies between a worker and PostgreSQL."""
+    """The connection between a worker and PostgreSQL."""
     with Link(own_postgres.port) as link:
         yield link
 

@@ -1,4 +1,4 @@
-"""Where what the log has ends and what comes live begins: the same races every time, held open by the test."""
+"""The change of a stream from the log to live: the same races every time, held open by the test."""
 
 from __future__ import annotations
 
@@ -247,14 +247,14 @@ def test_an_ephemeral_event_has_no_id_and_is_not_replayed(app: Flask) -> None:
 
 
 def test_streams_that_share_a_large_event_go_on_from_it_each_on_its_own_channels(app: Flask) -> None:
-    """What the log said of one's channels beyond that event is not true of the other's."""
+    """The log's answer about one stream's channels beyond that event does not hold for the other's channels."""
     cursor = sse_cursor()
     large = "x" * 200_000
     ids = [send("a", large), send("b", "on b alone")]
     with closing(listen(app, "a", after=cursor)) as only_a, closing(listen(app, "a", "b", after=cursor)) as both:
         response = iter_raw(app, "a", after=cursor)
         with closing(response):
-            next(response)  # in the midst of the large event: it is still held
+            next(response)  # in the middle of the large event: it is still held
             opened(both)
             assert take(both, 2) == [(str(ids[0]), large), (str(ids[1]), "on b alone")]
         opened(only_a)

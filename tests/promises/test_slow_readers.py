@@ -1,4 +1,4 @@
-"""Clients that stop reading: what they cost, that nobody else waits for them, and that they lose nothing."""
+"""Clients that stop reading: they cost bounded memory, nobody else waits for them, and they lose nothing."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_clients_with_the_kernels_own_buffers_lose_nothing_either(database_url: 
 
 
 def test_large_events_on_their_way_to_stalled_clients_have_a_budget(database_url: str, start_server: Start) -> None:
-    """Different ones of 5 MB, read from the log; who finds no room is told to come back, and loses nothing then."""
+    """Different events of 5 MB, read from the log; a stream without room is told to come back, and loses nothing."""
     install(database_url)
     count = 20
     names = [f"large-{number}" for number in range(count)]
@@ -184,7 +184,7 @@ def test_large_events_on_their_way_to_stalled_clients_have_a_budget(database_url
         slow = [crowd.add(name, last_event_id=after[name], receive_buffer=4096) for name in names]
         with Memory(worker(server)) as memory:
             for reader in slow:
-                reader.stop_after = 50_000  # in the midst of its large event
+                reader.stop_after = 50_000  # in the middle of its large event
             crowd.read_until(lambda: all(not reader.reading or reader.end for reader in slow), 20)
             begun = [reader for reader in slow if not reader.reading]
             ended = [reader for reader in slow if reader.end]

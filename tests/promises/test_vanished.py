@@ -1,4 +1,4 @@
-"""Clients whose host or network is gone say no farewell; TCP by itself would try for a quarter of an hour."""
+"""Clients whose host or network is gone do not close their connection; TCP itself would try for 15 minutes."""
 
 from __future__ import annotations
 

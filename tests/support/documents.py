@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: their examples, and whether what they point at is there."""
+"""The README and the pages of docs/: their examples, and the targets of their links."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Document:
         return found[1]
 
     def assert_every_example_is_run(self, *tests: str) -> None:
-        """Each is asked for by name in one of these modules of tests/, and no code stands there without a name."""
+        """Check that one of these modules of tests/ runs each example by name, and that all code has a name."""
         code = "".join((ROOT / "tests" / test).read_text() for test in tests)
         for name in re.findall(r"<!-- run: (\S+) -->", self.text):
             assert f'example("{name}")' in code, name

@@ -39,7 +39,7 @@ class Dispatched:
 
 
 class Parser:
-    """Turns the bytes of a stream into events. What the stream's end leaves unfinished counts for nothing."""
+    """Turns the bytes of a stream into events. An event that the stream's end cuts off does not count."""
 
     def __init__(self, last_event_id: str) -> None:
         self.last_event_id = last_event_id  # committed by the blank line of a block, not by its id line
@@ -102,7 +102,7 @@ class Chunks:
 
 @dataclass(slots=True)
 class Stretch:
-    """What came after one id of the log: each event's id, None where its sender gave one of its own, and its data."""
+    """The events after one id of the log: each event's id (None if its sender chose one) and its data."""
 
     after: int
     events: list[tuple[int | None, str]] = field(default_factory=list)
@@ -110,7 +110,7 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """An sse-reset: what the client had said of itself (None: it came in the midst of a stream), and the answer."""
+    """An sse-reset: the id that the client had sent (None: it came later in a stream), and the answer."""
 
     asked: str | None
     reason: str
@@ -118,10 +118,10 @@ class Reset:
 
 
 class Browser(threading.Thread):
-    """Listens to `channels` at one of `ports` after another, and is cut off time and again, at any byte.
+    """Listens to `channels` at one of `ports` after another, and is cut off again and again, at any byte.
 
-    `chosen_ports` may change. It ends when it has everything up to the id that `finish()` names. `stays` is how
-    many bytes it may read before the next cut, chosen anew each time.
+    `chosen_ports` may change. It ends when it has everything up to the id that `finish()` names. `stays` returns the
+    number of bytes that it may read before the next cut.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The event log as its tests see it: what is published, heard, logged, and waited for."""
+"""Helpers for the tests of the event log: publish, listen, read the log, and wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model of the event log in memory, for the hub and the streams above it: what they make of it must equal it."""
+"""A model of the event log in memory, for the hub and the streams above it: their output must equal the log."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class IdleSink:
 
 
 class ModelLog:
-    """What the database has: `items`, all of them. Pages and tails have few bytes, and some attempts fail."""
+    """The database of the model, with all `items`. Pages and tails have few bytes, and some attempts fail."""
 
     def __init__(self, seed: int, fails: float = 0.0) -> None:
         self.items: list[Item] = []
@@ -94,7 +94,7 @@ class ModelLog:
 
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
         self.pages += 1
-        assert self.pages < 100_000, "a stream reads for ever"
+        assert self.pages < 100_000, "a stream reads forever"
         self._fail()
         head = self.head
         there = self.on(channels, after, head)

@@ -1,4 +1,4 @@
-"""Everybody who publishes: notify() on its own connection and in transactions, SQL, plain NOTIFY, all at once."""
+"""All ways to publish: notify() on its own connection and in transactions, SQL, plain NOTIFY, at the same time."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def head(url: str) -> int:
 class Publisher(threading.Thread):
     """Publishes in one of the four ways until it is stopped, and goes on where PostgreSQL went away.
 
-    What it really published is in the log alone: where the connection breaks within a commit nobody knows. `pace` is
-    the longest pause in seconds. `attempts` of unlogged events and `failures` are counted.
+    Only the log shows what it published: if the connection breaks during a commit, nobody knows. `pace` is the longest
+    pause in seconds. `attempts` of unlogged events and `failures` are counted.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The benchmarks run, print what they promise, and count right; what they measure is not judged here."""
+"""The benchmarks run, print their reports, and count right; these tests do not judge the figures."""
 
 from __future__ import annotations
 

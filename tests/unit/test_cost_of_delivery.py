@@ -1,6 +1,6 @@
-"""What one delivery, and one heartbeat, costs in steps of the interpreter: a figure that no machine's speed changes.
+"""The cost of a delivery and of a heartbeat in interpreter steps, which do not depend on a machine's speed.
 
-A benchmark says how fast the fan-out is; this says when somebody puts work for each client into its loop.
+A benchmark measures how fast the fan-out is; this test fails when somebody adds work for each client to its loop.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""While one event goes out to thousands of streams, the worker answers others; and all have their turn."""
+"""While one event goes out to thousands of streams, the worker answers other requests; and all take turns."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ gevent.spawn(again_and_again, {"a turn": beat, "heartbeats": deliver}[sys.argv[1
 waited = []
 for _ in range(3):
     before = turns + beats
-    while turns + beats < before + 5:  # until it is in the midst of its work
+    while turns + beats < before + 5:  # until it is busy
         gevent.sleep(0.01)
     before = turns + beats
     {"a turn": deliver, "heartbeats": beat}[sys.argv[1]]()
@@ -116,5 +116,5 @@ print(max(waited))
 
 @pytest.mark.parametrize("who", ["a turn", "heartbeats"])
 def test_on_a_busy_worker_events_and_heartbeats_take_turns(who: str) -> None:
-    """Each waits for one round of the other at the most; it was thirty before, and with heartbeats alone no event."""
+    """Each waits for at most one round of the other. Before, it was thirty, and under heartbeats no event came."""
     assert run(BUSY, who) <= 2

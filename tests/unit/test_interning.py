@@ -1,4 +1,4 @@
-"""What gunicorn keeps of two streams' requests is one object where it is equal, and says the same as before."""
+"""Equal parts of what gunicorn keeps of two streams' requests become one object, with the same value."""
 
 from __future__ import annotations
 

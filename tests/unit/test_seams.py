@@ -1,4 +1,4 @@
-"""Where a stream's own reading of the log and the live events meet: its output equals the log, whatever happens."""
+"""The change of a stream from reading the log to live: its output always equals the log."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_what_is_remembered_stays_within_its_bounds() -> None:
 
 
 def test_an_answer_of_the_log_that_no_longer_fits_is_not_used() -> None:
-    """What came while the log was asked has pushed out events that the answer does not have."""
+    """Events that came while the log was asked have pushed out events that are not in its answer."""
     recent = History()
     recent.begin("a", FIRST)
     [(channel, upto)] = recent.gaps("a").items()
@@ -209,7 +209,7 @@ def test_an_answer_of_the_log_that_no_longer_fits_is_not_used() -> None:
 
 
 def test_a_channel_whose_listen_is_under_way_is_not_remembered_yet() -> None:
-    """Not even if another stream asks the log for it, on behalf of one that has gone meanwhile."""
+    """This holds even if another stream asks the log for it, on behalf of a stream that has gone."""
     log = ModelLog(1)
     world = World(log)
     gone = Client(world, "a", 1000, FIRST)
@@ -228,7 +228,7 @@ def test_a_channel_whose_listen_is_under_way_is_not_remembered_yet() -> None:
 
 
 def test_a_stream_without_a_place_in_the_log_does_not_begin_at_its_beginning() -> None:
-    """The log was installed after it had opened: it has heard what came, and the log may hold the same."""
+    """The log was installed after the stream opened: the stream has heard events that the log may hold too."""
     hub = World(ModelLog(1)).hub
     hub.position = 0
     early = Subscription("a", 10)

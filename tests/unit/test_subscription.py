@@ -306,7 +306,7 @@ def test_heartbeats_go_to_streams_that_are_quiet_and_have_nothing_waiting(clock:
 
 
 def test_who_comes_puts_off_no_heartbeat_of_those_that_are_there(clock: Clock) -> None:
-    """Not even where the log has moved on, so that the streams of a channel do not stand together any more."""
+    """This holds even if the log has moved on, so that the streams of a channel have different positions."""
     hub = make_hub(heartbeat=10)
     hub.deliver((), 1)
     first = opened(hub, "a")
@@ -333,7 +333,7 @@ def test_a_channel_that_was_left_and_is_wanted_again_is_asked_by_its_new_time(cl
 
 @pytest.mark.parametrize("stuck", [False, True])
 def test_whoever_comes_keeps_no_position_from_those_that_are_there(clock: Clock, stuck: bool) -> None:
-    """Though what is not in the log keeps the channel from being quiet, and the position does not move on again."""
+    """This holds although unlogged events keep the channel busy, and the position does not move again."""
     hub = make_hub(heartbeat=10)
     hub.deliver((), 1)
     first = opened(hub, "a")
@@ -415,7 +415,7 @@ def test_who_is_interrupted_on_the_way_into_the_tables_leaves_nothing_behind() -
 
 
 def test_a_stream_may_be_closed_by_the_garbage_collector_at_any_moment() -> None:
-    """Which runs in whatever thread, also in one that holds a lock of the hub."""
+    """The garbage collector runs in any thread, also in one that holds a lock of the hub."""
     log: list[str] = []
     hub = make_hub(log)
     subscription = Subscription("a", 1000)
@@ -463,7 +463,7 @@ def test_nobody_is_looked_at_before_something_is_due(monkeypatch: pytest.MonkeyP
     clock.now += 20
     hub.beat()
     assert not looked
-    hub.disconnect(Disconnect("nobody", None))  # whoever is ended then has to be cut off in time
+    hub.disconnect(Disconnect("nobody", None))  # from now on ended streams must be cut off in time
     clock.now += hub_module.FAREWELL
     hub.beat()
     assert set(looked) == set(streams)
@@ -489,7 +489,7 @@ def test_who_asks_whether_there_is_work_writes_only_if_the_generator_waits_after
     """With threads a generator may leave its spot, and have taken all that waited, at any moment of an offer."""
 
     class Overtaken(Subscription):
-        """Whose generator takes what waits while the hub asks for it."""
+        """A stream whose generator takes the waiting bytes while the hub asks for them."""
 
         __slots__ = ()
 
@@ -508,5 +508,5 @@ def test_who_asks_whether_there_is_work_writes_only_if_the_generator_waits_after
         assert subscription.offer(Block(b"x" * 100_000), 0.0)  # too large to be written past the generator
         assert subscription.offer(Block(b"data: next\n\n"), 0.0)
         with pytest.raises(BlockingIOError):
-            theirs.recv(1)  # in the midst of what the generator sends
+            theirs.recv(1)  # while the generator sends
         assert subscription.waiting == 100_000 + len(b"data: next\n\n")

@@ -96,7 +96,7 @@ def assert_alive(url: str) -> None:
 
 
 class Ear:
-    """What PostgreSQL sends on the channels of all texts, and on some that nobody means."""
+    """The notifications on the channels of all texts, and on some channels that no text means."""
 
     def __init__(self, url: str) -> None:
         self._connection = connect(url)
@@ -217,7 +217,7 @@ def opened(app: Flask, url: str) -> Generator[Received, None, None]:
 
 @pytest.fixture
 def listening_to(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What the package's own connection listens to, as PostgreSQL says: kept up to date. An error would replace it."""
+    """The channels that the package's own connection listens to, from PostgreSQL, always current; or an error."""
     found: list[str] = []
     sessions: set[int] = set()
     change_listens = Listener._change_listens

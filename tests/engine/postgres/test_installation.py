@@ -1,4 +1,4 @@
-"""Whether there is an event log: no answer of the database is ever taken for "there is none"."""
+"""Finding out if there is an event log: an error of the database never means "there is none"."""
 
 from __future__ import annotations
 

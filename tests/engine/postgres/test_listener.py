@@ -147,7 +147,7 @@ def test_channels_are_freed_when_nobody_wants_them(database_url: str, make_liste
 def test_a_stream_that_comes_during_an_unlisten_gets_a_listen_of_its_own(
     database_url: str, make_listener: Make
 ) -> None:
-    """Many threads take and leave one channel with no linger at all; whoever holds a ticket hears."""
+    """Many threads take and leave one channel without any linger; every holder of a ticket hears."""
     listener, turns, _ = make_listener(database_url, linger=0.0)
     deaf: list[str] = []
 
@@ -228,7 +228,7 @@ def test_postgres_stopped_and_started(own_postgres: postgres.Server, make_listen
         count = len(gaps)
         own_postgres.start()
         eventually(lambda: len(gaps) == count + 1)  # noqa: B023
-        assert listener.subscribe(["late"]).wait(0), "whoever waited has been served"
+        assert listener.subscribe(["late"]).wait(0), "everybody who waited has been served"
         before = len(events(turns))
         execute(own_postgres.url(), "NOTIFY orders, 'x'")
         execute(own_postgres.url(), "NOTIFY late, 'y'")
@@ -477,7 +477,7 @@ def test_backoff_grows_to_its_most_and_is_spread() -> None:
 
 
 class Refusing(threading.Thread):
-    """A server that is in the midst of its start, in a cluster whose messages are French in Latin-1."""
+    """A server that is still starting, in a cluster whose messages are French in Latin-1."""
 
     SAYS = "le système de base de données se lance"
 

@@ -1,4 +1,4 @@
-"""Streams that want something of an event log that does not answer: each hears so in its time, and leaves nothing."""
+"""Streams that ask an event log which does not answer: each is told so in time, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'f
 def test_streams_that_resume_do_not_wait_one_behind_the_other(
     database_url: str, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On channels of their own each, of whose last events the log has to be asked; LISTEN stands."""
+    """Each stream has its own channel, and must ask the log for its last events; LISTEN is confirmed."""
     execute(database_url, schema_sql())
     monkeypatch.setattr(pool, "TIMEOUT", 1.0)
     monkeypatch.setattr(history, "_TAILS", "SELECT pg_sleep(60); " + history._TAILS)
@@ -59,7 +59,7 @@ def test_streams_that_resume_do_not_wait_one_behind_the_other(
 def test_what_waits_for_a_lock_does_not_pile_up_in_postgresql(
     database_url: str, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would take all connections there are. And what notify() said has failed is not sent in the end."""
+    """Otherwise they would take all connections. And an event that notify() could not send is not sent later."""
     execute(database_url, schema_sql())
     monkeypatch.setattr(pool, "TIMEOUT", 0.3)
     app = make_app(database_url)
@@ -80,7 +80,7 @@ def test_what_waits_for_a_lock_does_not_pile_up_in_postgresql(
 def test_an_event_whose_connection_breaks_on_the_way_is_not_sent_twice(
     postgres_server: postgres.Server, database_url: str, make_app: MakeApp
 ) -> None:
-    """PostgreSQL does not see that the line was cut, and goes on; whoever called hears that nobody knows."""
+    """PostgreSQL does not see that the line was cut, and goes on; the caller is told that the outcome is unknown."""
     execute(database_url, schema_sql())
     with Link(postgres_server.port) as line:
         app = make_app(through(line, database_url))

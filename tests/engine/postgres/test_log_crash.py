@@ -1,4 +1,4 @@
-"""What a listener of the event log has received is in the log, and its id is never another event's."""
+"""Every event that a listener has received is in the log, and its id never belongs to another event."""
 
 from __future__ import annotations
 

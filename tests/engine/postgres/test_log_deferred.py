@@ -1,7 +1,7 @@
-"""Publishing beside the deferred constraints and triggers that the user's own transaction has to check at commit.
+"""Publishing in a transaction with the user's own deferred constraints and triggers.
 
-They may be slow, and may need rows that another publisher holds. Whoever numbers an event holds up every publisher
-until the end of the transaction; so it comes last.
+These may be slow, and may need rows that another publisher has locked. A transaction that numbers an event delays every
+other publisher until its end. So the event must be numbered last.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def test_the_lock_is_not_held_while_the_users_own_checks_run(url: str, work: str
 
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_set_constraints_all_immediate_numbers_nothing_early(url: str, times: int) -> None:
-    """It is for the user's checks. Numbered here, the event would hold up all others until our commit."""
+    """SET CONSTRAINTS is for the user's checks. Numbered then, the event would delay all others until our commit."""
     with listening(url, "orders") as ear, gate_held(url) as holder, connected(url) as mine:
         run(mine, NOTIFY, ("orders", "1"))
         for _ in range(times):

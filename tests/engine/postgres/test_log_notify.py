@@ -1,4 +1,4 @@
-"""What goes into the event log comes out of it, and out of NOTIFY: texts, sizes, names, encodings."""
+"""Events come out of the event log and of NOTIFY as they went in: texts, sizes, names, encodings."""
 
 from __future__ import annotations
 

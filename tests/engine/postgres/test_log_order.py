@@ -110,7 +110,7 @@ def test_ids_are_in_the_order_of_commits(log_url: str) -> None:
         first = position[texts[0]] if texts else 0
         assert [position[text] for text in texts] == list(range(first, first + len(texts)))
     assert pending(log_url) == 0
-    # Whoever gets a beat's notification back had all events up to its head by then.
+    # A session that gets a beat's notification has got all events up to the beat's head before.
     assert len(beats) > 20
     for head, heard in beats:
         assert bisect_right(ids, head) <= heard

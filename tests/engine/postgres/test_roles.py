@@ -1,4 +1,4 @@
-"""What each role of the database may do with the event log: the whole matrix, asked and tried, on two PostgreSQLs.
+"""The rights of each database role on the event log: the whole matrix, asked and tried, on two PostgreSQLs.
 
 Four roles beside the superuser: the owner ran `flask sse init`, the app was let in with `--grant-to`, the sender has
 the README's two grants for notify(), and the stranger may connect. What there is comes from the catalogs.
@@ -189,7 +189,7 @@ def test_what_is_not_granted_is_refused_when_it_is_tried(place: Place) -> None:
     may = {"app": APP_MAY, "sender": SENDER_MAY, "stranger": set[str]()}
     for name, functions in may.items():
         with closing(connect(getattr(place, name))) as connection:
-            # Once more as one who was let into the schema by mistake: it is not the schema alone that protects.
+            # Again with USAGE on the schema, granted by mistake: the schema must not be the only protection.
             for widened in (False, True) if name == "stranger" else (True,):
                 if widened:
                     execute(place.superuser, f"GRANT USAGE ON SCHEMA flask_pg_sse TO {name}")
@@ -506,7 +506,7 @@ def test_triggers_make_nobody_the_owner(place: Place) -> None:
 
 
 def test_every_role_that_can_connect_hears_and_sends_on_every_channel(place: Place, make_app: MakeApp) -> None:
-    """So it is with NOTIFY, and the documentation says so: rights on the log guard what is kept, not what passes."""
+    """That is NOTIFY, and the documentation says so: rights protect the log, not live notifications."""
     with listening(place.stranger, "orders", "flask_pg_sse") as ear:
         execute(place.app, NOTIFY, ("orders", "in passing"))
         heard = ear.wait(1)[0]

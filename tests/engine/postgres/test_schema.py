@@ -770,7 +770,7 @@ def test_a_granted_role_cannot_use_the_trigger_function_on_a_table_of_its_own(
 
 
 def test_names_in_other_schemas_are_not_taken_for_postgresqls_own(url: str, roles: Callable[..., str]) -> None:
-    """Everything the functions use, made anew in `public` and in the session's temporary schema, is left alone."""
+    """The functions do not use copies of their objects in `public` or in the session's temporary schema."""
     app = roles("log_app", "CREATE ON SCHEMA public")
     install(url, "log_app")
     names = {*re.findall(r"\b([a-z_0-9]+)\(", schema._read("schema_1.sql"))}

@@ -1,4 +1,4 @@
-"""What stands in the log and cannot be sent is passed over: it stops no stream, and keeps no other event away."""
+"""An event in the log that cannot be sent is skipped: it stops no stream, and holds back no other event."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def opened(client: FlaskClient, url: str) -> Iterator[Iterator[Received]]:
 def test_rows_that_no_event_can_be_made_of(
     database_url: str, make_app: MakeApp, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whoever may publish can write them, and so can the tables' owner, who is not asked whether they are objects."""
+    """Every publisher can write them, and so can the tables' owner, who need not even write JSON objects."""
     execute(database_url, schema_sql())
     client = make_app(database_url).test_client()
     with opened(client, "/sse?channel=orders") as live:
@@ -62,7 +62,7 @@ def test_rows_that_no_event_can_be_made_of(
                 execute(database_url, PUBLISH, ("orders", [fields], [padding]))
             execute(database_url, PUBLISH, ("orders", ["{}"], [f"after {number}"]))
             assert next(live).data == f"after {number}"
-        assert execute(database_url, LISTENERS) == listeners, "it began anew"
+        assert execute(database_url, LISTENERS) == listeners, "it reconnected"
     expected = [f"after {number}" for number in range(len(UNREADABLE))]
     for other in ("", "&channel=other"):  # what is remembered of a channel, and pages of the log
         url = f"/sse?channel=orders{other}&last_event_id={begun.id}"
@@ -70,7 +70,7 @@ def test_rows_that_no_event_can_be_made_of(
             assert next(resumed).event == "sse-open"
             assert [next(resumed).data for _ in expected] == expected
     said = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert 1 <= len(said) <= 3, "once a minute at the most, each who reads"
+    assert 1 <= len(said) <= 3, "at most once a minute for each reader"
 
 
 @pytest.mark.parametrize("encoding", ["WIN1252", "SQL_ASCII"])

@@ -39,14 +39,14 @@ def flood(channel: str, count: int, size: int) -> ResponseReturnValue:
 
 @app.get("/held")
 def held() -> ResponseReturnValue:
-    """How many streams' objects there are, whoever holds them."""
+    """Return the number of stream objects in this process."""
     gc.collect()
     return str(sum(isinstance(one, Subscription) for one in gc.get_objects()))
 
 
 @app.get("/state")
 def state() -> ResponseReturnValue:
-    """What the package holds in this process, without starting anything."""
+    """Return what the package holds in this process, without starting anything."""
     worker = current_app.extensions["pg_sse"].runtime._worker
     if worker is None or worker._streams is None:
         return jsonify(streams=0, listened=[])

@@ -54,7 +54,7 @@ def garbage() -> ResponseReturnValue:
 
 
 class Middleware:
-    """What stands between an app and its server: it passes the body on, or changes it."""
+    """Middleware between an app and its server: it passes the body on, or changes it."""
 
     def __init__(self, inner: Any, kind: str) -> None:
         self._inner = inner
