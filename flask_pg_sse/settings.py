@@ -164,7 +164,9 @@ class Settings:
     )
     retry: int = _key(3000, WHOLE, "milliseconds a browser waits before it reconnects")
     buffer_bytes: int = _key(
-        262144, WHOLE, "bytes that may wait for one slow client; above that it reads the event log, or without it ends"
+        262144,
+        WHOLE,
+        "bytes that may wait for one slow client; above that its stream reads the event log, or ends if there is none",
     )
     send_timeout: float = _key(
         30.0, SECONDS, "seconds in which a client must take 16 kB, or all that waits for it; else its stream is cut"
