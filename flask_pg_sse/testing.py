@@ -26,6 +26,8 @@ from .event import Event
 from .hub.subscription import Subscription
 from .web.state import state_of
 
+__all__ = ["Captured", "Received", "capture", "parse", "stream"]
+
 
 @dataclass(frozen=True, slots=True)
 class Captured:

@@ -13,7 +13,6 @@ PACKAGE = Path(flask_pg_sse.__file__).parent
 GROUND = ("errors", "settings", "channels", "event", "tokens", "concurrency")
 # The floors above it, lowest first. What users import stands on top: the package itself, and `testing`.
 FLOORS = ("server", "engine", "hub", "runtime", "web", "cli", ("testing", "__init__"))
-PUBLIC = {"testing"}
 
 
 def modules() -> dict[str, Path]:
