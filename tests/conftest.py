@@ -14,6 +14,23 @@ from flask_pg_sse import sse_bp
 from tests.support.client import eventually
 
 pytest_plugins = ["tests.support.browsers", "tests.support.postgres", "tests.support.servers"]
+COLLECTED = pytest.StashKey[list[pytest.Item]]()  # before any are left out
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the slow tests too (tests/README.md)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests that are marked slow, except with --all or -m, and in a file that the command line names."""
+    config.stash[COLLECTED] = list(items)
+    if config.option.all or config.option.markexpr:
+        return
+    named = {(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args}
+    left_out = {item for item in items if item.get_closest_marker("slow") and item.path not in named}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

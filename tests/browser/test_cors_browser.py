@@ -95,7 +95,7 @@ class Sites:
         return str(page.evaluate(FETCH, [f"{self.streams}{channel}", credentials]))
 
 
-@pytest.mark.parametrize("wild", [False, True], ids=["", "the app's own CORS"])
+@pytest.mark.parametrize("wild", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "the app's own CORS"])
 def test_the_listed_site_hears_and_the_other_does_not(
     page: Page, database_url: str, start_server: Start, tmp_path: Path, wild: bool
 ) -> None:
@@ -117,7 +117,7 @@ def test_the_listed_site_hears_and_the_other_does_not(
     assert sites.fetches(page, sites.other, "news", "omit") == "refused"
 
 
-@pytest.mark.parametrize("wild", [False, True], ids=["", "the app's own CORS"])
+@pytest.mark.parametrize("wild", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "the app's own CORS"])
 def test_the_asterisk_lets_all_hear_what_needs_no_cookie(
     page: Page, database_url: str, start_server: Start, tmp_path: Path, wild: bool
 ) -> None:

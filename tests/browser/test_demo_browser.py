@@ -157,6 +157,7 @@ def lines(page: Page) -> list[str]:
     return [text.rsplit(" for ", 1)[1] for text in reversed(found)]
 
 
+@pytest.mark.slow
 def test_the_light_tells_of_a_server_that_is_away_and_nothing_is_missing_when_it_returns(demo: Demo) -> None:
     page = demo.tab()
     loads = count_loads(page)
@@ -180,6 +181,7 @@ HIDE = """hidden => {
 }"""
 
 
+@pytest.mark.slow
 def test_a_hidden_tab_has_missed_nothing_when_it_is_shown_again(demo: Demo) -> None:
     """htmx 4 closes the stream of a hidden tab, and comes back with the id of the last event."""
     page, other = demo.tab(), demo.tab()
@@ -201,6 +203,7 @@ def test_a_hidden_tab_has_missed_nothing_when_it_is_shown_again(demo: Demo) -> N
     assert demo.complaints == []
 
 
+@pytest.mark.slow
 def test_a_network_that_was_cut_and_restored_has_cost_nothing(demo: Demo) -> None:
     with Link(demo.port) as link:
         page, other = demo.tab(port=link.port), demo.tab()
@@ -219,6 +222,7 @@ def test_a_network_that_was_cut_and_restored_has_cost_nothing(demo: Demo) -> Non
         assert loads() == 0
 
 
+@pytest.mark.slow
 def test_an_order_placed_between_the_page_and_its_stream_arrives(demo: Demo) -> None:
     """The page is held up after its board was read, and before its stream opens."""
     other = demo.tab()
@@ -237,6 +241,7 @@ def test_an_order_placed_between_the_page_and_its_stream_arrives(demo: Demo) -> 
     assert demo.complaints == []
 
 
+@pytest.mark.slow
 def test_an_older_card_or_board_never_overwrites_a_newer(demo: Demo) -> None:
     page = demo.tab()
     held: list[Any] = []
@@ -288,6 +293,7 @@ def test_the_keyboard_alone_places_and_moves_an_order(demo: Demo) -> None:
     assert demo.complaints == []
 
 
+@pytest.mark.slow
 def test_the_focus_stays_on_a_card_that_somebody_else_moves(demo: Demo) -> None:
     page, other = demo.tab(), demo.tab()
     page.locator("#next-3").focus()
@@ -316,6 +322,7 @@ def test_a_refusal_is_said_on_the_page_and_the_board_is_fetched(demo: Demo) -> N
     expect(ticket(page, "ready", "Linus")).to_have_count(1)
 
 
+@pytest.mark.slow
 def test_it_works_without_javascript(demo: Demo, browser: Browser) -> None:
     with browser.new_context(java_script_enabled=False) as context:
         page = context.new_page()
@@ -326,6 +333,7 @@ def test_it_works_without_javascript(demo: Demo, browser: Browser) -> None:
         expect(ticket(page, "cooking", "Grace")).to_have_count(1)
 
 
+@pytest.mark.slow
 def test_nothing_is_wider_than_the_screen(demo: Demo) -> None:
     page = demo.tab()
     place(page, "W" * 30)
@@ -339,6 +347,7 @@ def test_nothing_is_wider_than_the_screen(demo: Demo) -> None:
     assert small == [], "a finger hits everything"
 
 
+@pytest.mark.slow
 def test_every_text_stands_out_from_its_ground(demo: Demo) -> None:
     page = demo.tab()
     assert [weak_colours(page, scheme) for scheme in ("light", "dark")] == [[], []]
@@ -364,6 +373,7 @@ def weak_colours(page: Page, scheme: Any) -> list[tuple[str, str]]:
     return [(ink, ground) for ink, ground, one, other in pairs if contrast(one, other) < 4.5]
 
 
+@pytest.mark.slow
 def test_who_wants_no_motion_sees_none(demo: Demo) -> None:
     page = demo.tab(reduced_motion="reduce")
     page.evaluate("""() => {

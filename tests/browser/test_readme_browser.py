@@ -164,6 +164,7 @@ def test_htmx_2_keeps_the_stream_of_a_hidden_tab(
     expect(page.locator("ul > li")).to_have_text(["Two soups"])
 
 
+@pytest.mark.slow
 def test_a_page_comes_back_after_the_server_was_restarted(
     page: Page, database_url: str, start_server: Start, tmp_path: Path
 ) -> None:

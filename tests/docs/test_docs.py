@@ -90,6 +90,7 @@ def test_an_order_placed_between_the_page_and_its_stream(shop: WebServer) -> Non
         assert events.event().json == {"id": 3, "dish": "pie"}
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(page: Page, shop: WebServer, database_url: str) -> None:
     order(shop, "soup")
     with page.expect_response("**/sse?channel=orders**"):

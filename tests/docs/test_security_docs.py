@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from flask_pg_sse import schema_sql
@@ -79,6 +80,7 @@ def start(start_server: Start, tmp_path: Path, name: str, code: str, database_ur
     )
 
 
+@pytest.mark.slow
 def test_a_page_fetches_another_url_when_its_own_has_expired(
     page: Page, database_url: str, start_server: Start, tmp_path: Path
 ) -> None:

@@ -24,7 +24,10 @@ Start = Callable[..., WebServer]
 CLIENTS = 14
 WORKERS = pytest.mark.parametrize(
     ("options", "room"),
-    [(("--worker-connections", "10"), 9), (("-k", "gthread", "--threads", "4"), 3)],
+    [
+        (("--worker-connections", "10"), 9),
+        pytest.param(("-k", "gthread", "--threads", "4"), 3, marks=pytest.mark.slow),
+    ],
     ids=["gevent", "gthread"],
 )
 DECIDED_BY = pytest.mark.parametrize(
@@ -143,7 +146,9 @@ def test_a_log_that_is_missing_is_said_before_anybody_is_asked(app_with: Callabl
     assert "flask sse init" in app.test_client().get("/sse?channel=a").text
 
 
-@pytest.mark.parametrize("config", [{"SSE_EVENT_LOG": True}, {}], ids=["log", "authorizer"])
+@pytest.mark.parametrize(
+    "config", [pytest.param({"SSE_EVENT_LOG": True}, marks=pytest.mark.slow), {}], ids=["log", "authorizer"]
+)
 def test_who_waits_is_told_in_time_that_it_is_in_vain(
     away: str, app_with: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch, config: dict[str, bool]
 ) -> None:
@@ -166,7 +171,7 @@ def test_a_channel_that_nothing_opens_is_refused_at_once(away: str, app_with: Ca
     assert app.extensions["pg_sse"].runtime.worker._streams is None, "nothing has been started for it"
 
 
-@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("installed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_log_that_is_required_and_a_postgres_that_falls_silent_hold_up_no_deploy(
     database_url: str, app_with: Callable[..., Flask], installed: bool
 ) -> None:

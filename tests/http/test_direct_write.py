@@ -25,8 +25,12 @@ from tests.support.postgres import execute
 from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]
-WAYS = pytest.mark.parametrize("direct", ["1", "0"], ids=["direct", "generator"])
-WORKERS = pytest.mark.parametrize("options", [(), ("-k", "gthread", "--threads", "40")], ids=["gevent", "gthread"])
+WAYS = pytest.mark.parametrize("direct", ["1", pytest.param("0", marks=pytest.mark.slow)], ids=["direct", "generator"])
+WORKERS = pytest.mark.parametrize(
+    "options",
+    [(), pytest.param(("-k", "gthread", "--threads", "40"), marks=pytest.mark.slow)],
+    ids=["gevent", "gthread"],
+)
 SIZES = (1, 10, 1000, 4000, 20_000, 70_000, 300_000, 1_000_000)
 
 
@@ -267,7 +271,7 @@ def test_over_tls_every_event_goes_through_the_generator(
 
 
 @WORKERS
-@pytest.mark.parametrize("direct", ["1", "0"], ids=["direct", "generator"])
+@WAYS
 def test_a_connection_that_was_kept_alive_carries_one_stream_and_ends(
     database_url: str, start_server: Start, options: tuple[str, ...], direct: str
 ) -> None:
@@ -304,6 +308,7 @@ def test_a_connection_that_was_kept_alive_carries_one_stream_and_ends(
     assert "Traceback" not in server.log()
 
 
+@pytest.mark.slow
 @WORKERS
 def test_whoever_takes_the_descriptor_of_one_that_left_gets_nothing_of_it(
     database_url: str, start_server: Start, options: tuple[str, ...]

@@ -30,7 +30,7 @@ REVOKED = {"reason": "revoked"}
 EVERYBODY = [("7", "a"), ("7", "b"), ("8", "a"), ("8", "b")]
 
 
-@pytest.fixture(params=[False, True], ids=["without the log", "with the log"])
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["without the log", "with the log"])
 def url(request: pytest.FixtureRequest, database_url: str) -> str:
     if request.param:
         execute(database_url, schema_sql())
@@ -79,10 +79,10 @@ def assert_hears(server: WebServer, streams: list[Response], channel: str, data:
     ("whom", "ended"),
     [
         ({"subject": "7"}, [("7", "a"), ("7", "b"), ("7", "ab")]),
-        ({"channel": "a"}, [("7", "a"), ("8", "a"), ("7", "ab")]),
-        ({"subject": "7", "channel": "a"}, [("7", "a"), ("7", "ab")]),
-        ({"subject": "nobody"}, []),
-        ({"channel": "A"}, []),
+        pytest.param({"channel": "a"}, [("7", "a"), ("8", "a"), ("7", "ab")], marks=pytest.mark.slow),
+        pytest.param({"subject": "7", "channel": "a"}, [("7", "a"), ("7", "ab")], marks=pytest.mark.slow),
+        pytest.param({"subject": "nobody"}, [], marks=pytest.mark.slow),
+        pytest.param({"channel": "A"}, [], marks=pytest.mark.slow),
     ],
 )
 def test_in_every_worker_on_every_host(
@@ -105,6 +105,7 @@ def test_in_every_worker_on_every_host(
             assert_hears(hosts[1], left, channel, f"still there on {channel}")
 
 
+@pytest.mark.slow
 def test_within_a_second(url: str, start_server: Start) -> None:
     """It does not wait for the next heartbeat or the ticker's next look: the best of a few takes far less time."""
     server = start_members(start_server, url)
@@ -144,6 +145,7 @@ def test_by_the_subject_of_a_token(url: str, start_server: Start) -> None:
         assert_revoked(response)
 
 
+@pytest.mark.slow
 def test_what_waits_for_a_client_that_reads_slowly_is_not_for_it_any_more(url: str, start_server: Start) -> None:
     server = start_members(start_server, url, FLASK_SSE_BUFFER_BYTES="50000000")
     with request(server.port, "/sse?user=7&channel=a", receive_buffer=4096) as slow, listen(server, "8", "a") as other:
@@ -209,6 +211,7 @@ def test_an_order_counts_again_soon_after_a_clock_was_set(url: str) -> None:
     app.extensions["pg_sse"].close()
 
 
+@pytest.mark.slow
 def test_clients_that_keep_coming_while_their_right_is_taken_away(url: str, start_server: Start) -> None:
     server = start_members(start_server, url, "-w", "2")
     for _ in range(10):
@@ -246,6 +249,7 @@ def line(database_url: str) -> Iterator[Link]:
         yield link
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_away_obeys_when_it_is_back(logged_url: str, line: Link, start_server: Start) -> None:
     here = start_members(start_server, logged_url)
     away = start_members(
@@ -319,6 +323,7 @@ def test_forged_orders_do_nothing(url: str, start_server: Start, forger: Any) ->
     assert "Traceback" not in server.log()
 
 
+@pytest.mark.slow
 def test_an_order_that_is_sent_again_does_nothing(url: str, start_server: Start, forger: Any) -> None:
     """Whatever the forger has heard, word for word: neither in the same worker nor on a host that comes later."""
     server = start_members(start_server, url)

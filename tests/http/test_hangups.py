@@ -26,7 +26,11 @@ from tests.support.model import Quiet
 from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]
-WORKERS = pytest.mark.parametrize("options", [(), ("-k", "gthread", "--threads", "60")], ids=["gevent", "gthread"])
+WORKERS = pytest.mark.parametrize(
+    "options",
+    [(), pytest.param(("-k", "gthread", "--threads", "60"), marks=pytest.mark.slow)],
+    ids=["gevent", "gthread"],
+)
 
 
 def reset(sock: socket.socket) -> None:
@@ -48,7 +52,15 @@ def say_more(sock: socket.socket) -> None:
 
 @WORKERS
 @pytest.mark.parametrize("direct", ["1", "0"], ids=["direct", "generator"])
-@pytest.mark.parametrize("way", [nothing, reset, finish, say_more])
+@pytest.mark.parametrize(
+    "way",
+    [
+        nothing,
+        pytest.param(reset, marks=pytest.mark.slow),
+        pytest.param(finish, marks=pytest.mark.slow),
+        say_more,
+    ],
+)
 def test_all_that_a_client_held_is_free_within_a_second(
     database_url: str,
     start_server: Start,

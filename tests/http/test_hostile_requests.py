@@ -254,7 +254,13 @@ def cost(server: WebServer, target: bytes, times: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", ["10,000 channels", "a million empty parameters", "a token of 1 MB", "500,000 slashes"]
+    "name",
+    [
+        "10,000 channels",
+        "a million empty parameters",
+        "a token of 1 MB",
+        pytest.param("500,000 slashes", marks=pytest.mark.slow),
+    ],
 )
 def test_a_large_request_costs_little_more_than_its_reading(server: WebServer, name: str) -> None:
     """Beside a route that looks at none of it: most of the cost is gunicorn's, which reads piece by piece."""
@@ -308,6 +314,7 @@ REQUESTS = st.one_of(
 ).map(lambda head: head + b"\r\n\r\n")
 
 
+@pytest.mark.slow
 @given(REQUESTS)
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_request_is_an_error_of_the_server(server: WebServer, data: bytes) -> None:

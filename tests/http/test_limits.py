@@ -271,6 +271,7 @@ def test_clients_that_have_gone_are_forgotten(database_url: str, make_app: MakeA
 # -- a flood
 
 
+@pytest.mark.slow
 def test_a_flood_from_one_address_leaves_the_worker_as_it_was(database_url: str, start_server: Start) -> None:
     """2,500 connections, of which 20 may stream; those that are refused read nothing and do not close."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

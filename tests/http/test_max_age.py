@@ -15,7 +15,11 @@ from tests.support.postgres import execute, members
 from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]
-WORKERS = pytest.mark.parametrize("options", [(), ("-k", "gthread", "--threads", "60")], ids=["gevent", "gthread"])
+WORKERS = pytest.mark.parametrize(
+    "options",
+    [(), pytest.param(("-k", "gthread", "--threads", "60"), marks=pytest.mark.slow)],
+    ids=["gevent", "gthread"],
+)
 
 
 @WORKERS

@@ -63,7 +63,7 @@ def ask(server: WebServer, query: str, status: int, method: str = "GET") -> str:
         return response.read().decode()
 
 
-@pytest.mark.parametrize("debug", ["0", "1"], ids=["", "debug"])
+@pytest.mark.parametrize("debug", ["0", pytest.param("1", marks=pytest.mark.slow)], ids=["", "debug"])
 @pytest.mark.parametrize("name", SERVERS)
 def test_answers_and_logs(name: str, debug: str, database_url: str, start_server: Start) -> None:
     env = {"FLASK_SECRET_KEY": KEY, "FLASK_SECRET_KEY_FALLBACKS": f'["{OLD_KEY}"]', "FLASK_DEBUG": debug}
@@ -103,6 +103,7 @@ def test_answers_and_logs(name: str, debug: str, database_url: str, start_server
         assert not [token for token in TOKENS if token in log or token.rpartition(".")[2] in log]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("why", "debug"), [("nobody is there", "0"), ("unknown role", "1"), ("no such database", "0")])
 def test_a_database_that_cannot_be_reached(why: str, debug: str, database_url: str, start_server: Start) -> None:
     parts = urlsplit(database_url)

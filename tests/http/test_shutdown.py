@@ -17,6 +17,9 @@ from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]
 GTHREAD = ("-k", "gthread", "--threads", "16")
+WORKERS = pytest.mark.parametrize(
+    "options", [(), pytest.param(GTHREAD, marks=pytest.mark.slow)], ids=["gevent", "gthread"]
+)
 
 
 def terminate_and_check(server: WebServer, streams: list[Response]) -> list[int]:
@@ -49,7 +52,7 @@ def terminate_and_check(server: WebServer, streams: list[Response]) -> list[int]
         ("--keep-alive", "75"),
         ("-w", "2", "--preload"),
         (*GTHREAD, "--keep-alive", "75"),
-        (*GTHREAD, "--preload"),
+        pytest.param((*GTHREAD, "--preload"), marks=pytest.mark.slow),
         (
             "-k",
             "gevent_pywsgi",
@@ -66,7 +69,7 @@ def test_sigterm_ends_streams_and_worker(database_url: str, start_server: Start,
 
 
 @pytest.mark.parametrize("late", ["", "1"])
-@pytest.mark.parametrize("options", [(), GTHREAD], ids=["gevent", "gthread"])
+@WORKERS
 def test_the_apps_own_handler_still_runs(
     database_url: str, start_server: Start, options: tuple[str, ...], late: str
 ) -> None:
@@ -86,7 +89,7 @@ def test_what_was_sent_before_the_end_still_arrives(database_url: str, start_ser
         assert stream.event().event == "sse-end"
 
 
-@pytest.mark.parametrize("options", [(), GTHREAD], ids=["gevent", "gthread"])
+@WORKERS
 def test_a_client_that_does_not_read_holds_nothing_up(
     database_url: str, start_server: Start, options: tuple[str, ...]
 ) -> None:
@@ -140,7 +143,7 @@ def test_a_reload_moves_streams_to_the_new_worker(database_url: str, start_serve
         assert stream.event().data == "again"
 
 
-@pytest.mark.parametrize("options", [(), GTHREAD], ids=["gevent", "gthread"])
+@WORKERS
 def test_a_worker_that_reaches_max_requests_lets_its_streams_go(
     database_url: str, start_server: Start, options: tuple[str, ...]
 ) -> None:

@@ -19,7 +19,7 @@ from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]
 SMALL_BUFFERS = ("-c", "python:tests.support.apps.small_buffers")
-WORKERS = [(), ("-k", "gthread", "--threads", "20")]
+WORKERS = [(), pytest.param(("-k", "gthread", "--threads", "20"), marks=pytest.mark.slow)]
 
 
 @pytest.fixture
@@ -99,7 +99,9 @@ def test_a_client_that_sleeps_while_nothing_waits_for_it(server: WebServer) -> N
         assert sleeper.event().data == "hello"
 
 
-@pytest.mark.parametrize(("size", "pace"), [(5_000_000, 1_000_000), (150_000, 30_000)])
+@pytest.mark.parametrize(
+    ("size", "pace"), [pytest.param(5_000_000, 1_000_000, marks=pytest.mark.slow), (150_000, 30_000)]
+)
 def test_a_phone_that_is_slow_but_steady_is_served(server: WebServer, url: str, size: int, pace: int) -> None:
     """For five times the timeout: 5 MB, or what takes as long at twice the least pace."""
     with slow(server, "a") as phone:
@@ -127,6 +129,7 @@ def test_headers_that_are_never_finished_are_no_stream(server: WebServer) -> Non
             assert stream.event().data == "hello"
 
 
+@pytest.mark.slow
 def test_many_that_never_read_cost_no_memory_in_the_end(url: str, start_server: Start) -> None:
     server = start_server(url, *SMALL_BUFFERS, FLASK_SSE_SEND_TIMEOUT="1", FLASK_SSE_HEARTBEAT="0.5")
     sizes = []

@@ -20,6 +20,11 @@ from tests.support.postgres import connect, execute
 from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]
+WORKERS = pytest.mark.parametrize(
+    "options",
+    [(), pytest.param(("-k", "gthread", "--threads", "8"), marks=pytest.mark.slow)],
+    ids=["gevent", "gthread"],
+)
 
 
 def state(server: WebServer) -> dict[str, object]:
@@ -95,7 +100,7 @@ def test_nothing_is_missed_after_the_first_block(database_url: str, start_server
         publisher.join()
 
 
-@pytest.mark.parametrize("options", [(), ("-k", "gthread", "--threads", "8")], ids=["gevent", "gthread"])
+@WORKERS
 def test_quiet_streams_get_heartbeats_and_busy_ones_do_not(
     database_url: str, start_server: Start, options: tuple[str, ...]
 ) -> None:
@@ -146,6 +151,7 @@ def resident_kb(pid: int) -> int:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
 
 
+@pytest.mark.slow
 def test_the_memory_of_clients_that_went_is_used_again(database_url: str, start_server: Start) -> None:
     server = start_server(database_url, FLASK_SSE_HEARTBEAT="0.2")
     pid = worker(server)
@@ -181,7 +187,7 @@ def test_a_reader_that_is_too_slow_is_told_so_and_others_lose_nothing(
     slow.close()
 
 
-@pytest.mark.parametrize("options", [(), ("-k", "gthread", "--threads", "8")], ids=["gevent", "gthread"])
+@WORKERS
 def test_a_burst_reaches_every_stream_that_reads(
     database_url: str, start_server: Start, options: tuple[str, ...]
 ) -> None:
@@ -194,7 +200,7 @@ def test_a_burst_reaches_every_stream_that_reads(
         stream.close()
 
 
-@pytest.mark.parametrize("options", [(), ("-k", "gthread", "--threads", "8")], ids=["gevent", "gthread"])
+@WORKERS
 def test_streams_outlive_a_restart_of_postgres(
     own_postgres: postgres.Server, start_server: Start, options: tuple[str, ...]
 ) -> None:

@@ -43,9 +43,12 @@ SERVERS: dict[str, list[str] | Callable[[int], list[str]]] = {
     "pywsgi": pywsgi(),
     "flask run": flask_run(),
 }
+SLOW = ["gevent with 4 workers", "gevent with 4 workers preloaded", "pywsgi"]
 
 
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SERVERS]
+)
 def test_events_reach_all_streams(database_url: str, start_server: Start, name: str) -> None:
     how = SERVERS[name]
     server = start_server(database_url, command=how) if callable(how) else start_server(database_url, *how)
@@ -61,7 +64,14 @@ def test_events_reach_all_streams(database_url: str, start_server: Start, name: 
     assert "Warning" not in server.log()
 
 
-@pytest.mark.parametrize("name", ["gevent", "gthread", "gevent_pywsgi"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gevent",
+        pytest.param("gthread", marks=pytest.mark.slow),
+        pytest.param("gevent_pywsgi", marks=pytest.mark.slow),
+    ],
+)
 def test_an_app_may_have_a_response_class_of_its_own(database_url: str, start_server: Start, name: str) -> None:
     options = SERVERS[name]
     assert isinstance(options, list)
@@ -161,6 +171,7 @@ def silent_postgres() -> Iterator[str]:
             sock.close()
 
 
+@pytest.mark.slow
 def test_a_silent_postgres_stops_no_other_route(silent_postgres: str, start_server: Start) -> None:
     """Connecting, for LISTEN and for notify, waits as a greenlet: one worker goes on answering."""
     server = start_server(silent_postgres)

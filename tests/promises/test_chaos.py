@@ -87,8 +87,12 @@ class Client(threading.Thread):
         return row
 
 
-@pytest.mark.parametrize("killing", [False, True], ids=["calm", "killing"])
-@pytest.mark.parametrize("options", [("-w", "2"), ("-k", "gthread", "--threads", "96")], ids=["gevent", "gthread"])
+@pytest.mark.parametrize("killing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["calm", "killing"])
+@pytest.mark.parametrize(
+    "options",
+    [("-w", "2"), pytest.param(("-k", "gthread", "--threads", "96"), marks=pytest.mark.slow)],
+    ids=["gevent", "gthread"],
+)
 def test_every_stream_gets_all_and_only_its_events_in_order(
     database_url: str, start_server: Callable[..., WebServer], options: tuple[str, ...], killing: bool
 ) -> None:

@@ -54,7 +54,7 @@ def read_until(crowd: Crowd, done: Callable[[], bool]) -> None:
         crowd.read(0.1)
 
 
-@pytest.mark.parametrize("direct", ["1", "0"], ids=["direct", "generator"])
+@pytest.mark.parametrize("direct", ["1", pytest.param("0", marks=pytest.mark.slow)], ids=["direct", "generator"])
 def test_nothing_grows_and_all_is_freed(database_url: str, start_server: Start, direct: str) -> None:
     execute(database_url, schema_sql())
     with far_host() as far, many_descriptors():

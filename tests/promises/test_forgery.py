@@ -95,6 +95,7 @@ def forge_beats(connection: Any) -> None:
         run(connection, "SELECT pg_notify('flask_pg_sse', %s)", payload)
 
 
+@pytest.mark.slow
 def test_forged_events_and_beats_move_no_position_and_keep_nothing_away(
     url: str, nobody_special: Any, start_server: Start
 ) -> None:

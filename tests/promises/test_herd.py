@@ -22,7 +22,7 @@ def enough_descriptors() -> None:
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 3 * COUNT, "ulimit -n"
 
 
-@pytest.mark.parametrize("worker", ["fresh", "knows"])
+@pytest.mark.parametrize("worker", ["fresh", pytest.param("knows", marks=pytest.mark.slow)])
 def test_a_thousand_that_return_to_one_channel(database_url: str, start_server: Start, worker: str) -> None:
     install(database_url)
     chooser = random.Random(1)
@@ -54,6 +54,7 @@ def _open(crowd: Crowd, ids: Sequence[int], *channels: str) -> list[Reader]:
     return [crowd.add(*channels, last_event_id=log_id) for log_id in ids]
 
 
+@pytest.mark.slow
 def test_a_thousand_that_return_to_channels_of_their_own(database_url: str, start_server: Start) -> None:
     """Each of which has to be asked for: in batches."""
     install(database_url)
@@ -76,6 +77,7 @@ def test_a_thousand_that_return_to_channels_of_their_own(database_url: str, star
     assert found["tail_v1"] <= 40
 
 
+@pytest.mark.slow
 def test_a_crowd_of_all_kinds(database_url: str, start_server: Start) -> None:
     """Near the end and far from it, on one channel and on several, with ids of old and of none, while events come."""
     install(database_url)

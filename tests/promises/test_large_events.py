@@ -36,6 +36,7 @@ def post(server: WebServer, channel: str, data: str, **options: Any) -> None:
     server.post(f"/notify/{channel}", json.dumps({"data": data, **options}).encode())
 
 
+@pytest.mark.slow
 def test_large_events_come_in_their_place(database_url: str, start_server: Start) -> None:
     """Among small ones of the same and of other channels, for streams on both channels and on one."""
     install(database_url)
@@ -80,6 +81,7 @@ def test_nothing_overtakes_a_large_event_on_any_channel(database_url: str, start
         assert both.events[1] == other.events[0]
 
 
+@pytest.mark.slow
 def test_a_large_event_is_read_once_for_all_its_streams(database_url: str, start_server: Start) -> None:
     install(database_url)
     server = start_server(database_url)
@@ -95,6 +97,7 @@ def test_a_large_event_is_read_once_for_all_its_streams(database_url: str, start
     assert calls_after(database_url, server)["page_v1"] == 1 + 3 * 2
 
 
+@pytest.mark.slow
 def test_large_events_are_read_once_for_all_that_fall_behind(database_url: str, start_server: Start) -> None:
     """Where the second comes while the first is under way, the streams read on from the log."""
     install(database_url)
@@ -118,6 +121,7 @@ def test_large_events_are_read_once_for_all_that_fall_behind(database_url: str, 
     assert calls_after(database_url, server)["page_v1"] <= 1 + 6 + 20 * 4 + 6 * 4
 
 
+@pytest.mark.slow
 def test_streams_with_other_channels_share_a_large_event_and_no_more(database_url: str, start_server: Start) -> None:
     """One stream is sending it and holds it in memory; another stream gets that copy, and then its own events."""
     install(database_url)
@@ -138,6 +142,7 @@ def test_streams_with_other_channels_share_a_large_event_and_no_more(database_ur
         assert slow.events == logged(database_url, ["a"], first)
 
 
+@pytest.mark.slow
 def test_a_stream_resumes_before_and_behind_a_large_event(database_url: str, start_server: Start) -> None:
     install(database_url)
     server = start_server(database_url)
@@ -152,6 +157,7 @@ def test_a_stream_resumes_before_and_behind_a_large_event(database_url: str, sta
         assert [reader.events for reader in readers] == [everything[missed:] for missed in range(1, 6)]
 
 
+@pytest.mark.slow
 def test_a_client_cut_in_the_midst_of_a_large_event_gets_it_again_whole(database_url: str, start_server: Start) -> None:
     install(database_url)
     server = start_server(database_url, "-c", "python:tests.support.apps.small_buffers")
@@ -189,6 +195,7 @@ def test_the_largest_that_fits_a_notify_and_the_smallest_that_does_not(database_
     listening.close()
 
 
+@pytest.mark.slow
 def test_a_large_event_in_the_callers_transaction(database_url: str, make_app: MakeApp, start_server: Start) -> None:
     install(database_url)
     server = start_server(database_url)
@@ -231,6 +238,7 @@ def test_what_cannot_be_fetched_may_not_be_large(database_url: str, make_app: Ma
     assert [(len(data),) for (data,) in execute(database_url, "SELECT data FROM flask_pg_sse.event")] == [(20_000,)]
 
 
+@pytest.mark.slow
 def test_other_routes_answer_while_a_large_event_is_fetched_and_sent(database_url: str, start_server: Start) -> None:
     """They wait for the parsing and the encoding of one event, not for the database or a client."""
     install(database_url)
@@ -264,6 +272,7 @@ def test_other_routes_answer_while_a_large_event_is_fetched_and_sent(database_ur
         assert max(times) < 1.5, "with much room for a busy machine: usually below 0.2 s"
 
 
+@pytest.mark.slow
 def test_large_data_that_hold_nul_are_large_too(database_url: str, start_server: Start) -> None:
     """They stand in another column of the log: PostgreSQL's text cannot hold NUL."""
     install(database_url)

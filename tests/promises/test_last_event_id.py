@@ -101,6 +101,7 @@ def test_an_empty_last_event_id_is_none(url: str, start_server: Start) -> None:
             assert logged_event(stream) == (log_id, "after")
 
 
+@pytest.mark.slow
 def test_zero_is_the_beginning_of_what_is_kept(url: str, start_server: Start) -> None:
     server = start_server(url)
     ids = [publish(url, "a", str(number)) for number in range(300)]
@@ -156,6 +157,7 @@ def busy(url: str, query: str) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_it", ["nothing", "events that are in no log"])
 def test_a_quiet_channel_never_grows_too_old(url: str, start_server: Start, on_it: str) -> None:
     """All its own events were pruned long ago, and other channels are busy: its streams are told how far the log is."""
@@ -187,6 +189,7 @@ def test_a_quiet_channel_never_grows_too_old(url: str, start_server: Start, on_i
             assert (message.id, message.data) == (missed, "while it was away")
 
 
+@pytest.mark.slow
 def test_a_worker_that_lags_takes_a_client_from_a_faster_one(url: str, start_server: Start) -> None:
     slow = start_server(url)
     with open_stream(slow.port, "a") as stays:

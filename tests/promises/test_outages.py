@@ -137,6 +137,7 @@ def events_come(browsers: list[Browser]) -> None:
     eventually(all_have, 40, "events come on every stream")
 
 
+@pytest.mark.slow
 def test_whoever_was_away_for_too_long_is_told_and_goes_on_from_there(
     own_postgres: postgres.Server, url: str, start_server: Start, make_app: MakeApp
 ) -> None:

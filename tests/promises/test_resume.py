@@ -74,7 +74,7 @@ def report(name: str, browsers: Sequence[Browser], log: Sequence[object], second
     )
 
 
-@pytest.mark.parametrize("workers", [GEVENT, GTHREAD], ids=["gevent", "gthread"])
+@pytest.mark.parametrize("workers", [GEVENT, pytest.param(GTHREAD, marks=pytest.mark.slow)], ids=["gevent", "gthread"])
 def test_no_event_is_lost_or_repeated_by_clients_that_are_cut_at_any_byte(
     database_url: str, start_server: Start, make_app: MakeApp, workers: list[tuple[str, ...]]
 ) -> None:

@@ -126,6 +126,7 @@ def test_stalled_clients_cost_bounded_memory_delay_nobody_and_lose_nothing(
         assert "Traceback" not in server.log()
 
 
+@pytest.mark.slow
 def test_stalled_clients_on_channels_of_their_own_cost_no_more(database_url: str, start_server: Start) -> None:
     """Where no two share the bytes that wait for them. And all of it is in small pieces."""
     install(database_url)
@@ -168,6 +169,7 @@ def test_clients_with_the_kernels_own_buffers_lose_nothing_either(database_url: 
         assert all(reader.events == expected for reader in crowd.readers)
 
 
+@pytest.mark.slow
 def test_large_events_on_their_way_to_stalled_clients_have_a_budget(database_url: str, start_server: Start) -> None:
     """Different events of 5 MB, read from the log; a stream without room is told to come back, and loses nothing."""
     install(database_url)
@@ -247,6 +249,7 @@ def test_what_is_said_to_a_slow_reader_keeps_its_place(database_url: str, start_
         assert slow.events[len(kept) :] == [event for event in received if event[0] > go_on_from]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reads", [True, False], ids=["reads", "stalled"])
 def test_a_stream_that_is_behind_ends_soon_when_the_worker_is_to_stop(
     database_url: str, start_server: Start, reads: bool
@@ -283,6 +286,7 @@ def test_a_stream_that_is_behind_ends_soon_when_the_worker_is_to_stop(
         assert all(old.events + new.events == expected for old, new in zip(slow, again, strict=True))
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_behind_waits_for_postgres(own_postgres: postgres.Server, start_server: Start) -> None:
     url = own_postgres.url()
     install(url)

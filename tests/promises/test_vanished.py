@@ -17,11 +17,11 @@ from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]
 CLIENTS = 30
-WORKERS = [(), ("-k", "gthread", "--threads", "40")]
+WORKERS = [(), pytest.param(("-k", "gthread", "--threads", "40"), marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("options", WORKERS, ids=["gevent", "gthread"])
-@pytest.mark.parametrize("direct", ["1", "0"], ids=["direct", "generator"])
+@pytest.mark.parametrize("direct", ["1", pytest.param("0", marks=pytest.mark.slow)], ids=["direct", "generator"])
 def test_all_that_they_held_is_freed(
     database_url: str, start_server: Start, options: tuple[str, ...], direct: str
 ) -> None:

@@ -155,7 +155,7 @@ def _debian_binaries() -> Path | None:
     return max((item for item in found.items() if item[0] != 18), default=(0, None))[1]
 
 
-@pytest.fixture(scope="session", params=["wheel", "debian"])
+@pytest.fixture(scope="session", params=["wheel", pytest.param("debian", marks=pytest.mark.slow)])
 def log_binaries(request: pytest.FixtureRequest) -> Path | None:
     """The PostgreSQLs that the event log is tested on: the newest, and the one that Debian has (12: version 15)."""
     if request.param == "wheel":

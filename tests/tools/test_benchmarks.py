@@ -42,6 +42,7 @@ def rows_of(text: str) -> list[list[str]]:
     return rows
 
 
+@pytest.mark.slow
 def test_publishing_prints_its_tables() -> None:
     tiny = ["--quick", "--clients", "1", "--sizes", "100", "--rounds", "1", "--seconds", "0.01", "--events", "1000"]
     done = run("benchmarks.publishing", *tiny, "--fsync", "off")
@@ -57,6 +58,7 @@ def test_publishing_prints_its_tables() -> None:
 # -- the fan-out
 
 
+@pytest.mark.slow
 def test_fanout_prints_its_report_into_a_document_and_draws_a_plot(tmp_path: Path) -> None:
     page, figure = tmp_path / "page.md", tmp_path / "plot.svg"
     page.write_text("Before.\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nAfter.\n")

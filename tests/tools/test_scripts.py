@@ -186,6 +186,7 @@ def without_pip(root: Path) -> Iterator[None]:
         main.write_text(text)
 
 
+@pytest.mark.slow
 def test_a_matching_stamp_runs_no_pip_and_goes_on(checkout: Path) -> None:
     with without_pip(checkout):
         done = set_up(checkout, "demo", "postgres", "--", "-c", "import sys; print(sys.prefix)")
@@ -193,6 +194,7 @@ def test_a_matching_stamp_runs_no_pip_and_goes_on(checkout: Path) -> None:
     assert done.stdout == f"{checkout / '.venv'}\n"
 
 
+@pytest.mark.slow
 def test_a_missing_set_is_added_and_its_failure_is_told(checkout: Path) -> None:
     with without_pip(checkout):
         done = set_up(checkout, "demo", "tests")
@@ -206,6 +208,7 @@ def test_a_missing_set_is_added_and_its_failure_is_told(checkout: Path) -> None:
     (checkout / ".venv" / ".unfinished").unlink()
 
 
+@pytest.mark.slow
 def test_a_system_without_a_build_of_postgresql_needs_database_url(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +225,7 @@ def test_a_system_without_a_build_of_postgresql_needs_database_url(
     assert load_setup_venv(checkout)._reusable(["demo", "postgres"])
 
 
+@pytest.mark.slow
 def test_the_stamp_depends_on_requirements_interpreter_and_place(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -295,6 +299,7 @@ def test_what_htmx_is_built_with_has_one_version_each() -> None:
         assert re.fullmatch(r"[a-z-]+==[0-9.]+(; .+)?", requirement), requirement
 
 
+@pytest.mark.slow
 def test_a_half_made_environment_is_made_anew(checkout: Path) -> None:
     # As after a kill at any point: the stamp is written last.
     (checkout / ".venv" / ".stamp-demo").unlink()
@@ -306,6 +311,7 @@ def test_a_half_made_environment_is_made_anew(checkout: Path) -> None:
     assert (checkout / ".venv" / ".stamp-demo").exists()
 
 
+@pytest.mark.slow
 def test_the_checkout_is_importable_from_anywhere_in_its_environment(checkout: Path) -> None:
     (checkout / "marker_module.py").write_text("print(__file__)\n")
     done = subprocess.run(
@@ -366,6 +372,7 @@ def test_a_second_server_on_the_same_data_is_refused(server: postgres.Server) ->
     assert select(server.url(), "SELECT 1") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "rubbish\n", None], ids=["empty", "rubbish", "number of another process"])
 def test_a_stale_pid_file_does_not_prevent_a_start(server: postgres.Server, content: str | None) -> None:
     server.stop("kill")
@@ -383,6 +390,7 @@ def test_a_stale_pid_file_does_not_prevent_a_start(server: postgres.Server, cont
         sleeper.wait()
 
 
+@pytest.mark.slow
 def test_a_half_made_data_directory_is_made_anew_and_kept_aside(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = place / "data"
     (data / "base").mkdir(parents=True)
@@ -396,6 +404,7 @@ def test_a_half_made_data_directory_is_made_anew_and_kept_aside(place: Path, cap
     assert not interrupted.exists()
 
 
+@pytest.mark.slow
 def test_data_of_another_major_version_are_refused(server: postgres.Server) -> None:
     server.stop()
     (server.data_dir / "PG_VERSION").write_text("17\n")
@@ -403,6 +412,7 @@ def test_data_of_another_major_version_are_refused(server: postgres.Server) -> N
         server.start()
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_start_says_why_and_leaves_nothing(server: postgres.Server) -> None:
     server.stop()
     server.options["shared_buffers"] = "lots"
@@ -427,6 +437,7 @@ def test_a_server_ends_with_the_process_that_started_it(place: Path) -> None:
         assert select(server.url(), "SELECT 1") == 1
 
 
+@pytest.mark.slow
 def test_a_server_left_behind_is_stopped_before_the_next_start(
     place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -445,6 +456,7 @@ def test_a_server_left_behind_is_stopped_before_the_next_start(
     left.stop()
 
 
+@pytest.mark.slow
 def test_several_servers_run_at_once(place: Path) -> None:
     with contextlib.ExitStack() as stack:
         servers = [
@@ -554,7 +566,15 @@ def no_nohup() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_nohup")
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "signum",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+    ids=lambda each: each.name,
+)
 def test_a_signal_stops_everything_the_demo_started(stub: Path, tmp_path: Path, signum: signal.Signals) -> None:
     port, output = free_port(), tmp_path / "output"
     with running(stub, output, port) as process:
@@ -569,6 +589,7 @@ def test_a_signal_stops_everything_the_demo_started(stub: Path, tmp_path: Path, 
     assert not (postgres.home(stub) / "data" / "postmaster.pid").exists()
 
 
+@pytest.mark.slow
 def test_when_gunicorn_ends_by_itself_the_rest_is_stopped(stub: Path, tmp_path: Path) -> None:
     port, output = free_port(), tmp_path / "output"
     with running(stub, output, port) as process:
@@ -581,6 +602,7 @@ def test_when_gunicorn_ends_by_itself_the_rest_is_stopped(stub: Path, tmp_path: 
     assert not (postgres.home(stub) / "data" / "postmaster.pid").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_demo_leaves_nothing_that_stops_the_next_one(stub: Path, tmp_path: Path) -> None:
     port, output = free_port(), tmp_path / "output"
     with running(stub, output, port) as process:
@@ -592,6 +614,7 @@ def test_a_killed_demo_leaves_nothing_that_stops_the_next_one(stub: Path, tmp_pa
         assert finished(process, output)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_second_demo_on_the_same_data_is_refused_in_words(stub: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     with running(stub, first, free_port()) as process:
@@ -603,6 +626,7 @@ def test_a_second_demo_on_the_same_data_is_refused_in_words(stub: Path, tmp_path
         process.wait(30)
 
 
+@pytest.mark.slow
 def test_an_application_that_fails_is_told_and_nothing_stays(stub: Path, tmp_path: Path) -> None:
     (stub / "demo" / "app.py").write_text("raise RuntimeError('broken on purpose')\n")
     output = tmp_path / "output"
@@ -644,6 +668,7 @@ def test_a_database_that_does_not_answer_is_told_without_its_password(stub: Path
     assert "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_database_url_is_used_when_it_is_set(stub: Path, tmp_path: Path, server: postgres.Server) -> None:
     port, output = free_port(), tmp_path / "output"
     process = serve(stub, output, PORT=str(port), DATABASE_URL=server.url())
@@ -661,6 +686,7 @@ def test_database_url_is_used_when_it_is_set(stub: Path, tmp_path: Path, server:
 # --- the package
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     source = tmp_path / "source"
     ignore = shutil.ignore_patterns("__pycache__")

@@ -187,6 +187,7 @@ def test_browsers_read_every_event_as_it_was_sent(sent: list[Event], cuts: list[
     assert b"\r" not in stream
 
 
+@pytest.mark.slow
 @given(events, events)
 def test_an_event_leaves_nothing_to_the_next_but_its_id(first: Event, second: Event) -> None:
     alone, behind = read(encode(second)).events, read(encode(first) + encode(second)).events[1:]

@@ -114,6 +114,7 @@ print(max(waited))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["a turn", "heartbeats"])
 def test_on_a_busy_worker_events_and_heartbeats_take_turns(who: str) -> None:
     """Each waits for at most one round of the other. Before, it was thirty, and under heartbeats no event came."""

@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -118,6 +119,7 @@ def test_every_stream_has_exactly_the_log_whatever_the_order_of_things(chooser: 
         client.check(known)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30 * LONG, suppress_health_check=LARGE)
 @given(st.randoms(use_true_random=False), st.sampled_from([400, 2000, 100_000]))
 def test_what_is_remembered_is_all_there_was_or_nothing(chooser: random.Random, limit: int) -> None:
@@ -172,6 +174,7 @@ def test_what_is_remembered_is_all_there_was_or_nothing(chooser: random.Random, 
         recent_module.RING_BYTES, recent_module.TOTAL_BYTES = before
 
 
+@pytest.mark.slow
 def test_what_is_remembered_stays_within_its_bounds() -> None:
     """Two thousand channels, each with much more than its share, in events of all sizes."""
     names = [f"room-{number}" for number in range(2000)]

@@ -71,6 +71,7 @@ def opened(app: Flask, url: str = "/sse?channel=orders") -> tuple[Received, Iter
     return next(events), events
 
 
+@pytest.mark.slow
 def test_the_log_line_names_the_cause_and_events_of_the_log_still_come(
     database_url: str, through_pgbouncer: str, make_app: MakeApp, caplog: pytest.LogCaptureFixture
 ) -> None:

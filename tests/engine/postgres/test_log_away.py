@@ -56,6 +56,7 @@ def test_streams_that_resume_do_not_wait_one_behind_the_other(
     assert not app.extensions["pg_sse"].runtime.worker.streams[1]._unfilled
 
 
+@pytest.mark.slow
 def test_what_waits_for_a_lock_does_not_pile_up_in_postgresql(
     database_url: str, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +106,7 @@ def test_an_event_whose_connection_breaks_on_the_way_is_not_sent_twice(
     assert [row[3] for row in logged(database_url) if row[1] == "orders"] == ["first", "once", "last"]
 
 
+@pytest.mark.slow
 def test_a_long_answer_may_take_its_time_and_silence_may_not(
     postgres_server: postgres.Server, database_url: str
 ) -> None:

@@ -209,6 +209,7 @@ def test_what_is_dated_in_the_future_is_as_old_as_what_follows_it(
         assert [row[3] for row in logged(log_url)] == dated[deleted:]
 
 
+@pytest.mark.slow
 def test_batches_get_smaller_where_they_take_too_long(log_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for events of many megabytes; here it is a trigger that takes two milliseconds for each."""
     filled(log_url, 1000)

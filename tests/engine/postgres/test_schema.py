@@ -816,6 +816,7 @@ def test_names_in_other_schemas_are_not_taken_for_postgresqls_own(url: str, role
 # --- the package
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_has_the_sql(tmp_path: Path) -> None:
     """Built from a copy and without the network; test_scripts.py looks that nothing else is in it."""
     source, target = tmp_path / "source", tmp_path / "target"
@@ -843,6 +844,7 @@ def test_an_installed_wheel_has_the_sql(tmp_path: Path) -> None:
     assert found.stdout == f"{target / 'flask_pg_sse' / '__init__.py'}\n{schema_sql()}"
 
 
+@pytest.mark.slow
 def test_the_sdist_has_what_the_repository_has(tmp_path: Path) -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     files = {name for name in listed.stdout.splitlines() if not name.startswith(".")}
