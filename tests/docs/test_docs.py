@@ -47,9 +47,10 @@ def test_examples_and_links() -> None:
 def test_the_reasons_are_those_of_the_code() -> None:
     table = PAGE.text.split("| reason |")[1].split("\n\n")[0]
     code = "".join(
-        (ROOT / "flask_pg_sse" / name).read_text() for name in ("page.py", "stream.py", "postgres/listener.py")
+        (ROOT / "flask_pg_sse" / name).read_text()
+        for name in ("engine/base.py", "hub/stream.py", "engine/postgres/listener.py")
     )
-    known = re.findall(r"""(?:return |reason = |_gap\(|if position else |"reason": )"([a-z-]+)\"""", code)
+    known = re.findall(r"""(?:return |reason = |gap\(|if position else |"reason": )"([a-z-]+)\"""", code)
     assert set(re.findall(r"^\| `([a-z-]+)`", table, re.M)) == {*known}
 
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import pytest
 
 from demo import postgres
-from flask_pg_sse.hub.hub import buffer as backlog
-from flask_pg_sse.hub.hub import history as recent
-from flask_pg_sse.hub.hub import replay
+from flask_pg_sse.hub import buffer as backlog
+from flask_pg_sse.hub import history as recent
+from flask_pg_sse.hub import replay
 from tests.support.client import eventually
 from tests.support.crowd import Crowd, Reader, flood, install, logged, publish, resident, worker
 from tests.support.postgres import execute

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from flask_pg_sse.hub.hub import hub as hub_module
-from flask_pg_sse.hub.hub import subscription as subscription_module
+from flask_pg_sse.hub import hub as hub_module
+from flask_pg_sse.hub import subscription as subscription_module
 from flask_pg_sse.hub.fanout import OFFERS_BETWEEN_YIELDS
 from flask_pg_sse.hub.hub import Hub
 from flask_pg_sse.hub.subscription import Subscription, Terms, offer_to_all

@@ -14,7 +14,7 @@ from gunicorn.http.parser import RequestParser
 from gunicorn.http.wsgi import FileWrapper, create
 
 from flask_pg_sse.hub.subscription import Subscription, Terms
-from flask_pg_sse.server.connection import interning
+from flask_pg_sse.server import interning
 from flask_pg_sse.server.connection import Connection
 from flask_pg_sse.server.gunicorn import intern_request
 from tests.support.model import ModelLog, World

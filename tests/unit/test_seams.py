@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flask_pg_sse.engine.base import Item, Tail
-from flask_pg_sse.hub.hub import history as recent_module
+from flask_pg_sse.hub import history as recent_module
 from flask_pg_sse.hub.block import Block
 from flask_pg_sse.hub.history import TOTAL_BYTES, History
 from flask_pg_sse.hub.subscription import Subscription

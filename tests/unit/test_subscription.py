@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from flask_pg_sse import concurrency as wakeup
 from flask_pg_sse import event
 from flask_pg_sse.engine.base import Disconnect
-from flask_pg_sse.hub.hub import hub as hub_module
+from flask_pg_sse.hub import hub as hub_module
 from flask_pg_sse.hub.block import Block, Position
 from flask_pg_sse.hub.buffer import PIECE_BYTES
 from flask_pg_sse.hub.hub import Hub

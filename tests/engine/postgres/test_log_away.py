@@ -12,7 +12,7 @@ from flask import Flask
 
 from demo import postgres
 from flask_pg_sse import notify, schema_sql, sse_cursor
-from flask_pg_sse.engine.base import Item, Page
+from flask_pg_sse.engine.base import Page, Tail
 from flask_pg_sse.engine.postgres import history, pool
 from flask_pg_sse.engine.postgres.connect import connect as own_connection
 from flask_pg_sse.engine.postgres.connect import execute as own_execute
@@ -165,7 +165,7 @@ class StandingStill(ModelLog):
         if self.fails:
             raise DatabaseUnavailable("The model says no.")
 
-    def tails(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[tuple[str, int, Sequence[Item]]]:
+    def last(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[Tail]:
         return []
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from flask import jsonify
 from flask.typing import ResponseReturnValue
 
-from flask_pg_sse.hub.hub import subscription
+from flask_pg_sse.hub import subscription
 from flask_pg_sse.server.direct_write import write
 from tests.support.apps.basic import app
 

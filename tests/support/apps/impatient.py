@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flask_pg_sse.hub.hub import replay
+from flask_pg_sse.hub import replay
 from tests.support.apps.basic import app
 
 __all__ = ["app"]
