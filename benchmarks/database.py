@@ -13,8 +13,8 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg2
 
 from benchmarks import machine
-from demo import postgres
 from flask_pg_sse import schema_sql
+from tools import postgres
 
 
 class Database:

@@ -24,7 +24,7 @@ from benchmarks import breadth, delivery, machine, others, rest
 from benchmarks.database import Database, database
 from benchmarks.rig import Rig
 from benchmarks.servers import ServerError
-from demo.postgres import PostgresError
+from tools.postgres import PostgresError
 
 SECTIONS: dict[str, Callable[[Rig], Iterator[str]]] = {
     "clients": delivery.clients,

@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks.clients import MANY, OWN_ROWS, TABLES, Clients
 from benchmarks.database import Database, database
-from demo import postgres
 from flask_pg_sse.engine.postgres.retention import BATCH
+from tools import postgres
 
 # Name of the call in clients.py, its description, and its number of events.
 SINGLE = [

@@ -22,7 +22,7 @@ from types import FrameType
 import psycopg2
 from gunicorn.config import make_settings
 
-from demo import postgres
+from tools import postgres
 
 APP = "demo.app:app"
 WORKERS = 2

@@ -17,7 +17,6 @@ from alembic.runtime.migration import MigrationContext
 from flask import Flask
 from playwright.sync_api import Page, expect
 
-from demo import postgres
 from flask_pg_sse import EventLogMissing, notify
 from flask_pg_sse.engine.postgres.retention import prune
 from flask_pg_sse.engine.postgres.schema import schema_sql
@@ -27,6 +26,7 @@ from tests.support.documents import Document
 from tests.support.log import NOTIFY, PUBLISH, listening, logged, run
 from tests.support.postgres import Running, connect, execute
 from tests.support.servers import WebServer, gunicorn
+from tools import postgres
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = Document("docs/never-lose-an-event.md")

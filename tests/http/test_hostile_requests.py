@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from demo import postgres
 from flask_pg_sse.tokens import Token, sign_token
 from tests.support.client import Response, eventually, open_stream
 from tests.support.crowd import worker
 from tests.support.postgres import fresh_database
 from tests.support.servers import WebServer, free_port, gunicorn
+from tools import postgres
 
 MEGABYTE = 1_000_000
 # gunicorn itself refuses lines and fields of more than 8 kB; without a limit of its own they come through to us.

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import pytest
 
-from demo import postgres
 from tests.support.client import Response, eventually, open_stream, request
 from tests.support.postgres import execute
 from tests.support.servers import WebServer
+from tools import postgres
 
 Start = Callable[..., WebServer]
 GTHREAD = ("-k", "gthread", "--threads", "16")

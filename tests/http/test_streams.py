@@ -13,11 +13,11 @@ from collections.abc import Callable
 import psycopg2
 import pytest
 
-from demo import postgres
 from tests.support.client import eventually, open_stream, request
 from tests.support.crowd import worker
 from tests.support.postgres import connect, execute
 from tests.support.servers import WebServer
+from tools import postgres
 
 Start = Callable[..., WebServer]
 WORKERS = pytest.mark.parametrize(

@@ -14,10 +14,10 @@ import pytest
 from h2 import events
 from h2.connection import H2Connection
 
-from demo import postgres
 from tests.support.client import eventually, open_stream, request
 from tests.support.postgres import execute
 from tests.support.servers import WebServer
+from tools import postgres
 
 Start = Callable[..., WebServer]
 

@@ -15,7 +15,6 @@ import psycopg2
 import pytest
 from flask import Flask
 
-from demo import postgres
 from tests.promises.test_resume import CHANNEL_SETS, CHANNELS, LONG, listening, publishing, report, run_to_the_end
 from tests.support.client import eventually
 from tests.support.eventsource import FOREIGN_IDS, Browser, check, for_ever
@@ -23,6 +22,7 @@ from tests.support.link import Link, through
 from tests.support.postgres import connect, execute
 from tests.support.publishers import head, install_log, logged
 from tests.support.servers import WebServer
+from tools import postgres
 
 Start = Callable[..., WebServer]
 MakeApp = Callable[..., Flask]

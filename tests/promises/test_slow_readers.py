@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import pytest
 
-from demo import postgres
 from flask_pg_sse.hub import buffer as backlog
 from flask_pg_sse.hub import history as recent
 from flask_pg_sse.hub import replay
@@ -19,6 +18,7 @@ from tests.support.client import eventually
 from tests.support.crowd import Crowd, Reader, flood, install, logged, publish, resident, worker
 from tests.support.postgres import execute
 from tests.support.servers import WebServer
+from tools import postgres
 
 Start = Callable[..., WebServer]
 LONG = bool(os.environ.get("LONG"))

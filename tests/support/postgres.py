@@ -16,9 +16,9 @@ from typing import Any
 import psycopg2
 import pytest
 
-from demo import postgres
 from flask_pg_sse.engine.postgres.schema import drop_schema_sql, schema_sql
 from tests.support.client import eventually
+from tools import postgres
 
 MEMORY = Path("/dev/shm")
 Running = Callable[..., AbstractContextManager[postgres.Server]]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ from types import ModuleType
 import psycopg2
 import pytest
 
-from demo import postgres
+from tools import postgres
 
 ROOT = Path(__file__).resolve().parents[2]
 SHELLS = [shell for shell in (["sh"], ["dash"], ["busybox", "ash"]) if shutil.which(shell[0])]
@@ -119,12 +118,12 @@ def test_the_newest_python_that_runs_is_taken(shell: list[str], tools: Path) -> 
     fake_python(tools, "python3", "3.11.7")
     done = run_script(shell, "demo/run", tools)
     assert done.returncode == 0
-    assert done.stdout == "python3.12 -I demo/setup_venv.py demo postgres -- -m demo.serve\n"
+    assert done.stdout == "python3.12 -I tools/setup_venv.py demo postgres -- -m demo.serve\n"
     done = run_script(shell, "demo/run", tools, DATABASE_URL="postgresql://somewhere/else")
-    assert done.stdout == "python3.12 -I demo/setup_venv.py demo -- -m demo.serve\n"
+    assert done.stdout == "python3.12 -I tools/setup_venv.py demo -- -m demo.serve\n"
 
 
-@pytest.mark.parametrize("script", ["demo/run", "demo/setup.sh", "tests/run"])
+@pytest.mark.parametrize("script", ["demo/run", "tools/setup.sh", "tests/run"])
 def test_the_scripts_use_what_every_posix_system_has(script: str) -> None:
     text = re.sub(r"(?m)#.*$", "", (ROOT / script).read_text(encoding="utf-8"))
     for word in ("readlink", "realpath", "setsid", "timeout", "flock", "[[", "function ", "local ", "source "):
@@ -145,7 +144,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("check out")
     (root / "demo").mkdir()
     (root / "tests").mkdir()
-    shutil.copy(ROOT / "demo" / "setup_venv.py", root / "demo")
+    (root / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "setup_venv.py", root / "tools")
     (root / "setup.py").touch()
     names = ["requirements.txt", "demo/requirements-htmx.txt", "demo/requirements-postgres.txt"]
     for name in [*names, "tests/requirements.txt", "constraints.txt"]:
@@ -158,7 +158,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def set_up(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-I", str(root / "demo" / "setup_venv.py"), *arguments],
+        [sys.executable, "-I", str(root / "tools" / "setup_venv.py"), *arguments],
         env={**os.environ, "PIP_NO_INDEX": "1"},
         capture_output=True,
         text=True,
@@ -167,7 +167,7 @@ def set_up(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def load_setup_venv(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("setup_venv_of_a_copy", root / "demo" / "setup_venv.py")
+    spec = importlib.util.spec_from_file_location("setup_venv_of_a_copy", root / "tools" / "setup_venv.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -321,8 +321,8 @@ def test_the_checkout_is_importable_from_anywhere_in_its_environment(checkout: P
 
 
 def test_a_venv_that_is_a_link_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "demo").mkdir()
-    shutil.copy(ROOT / "demo" / "setup_venv.py", tmp_path / "demo")
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "setup_venv.py", tmp_path / "tools")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".venv").symlink_to(tmp_path / "elsewhere")
     done = set_up(tmp_path, "demo")
@@ -426,7 +426,7 @@ def test_a_server_that_cannot_start_says_why_and_leaves_nothing(server: postgres
 def test_a_server_ends_with_the_process_that_started_it(place: Path) -> None:
     data = place / "data"
     script = (
-        "import os, pathlib, signal, sys; from demo import postgres\n"
+        "import os, pathlib, signal, sys; from tools import postgres\n"
         "server = postgres.Server(pathlib.Path(sys.argv[1]), options={'fsync': 'off'})\n"
         "server.start(); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -441,7 +441,7 @@ def test_a_server_ends_with_the_process_that_started_it(place: Path) -> None:
 def test_a_server_left_behind_is_stopped_before_the_next_start(
     place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="demo.postgres")
+    caplog.set_level("INFO", logger="tools.postgres")
     monkeypatch.setattr(postgres, "_GUARD", "exit 0")
     left = postgres.Server(place / "data", options={"fsync": "off"})
     left.start()
@@ -503,9 +503,9 @@ if os.geteuid() == 0:
 def stub(tmp_path: Path) -> Iterator[Path]:
     """A checkout with the demo's start script and an application of three lines."""
     root = tmp_path / "check out"
-    (root / "demo").mkdir(parents=True)
-    for name in ("__init__.py", "postgres.py", "serve.py"):
-        shutil.copy(ROOT / "demo" / name, root / "demo")
+    for name in ("demo/__init__.py", "demo/serve.py", "tools/__init__.py", "tools/postgres.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
     (root / "demo" / "app.py").write_text(
         "import os, psycopg2\n"
         "psycopg2.connect(os.environ['DATABASE_URL']).close()\n"

@@ -15,13 +15,13 @@ import psycopg2
 import pytest
 from flask import Flask
 
-from demo import postgres
 from flask_pg_sse import notify, notify_many
 from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.testing import Received, stream
 from tests.support.client import eventually
 from tests.support.postgres import connect, execute
 from tests.support.servers import free_port
+from tools import postgres
 
 MakeApp = Callable[..., Flask]
 PROGRAM = shutil.which("pgbouncer", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")

@@ -22,7 +22,6 @@ import sqlalchemy
 from flask import Flask
 from psycopg2 import sql
 
-from demo import postgres
 from flask_pg_sse import InvalidChannel, InvalidEvent, PayloadTooLarge, notify, notify_many, schema_sql
 from flask_pg_sse.engine.postgres.codec import from_payload, pg_name
 from flask_pg_sse.engine.postgres.listener import Listener
@@ -31,6 +30,7 @@ from flask_pg_sse.testing import Received, stream
 from tests.support.client import eventually
 from tests.support.log import run
 from tests.support.postgres import connect, execute, fresh_database
+from tools import postgres
 
 MakeApp = Callable[..., Flask]
 

@@ -10,12 +10,12 @@ import psycopg2
 import pytest
 from flask import Flask
 
-from demo import postgres
 from flask_pg_sse import notify, schema_sql
 from flask_pg_sse.engine.postgres import installation as presence
 from flask_pg_sse.errors import DatabaseUnavailable
 from tests.support.client import eventually
 from tests.support.postgres import execute
+from tools import postgres
 
 MakeApp = Callable[..., Flask]
 

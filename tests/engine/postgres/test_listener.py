@@ -15,7 +15,6 @@ from typing import Any
 import psycopg2
 import pytest
 
-from demo import postgres
 from flask_pg_sse.engine.backoff import Backoff
 from flask_pg_sse.engine.base import Item
 from flask_pg_sse.engine.postgres.codec import pg_name
@@ -30,6 +29,7 @@ from tests.support.link import Link, through
 from tests.support.model import IdleSink
 from tests.support.postgres import connect as plain_connect
 from tests.support.postgres import execute
+from tools import postgres
 
 Turns = list[list[Item]]
 Make = Callable[..., tuple[Listener, Turns, list[float]]]

@@ -10,7 +10,6 @@ from contextlib import closing
 import pytest
 from flask import Flask
 
-from demo import postgres
 from flask_pg_sse import notify, schema_sql, sse_cursor
 from flask_pg_sse.engine.base import Page, Tail
 from flask_pg_sse.engine.postgres import history, pool
@@ -27,6 +26,7 @@ from tests.support.link import Link, through
 from tests.support.log import PUBLISH, InThread, connected, logged, run
 from tests.support.model import FIRST, ModelLog, World
 from tests.support.postgres import execute
+from tools import postgres
 
 MakeApp = Callable[..., Flask]
 SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'flask_pg_sse %'"

