@@ -821,7 +821,7 @@ def test_an_installed_wheel_has_the_sql(tmp_path: Path) -> None:
     """Built from a copy and without the network; test_scripts.py looks that nothing else is in it."""
     source, target = tmp_path / "source", tmp_path / "target"
     shutil.copytree(ROOT / "flask_pg_sse", source / "flask_pg_sse", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [
         sys.executable,
