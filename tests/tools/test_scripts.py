@@ -439,22 +439,23 @@ def test_a_server_ends_with_the_process_that_started_it(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_left_behind_is_stopped_before_the_next_start(
-    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_server_left_behind_is_stopped_before_the_next_start(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="tools.postgres")
-    monkeypatch.setattr(postgres, "_GUARD", "exit 0")
-    left = postgres.Server(place / "data", options={"fsync": "off"})
-    left.start()
-    assert left._lock is not None
-    # What remains of a process that was killed: the server, and no lock.
-    os.close(left._lock)
-    left._lock = None
+    # What remains of a process that was killed together with the guard.
+    script = (
+        "import os, pathlib, signal, sys; from tools import postgres\n"
+        "postgres._GUARD = 'exit 0'\n"
+        "server = postgres.Server(pathlib.Path(sys.argv[1]), options={'fsync': 'off'})\n"
+        "server.start(); print(server.url(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", script, str(place / "data")]
+    left = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert select(left, "SELECT 1") == 1
     with postgres.Server(place / "data") as server:
         assert "left behind" in caplog.text
         assert select(server.url(), "SELECT 1") == 1
-        assert not left.running
-    left.stop()
+        with pytest.raises(psycopg2.OperationalError):
+            psycopg2.connect(left)
 
 
 @pytest.mark.slow
