@@ -16,7 +16,7 @@ def find_htmx() -> Path:
         if (files / "htmx.min.js").is_file() and (files / "ext" / "hx-sse.min.js").is_file():
             return files
     raise RuntimeError(
-        "htmx 4 is not installed here. Start the demo with ./demo/run, or: pip install -r demo/requirements-htmx.txt"
+        "htmx 4 is not installed here. Start the demo with ./demo/run, or: pip install ./demo/htmx-files"
     )
 
 

