@@ -1,6 +1,6 @@
-"""Real-time web pages for Flask out of the PostgreSQL you already run.
+"""Real-time web pages for Flask, with the PostgreSQL that you already run.
 
-`sse_bp` is the blueprint that streams Server-Sent Events, `notify()` sends one; see the README. Importing the package
+The blueprint `sse_bp` streams Server-Sent Events, and `notify()` sends one; see the README. Importing the package
 starts nothing and connects to nothing.
 """
 

@@ -1,7 +1,7 @@
-"""Waking a thread that waits in poll(), parking one that waits for nothing but us, and taking turns.
+"""Wake a thread that waits in poll(), park a generator until it is woken, and let other threads or greenlets run.
 
-All names of the standard library are looked up when they are used, never imported from their module: gunicorn
-monkey-patches after an app was imported under --preload, and only the look-up at use finds gevent's versions.
+Names of the standard library are looked up at each use, as in `select.poll()`, and never imported with `from`. Under
+--preload gunicorn monkey-patches after the app was imported, and only a look-up at use finds gevent's versions.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 
 class Wakeup:
-    """A socketpair whose one end becomes readable when the other is told `set()`, and one descriptor beside it.
+    """A socketpair that wakes one waiting thread. It can also watch one more descriptor.
 
-    Not an `Event`: `set()` takes no lock and never waits, so it may be called from a signal handler, which under gevent
-    runs in the hub's own greenlet; and `wait()` can wait for it and for PostgreSQL's socket at once. One thread waits.
+    It is used instead of an `Event` for two reasons. `set()` takes no lock and never waits, so a signal handler may
+    call it; under gevent a handler runs in the hub's greenlet. And `wait()` can wait for `set()` and for PostgreSQL's
+    socket at the same time. Only one thread may wait.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class Wakeup:
         self._waiting: _Waiting | None = None  # the descriptors stay registered from one wait to the next
 
     def set(self) -> None:
-        # A full pipe wakes as well as one more byte would; a closed one has nobody left to wake.
+        # A full socket buffer wakes the thread anyway. When the socket is closed, no thread waits any more.
         with contextlib.suppress(BlockingIOError, OSError):
             self._writer.send(b"\0")
 
@@ -42,17 +43,17 @@ class Wakeup:
                 pass
 
     def watch(self, descriptor: int) -> None:
-        """Have `wait()` return also while a descriptor is readable, in place of the one before; -1: none.
+        """Make `wait()` also return while `descriptor` is readable; -1 watches none.
 
-        Before it is closed, have another watched, or none.
+        It replaces the descriptor watched before. Watch another one, or none, before you close the descriptor.
         """
         self._watched = descriptor
         self._stop_waiting()
 
     def wait(self, timeout: float) -> None:
-        """Return when set, when what is watched is readable, or after `timeout` seconds, if not before; and clear.
+        """Wait for `set()` or for the watched descriptor to be readable, at most `timeout` seconds, then clear.
 
-        Others have their turn in any case.
+        It may return earlier. Other threads or greenlets run at every call, even if there is nothing to wait for.
         """
         if self._waiting is None:
             descriptors = [self._number, self._watched] if self._watched >= 0 else [self._number]
@@ -72,10 +73,10 @@ class Wakeup:
 
 
 class _Waiting(Protocol):
-    """Waits until one of some descriptors is readable, again and again."""
+    """Waits repeatedly until one of its descriptors is readable."""
 
     def wait(self, timeout: float) -> Collection[int]:
-        """Return descriptors that are readable; none after `timeout` seconds, or earlier."""
+        """Return the readable descriptors; none after `timeout` seconds, and possibly earlier."""
 
     def stop(self) -> None: ...
 
@@ -94,14 +95,18 @@ class _ThreadWaiting:
 
 
 class _GreenletWaiting:
-    """gevent's watchers, kept: its own poll() makes new ones at every call, for the price of ten deliveries."""
+    """Keeps gevent's watchers from one wait to the next.
+
+    gevent's own poll() makes new ones at every call, which costs as much as ten deliveries.
+    """
 
     def __init__(self, descriptors: Iterable[int]) -> None:
         import gevent
 
         self._hub: Any = gevent.get_hub()
         self._greenlet: Any = None
-        # Kept too, and set anew only for an earlier time: nearly all waits end before their own, which lies far away.
+        # The timer is kept too, and replaced only by an earlier one. Its time is usually far away, and nearly all waits
+        # end before it.
         self._timer: Any = None
         self._rings_at = float("inf")
         self._watchers = {descriptor: self._hub.loop.io(descriptor, 1) for descriptor in descriptors}  # 1: readable
@@ -139,7 +144,7 @@ class _GreenletWaiting:
         if self._greenlet is not None:
             self._greenlet.switch(readable)
             return
-        # What stays readable is said in every round of the event loop, which would not rest until somebody waits here.
+        # The event loop reports a readable descriptor in every round. Without this it would spin until the next wait.
         for descriptor in readable:
             self._watchers[descriptor].stop()
             self._stopped.add(descriptor)
@@ -152,26 +157,27 @@ class _GreenletWaiting:
 
 
 def checkpoint(pause: float = 0) -> None:
-    """Let others run that are ready, and those for whom something has come meanwhile.
+    """Let other threads or greenlets run, including those whose sockets have become ready meanwhile.
 
-    Threads need more than a chance for that: they get `pause` seconds.
+    Threads need time for that, so this one sleeps for `pause` seconds. Under gevent `pause` is not used.
     """
     if is_patched():
         import gevent
 
-        # sleep(0) would let greenlets run that are ready, and look at no socket before fifty have: a request would wait
-        # for the end of a large fan-out. This goes once around the event loop; the priority is the highest, or it would
-        # wait until nothing else is to be done.
+        # sleep(0) runs ready greenlets, but polls no socket until fifty have run: a request would wait for the end of a
+        # large fan-out. idle() goes once around the event loop. 2 is the highest priority; with a lower one it would
+        # return only when nothing else is left to do.
         gevent.idle(2)
     else:
         time.sleep(pause)
 
 
 class FairLock:
-    """A lock that goes next to those who wait for it already.
+    """A lock that goes next to a greenlet that already waits for it.
 
-    gevent wakes them by a callback behind all others. On a busy worker whoever has released the lock comes back from
-    the event loop sooner, and would take it again and again. Between threads the system sees to it.
+    gevent wakes a waiter by a callback behind all others. On a busy worker the greenlet that released the lock comes
+    back from the event loop sooner, and would take the lock again and again. Between threads the operating system
+    handles this.
     """
 
     def __init__(self) -> None:
@@ -190,11 +196,11 @@ class FairLock:
         if self._waiting and is_patched():
             import gevent
 
-            gevent.sleep(0)  # behind the callback that wakes the first of them
+            gevent.sleep(0)  # resume after the callback that wakes the first waiter
 
 
 class ParkingSpot(Protocol):
-    """Where one generator waits. A `wake()` before the `park()` counts: that park returns at once."""
+    """The place where one generator waits. After a `wake()` the next `park()` returns at once."""
 
     def park(self) -> None: ...
 
@@ -202,7 +208,7 @@ class ParkingSpot(Protocol):
 
 
 def new_parking_spot() -> ParkingSpot:
-    """Return a parking spot for the calling greenlet, or for the calling thread where nothing is patched."""
+    """Return a parking spot for the calling greenlet, or for the calling thread if gevent has not patched threads."""
     return _GreenletParkingSpot() if is_patched() else _ThreadParkingSpot()
 
 
@@ -223,12 +229,12 @@ class _ThreadParkingSpot:
         self._token.acquire()
 
     def wake(self) -> None:
-        with contextlib.suppress(RuntimeError):  # released already: one token is enough
+        with contextlib.suppress(RuntimeError):  # already released: one token is enough
             self._token.release()
 
 
 class _GreenletParkingSpot:
-    """A greenlet switched to by a callback of the hub: half the price of any gevent queue or event."""
+    """Resumes a greenlet by a callback of gevent's hub. That costs half as much as a gevent queue or event."""
 
     __slots__ = ("_greenlet", "_hub", "_owner", "_woken")
 
@@ -256,6 +262,6 @@ class _GreenletParkingSpot:
                 self._hub.loop.run_callback(self._resume)
 
     def _resume(self) -> None:
-        # By now a kill or a timeout may have taken the greenlet out of its spot: switching to it would be wrong.
+        # A kill or a timeout may have resumed the greenlet meanwhile. It must not be switched to then.
         if self._greenlet is not None:
             self._greenlet.switch()

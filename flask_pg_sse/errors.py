@@ -1,15 +1,15 @@
-"""Every error the package raises, and the builtin kind it can be caught as.
+"""Every error that the package raises, and the builtin exception that also catches it.
 
     PgSSEError
     +-- ConfigurationError (ValueError)        a config key has a wrong value
     |   +-- DatabaseNotConfigured              no PostgreSQL URL was found at first use
-    +-- InvalidChannel (ValueError)            a channel name that can never exist
-    +-- InvalidEvent (ValueError)              an event that Server-Sent Events cannot carry
-    |   +-- PayloadTooLarge                    it does not fit one NOTIFY (.size, .limit)
+    +-- InvalidChannel (ValueError)            a channel name is not legal
+    +-- InvalidEvent (ValueError)              an event does not fit the format of Server-Sent Events
+    |   +-- PayloadTooLarge                    an event does not fit one NOTIFY (.size, .limit)
     +-- DatabaseUnavailable (ConnectionError)  PostgreSQL did not answer, or refused
     +-- EventLogMissing (RuntimeError)         SSE_EVENT_LOG is true, and the database has no event log
 
-A message says what failed, why, and what to do about it; none holds a password.
+A message says what failed, why, and what to do about it. No message contains a password.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ class PgSSEError(Exception):
 
 
 class ConfigurationError(PgSSEError, ValueError):
-    """A configuration key has a value that cannot be used."""
+    """A config key has a value that cannot be used."""
 
 
 class DatabaseNotConfigured(ConfigurationError):
-    """No PostgreSQL database is configured, or what is configured is another engine."""
+    """No database is configured, or the configured one is not PostgreSQL."""
 
 
 class InvalidChannel(PgSSEError, ValueError):
-    """A channel name that no stream can listen to and no notify can reach."""
+    """A channel name is not legal: no stream can listen to it, and `notify()` cannot send to it."""
 
 
 class InvalidEvent(PgSSEError, ValueError):
-    """An event that cannot be sent as a Server-Sent Event."""
+    """An event cannot be sent as a Server-Sent Event."""
 
 
 class PayloadTooLarge(InvalidEvent):
-    """An event that does not fit PostgreSQL's NOTIFY payload.
+    """An event does not fit the payload of one NOTIFY.
 
-    `size` is the length of its data in bytes, `limit` how many bytes of data there is room for.
+    `size` is the length of its data in bytes. `limit` is how many bytes of data would have fitted.
     """
 
     def __init__(self, channel: str, size: int, limit: int) -> None:
         super().__init__(
             f"The event for channel {channel!r} has {size} bytes of data, and one NOTIFY of PostgreSQL has room for "
-            f"{limit} beside the event's name, id and comment. Install the event log (flask sse init), which carries "
-            "any size, or send less: an id, say, with which the page fetches the rest."
+            f"{limit} besides the event's name, id and comment. Install the event log (flask sse init), which carries "
+            "any size, or send less: for example an id, with which the page fetches the rest."
         )
         self.size = size
         self.limit = limit
 
 
 class DatabaseUnavailable(PgSSEError, ConnectionError):
-    """PostgreSQL could not be reached in time, or ended or refused the call."""
+    """PostgreSQL could not be reached in time, refused the call, or ended the connection during it."""
 
 
 class EventLogMissing(PgSSEError, RuntimeError):
-    """The event log is required by the configuration, and the database has none that can be used."""
+    """The configuration requires the event log, and the database has no event log that can be used."""

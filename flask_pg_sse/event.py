@@ -1,6 +1,6 @@
 """One event: its fields, and its bytes in a stream. No I/O.
 
-`Event` is checked when it is made, so that whoever holds one may send it. `encode()` gives what browsers read:
+An `Event` is checked when it is made, so every `Event` is legal. `encode()` returns the format that browsers read:
 https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
 """
 
@@ -20,7 +20,8 @@ FIELDS = frozenset({"event", "id", "data", "retry", "comment"})
 RESERVED_PREFIX = "sse-"
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _FORBIDDEN = re.compile(r"[\r\n\0]")
-# Python refuses to turn a number of thousands of digits into text.
+# The largest id and retry. Without a limit a number could have thousands of digits, and Python refuses to turn such a
+# number into text.
 MAX_NUMBER = 2**63 - 1
 
 
@@ -28,15 +29,15 @@ MAX_NUMBER = 2**63 - 1
 class Event:
     """One Server-Sent Event.
 
-    data:    text; may have several lines (CRLF, CR and LF all end one) and may be empty.
-    event:   the name that `addEventListener` waits for; none means `message`.
-    id:      what the page sees; without the event log also the browser's `Last-Event-ID`.
+    data:    text. It may be empty, and may have several lines, each ended by CRLF, CR or LF.
+    event:   the name for `addEventListener`. Without a name the browser dispatches a `message` event.
+    id:      the id that the page sees. Without the event log it is also the browser's `Last-Event-ID`.
     retry:   the browser's reconnection time in milliseconds.
     comment: text that browsers ignore.
 
-    Raises `InvalidEvent` where the format cannot carry a value: line ends or NUL in `event` or `id`, text that is not
-    valid Unicode, a `retry` that is not a whole number from 0 to 2**63 - 1, or a name that begins with `sse-`, which
-    the package keeps for its own events.
+    Raises `InvalidEvent` if the format cannot carry a value: line ends or NUL in `event` or `id`, text that is not
+    valid Unicode, or a `retry` that is not a whole number from 0 to 2**63 - 1. Names that begin with `sse-` are
+    refused too: they are reserved for the package's own events.
     """
 
     data: str = ""
@@ -56,10 +57,10 @@ class Event:
                 value.encode()
             except UnicodeEncodeError:
                 raise InvalidEvent(
-                    f"The event's {field} is not valid Unicode text: it holds half of a surrogate pair."
+                    f"The event's {field} is not valid Unicode text: it contains half of a surrogate pair."
                 ) from None
             if field in ("event", "id") and _FORBIDDEN.search(value):
-                raise InvalidEvent(f"The event's {field} may not hold a line end or NUL: it is one line of the stream.")
+                raise InvalidEvent(f"The event's {field} must be one line: it must not contain a line end or NUL.")
         if self.event is not None and self.event.startswith(RESERVED_PREFIX):
             raise InvalidEvent(f"Event names that begin with {RESERVED_PREFIX!r} are reserved; choose another.")
         if self.retry is not None and (type(self.retry) is not int or not 0 <= self.retry <= MAX_NUMBER):
@@ -75,10 +76,11 @@ def make_event(
     comment: str | None = None,
     dumps: Callable[[Any], str] = json.dumps,
 ) -> Event:
-    """Build an event from what a caller may hand over.
+    """Build an event from the arguments of `notify()`.
 
-    `data` may be a `str`, taken as it is; `bytes`, decoded as UTF-8; None, which is empty; or anything that `dumps`
-    turns into JSON. NaN and infinities are refused, because `JSON.parse` of browsers fails on them.
+    A `str` as `data` is sent unchanged, `bytes` are decoded as UTF-8, None means empty data, and `dumps` turns
+    anything else into JSON. NaN and infinities are refused with `InvalidEvent`, because `JSON.parse` in browsers fails
+    on them.
     """
     if type(id) is int:
         if abs(id) > MAX_NUMBER:
@@ -94,7 +96,7 @@ def make_event(
 
 
 def _plain(text: Any) -> Any:
-    """Return an exact `str` for one of a subclass (Markup, a StrEnum), whose methods may escape or translate."""
+    """Turn a subclass of `str` (Markup, a StrEnum) into an exact `str`: its methods may escape or translate text."""
     return str.__str__(text) if isinstance(text, str) else text
 
 
@@ -107,23 +109,25 @@ def _to_text(data: object, dumps: Callable[[Any], str]) -> str:
         try:
             return bytes(data).decode()
         except UnicodeDecodeError as error:
-            raise InvalidEvent(f"The event's data are bytes, and not UTF-8 ({error.reason}); encode them.") from None
+            raise InvalidEvent(
+                f"The event's data are bytes, but not UTF-8 ({error.reason}). Send text, or encode it as UTF-8."
+            ) from None
     text = dumps(data)
-    if isinstance(text, bytes):  # some JSON providers give bytes
+    if isinstance(text, bytes):  # some JSON providers return bytes
         text = text.decode()
-    # Providers differ in the options they take, so the result is looked at, not the call changed.
+    # JSON providers take different options, so the result is checked instead of passing allow_nan=False.
     if "NaN" in text or "Infinity" in text:
         json.loads(text, parse_constant=refuse_constant)
     return str.__str__(text)
 
 
 def refuse_constant(name: str) -> NoReturn:
-    raise InvalidEvent(f"The event's data hold {name}, which is no JSON and which browsers cannot parse.")
+    raise InvalidEvent(f"The event's data contain {name}, which is not JSON: browsers cannot parse it.")
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The lines before an event's data, with the place for an id between them. Most events of one sender share it."""
+    """The lines before an event's data, split where the `id:` line goes. Most events of one sender share it."""
 
     before: str
     id: str | None
@@ -146,17 +150,18 @@ class Head:
 
 
 def _lines(field: str, value: str) -> str:
-    """Return the lines of a field. Split where the specification splits, and not where `str.splitlines` does too."""
+    """Return the lines of a field, split as the specification says; `str.splitlines` splits at more characters."""
     if "\n" in value or "\r" in value:
         value = _LINE_END.sub(f"\n{field}: ", value)
     return f"{field}: {value}\n"
 
 
 def encode(event: Event, log_id: int | None = None) -> bytes:
-    """Return the event as a block of a stream, with its id in the log if it has one.
+    """Return the event as a block of bytes for a stream. `log_id` is its id in the event log, if it has one.
 
-    Lines end with LF alone. A `data:` line always stands in it, or browsers would not dispatch the event. An id of the
-    sender's own travels as it is, and is followed by the log's, with which the browser is to come back.
+    Lines end with LF. There is always a `data:` line, because browsers do not dispatch an event without one. An id
+    that the sender chose is sent unchanged. An `sse-cursor` event with the log's id follows it: the browser resumes
+    from that one.
     """
     return Head.of(event).encode(event.data, log_id)
 
@@ -165,10 +170,10 @@ HEARTBEAT = b": heartbeat\n\n"
 
 
 def control_block(name: str, data: Mapping[str, object], *, id: int | None = None, retry: int | None = None) -> bytes:
-    """Return one of the package's own events (`sse-open`, `sse-cursor`, …) as a block of a stream.
+    """Return one of the package's own events (`sse-open`, `sse-cursor`, …) as a block of bytes for a stream.
 
-    `id` is the log's, from which the browser is to go on. Never alone: some clients, htmx 4 betas among them, ignore an
-    `id` or a `retry` in a block without data.
+    `id` is the id in the event log from which the browser resumes, and `retry` is in milliseconds. The block always
+    has data, because some clients (the htmx 4 betas, for example) ignore an `id` or a `retry` in a block without data.
     """
     lines = [f"retry: {retry}"] if retry is not None else []
     lines += [f"event: {RESERVED_PREFIX}{name}"]
@@ -176,14 +181,17 @@ def control_block(name: str, data: Mapping[str, object], *, id: int | None = Non
     return "\n".join([*lines, f"data: {json.dumps(data)}\n\n"]).encode()
 
 
-@functools.lru_cache(maxsize=1)  # of ten thousand streams that open at once, nearly all at the same position
+@functools.lru_cache(maxsize=1)  # ten thousand streams may open at once, nearly all at one position
 def open_block(position: int | None, retry: int) -> bytes:
-    """Return the block that a stream begins with. `retry` is in milliseconds."""
+    """Return the first block of a stream. `retry` is in milliseconds."""
     return control_block("open", {}, id=position, retry=retry)
 
 
 def end_block(reason: str, retry: int, id: int | None = None) -> bytes:
-    """Return the block that ends a stream. `retry` (milliseconds) is spread by half: not all are to return at once."""
+    """Return the last block of a stream.
+
+    `retry` is in milliseconds. It is spread at random by up to half, so the clients do not all return at once.
+    """
     return control_block("end", {"reason": reason}, id=id, retry=max(1, int(retry * random.uniform(0.5, 1.5))))
 
 
@@ -191,5 +199,5 @@ _LOG_ID = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 
 
 def to_log_id(text: str) -> int | None:
-    """Return the log's id that a `Last-Event-ID` is, or None if it is none."""
+    """Return a `Last-Event-ID` as an id of the event log, or None if it is not one."""
     return int(text) if _LOG_ID.fullmatch(text) and int(text) <= MAX_NUMBER else None

@@ -1,7 +1,7 @@
-"""What one app has running: settings, hub and engine, started at first use in each process.
+"""Hold the running parts of one app: settings, hub and engine. They start at first use in each process.
 
-Making a `Runtime` opens nothing and makes no lock: under --preload that happens in gunicorn's arbiter, before the
-workers are forked and before gevent patches them. What was started belongs to the process that started it.
+Creating a `Runtime` opens nothing and creates no lock. Under --preload it is created in gunicorn's arbiter, before the
+workers are forked and before gevent patches them. Started parts belong to the process that started them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 class Runtime:
     """One app's streams and notifications.
 
-    `config` is read, and checked, at first use, and then fixed. `dumps` turns data into JSON.
+    `config` is read and checked once, at first use. `dumps` turns data into JSON.
     """
 
     def __init__(self, config: Mapping[str, Any], dumps: Callable[[Any], str]) -> None:
@@ -44,7 +44,7 @@ class Runtime:
         self._settings: Settings | None = None
         self._locks: dict[int, threading.Lock] = {}
         self._worker: Worker | None = None
-        self.captured_by: Engine | None = None  # gets in tests what the app sends, instead of its own engine
+        self.captured_by: Engine | None = None  # in tests: the engine that events go to instead of the app's own
 
     @property
     def settings(self) -> Settings:
@@ -61,9 +61,10 @@ class Runtime:
         *,
         durable: bool = True,
     ) -> int | None:
-        """Send one event for each of `items` in one transaction: the caller's, or one of the package's own.
+        """Send one event for each of `items`, all in one transaction.
 
-        Returns the last one's id in the log where it is known.
+        It is the transaction of the caller's `connection`, or of a connection of the package if none is given. Returns
+        the last event's id in the log if it is already known, otherwise None.
         """
         check_channel(channel)
         if connection is not None:
@@ -74,11 +75,14 @@ class Runtime:
         return self._engine.publish(channel, events, durable=durable, connection=connection)
 
     def cursor(self) -> int | None:
-        """Return the head of the event log, None without a log."""
+        """Return the head of the event log; None without a log."""
         return self._engine.head() or None
 
     def disconnect(self, subject: str | None, channel: str | None) -> None:
-        """Have every process end streams. Through the event log, where there is one: it is then also obeyed late."""
+        """Send a command to every process to end streams.
+
+        It goes through the event log if there is one: then a process that was cut off obeys it later.
+        """
         self.signing_keys("disconnect()")
         self._engine.control(Disconnect(subject, channel))
 
@@ -87,18 +91,18 @@ class Runtime:
         return self.captured_by or self.worker.engine
 
     def keys(self) -> Sequence[str | bytes]:
-        """Return the keys of signatures, oldest first; none if the app has none. Raises `ConfigurationError`."""
+        """Return the keys for signatures, oldest first; no keys if none is set. Raises `ConfigurationError`."""
         return secret_keys(self.settings, self._config)
 
     def signing_keys(self, what: str) -> Sequence[str | bytes]:
-        """Return the keys; `ConfigurationError` if there is none with which to do `what`."""
+        """Return the keys for signatures. Raises `ConfigurationError`, which names `what`, if there is no key."""
         keys = self.keys()
         if not keys:
             raise ConfigurationError(f"{what} needs a secret key: set SECRET_KEY, or SSE_SECRET_KEY, to a random text.")
         return keys
 
     def close(self, timeout: float = 5.0) -> None:
-        """End all streams, threads and connections of this process; the next use starts anew."""
+        """End all streams, threads and connections of this process. The next use starts them again."""
         with self._lock():
             worker, self._worker = self._worker, None
         if worker is not None and worker.pid == os.getpid():
@@ -106,7 +110,7 @@ class Runtime:
 
     @property
     def worker(self) -> Worker:
-        """What this app has in this process."""
+        """Return this app's worker in this process, and create it at first use."""
         worker = self._worker
         if worker is None or worker.pid != os.getpid():
             with self._lock():
@@ -128,20 +132,24 @@ class Runtime:
         )
 
     def databases(self) -> tuple[Dsn, Dsn]:
-        """Return where to notify and where to listen. Raises `ConfigurationError`."""
+        """Return the database to notify and the database to listen to. Raises `ConfigurationError`."""
         return configured_databases(self.settings, self._config)
 
     def _lock(self) -> threading.Lock:
-        # One a process: a lock that was made before a fork may be held there for ever, and be of the wrong kind.
+        # One lock for each process. A lock from before a fork may stay locked forever in the child, and may be of the
+        # wrong kind (created before gevent patched the process).
         return self._locks.setdefault(os.getpid(), threading.Lock())
 
 
 class Worker:
-    """What runs in one process, each part from its first use: one that only notifies never listens."""
+    """The parts of one app that run in one process.
+
+    Each part starts at its first use, so a process that only notifies never listens.
+    """
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
         self.pid = os.getpid()
-        shutdown.watch_here()  # before the room is asked for: it is the worker's
+        shutdown.watch_here()  # before _stream_limiter(), which looks up this worker
         self.engine = engine
         self.admission = Admission(_stream_limiter(settings))
         self._settings = settings
@@ -152,7 +160,7 @@ class Worker:
 
     @property
     def streams(self) -> tuple[Hub, Replay]:
-        """What serves streams, with engine and ticker running. Raises `TryLater` once they have been stopped."""
+        """Return the hub and the replay, and start engine and ticker at first use. Raises `TryLater` after `stop()`."""
         if self._streams is None:
             with self._starting:
                 if self._streams is None:
@@ -162,10 +170,11 @@ class Worker:
         return self._streams
 
     def wait_until_decidable(self, *, asks: bool) -> None:
-        """Wait until it can be decided whether a stream may begin, at a place that it holds. Raises `TryLater`.
+        """Wait until it can be decided whether a stream may begin. The stream holds a place meanwhile.
 
-        `asks` says that the app is going to be asked: only where a command to end the stream would be heard. Raises
-        `EventLogMissing` where the configuration requires a log and the database answers that it has none.
+        `asks` means that the app's permission check follows. It must not run before this process hears commands that
+        take permission away again. Raises `TryLater` if the wait takes too long or the worker ends, and
+        `EventLogMissing` if the configuration requires a log and the database answers that it has none.
         """
         admission = self.admission
         log_unknown = self._settings.event_log is True and not admission.log_in_use
@@ -174,7 +183,7 @@ class Worker:
         _ = self.streams
         if log_unknown:
             admission.wait_for_answer()
-            if admission.log_missing:  # so it was when the engine looked
+            if admission.log_missing:  # at the engine's last look; head() looks again
                 try:
                     self.engine.head()
                 except DatabaseUnavailable:
@@ -195,14 +204,14 @@ class Worker:
         try:
             ticker.start()
             self.engine.start(hub)
-        except BaseException:  # no thread to be had, or a greenlet that was killed while it waited for one
+        except BaseException:  # no thread can be started, or this greenlet was killed while it waited for one
             ticker.stop(0)
             raise
         self._ticker = ticker
         return hub, Replay(hub, self.engine, heartbeat=heartbeat)
 
     def stop(self, timeout: float) -> None:
-        with self._starting:  # a start that is under way comes to its end first
+        with self._starting:  # wait for a start that is under way
             self._stopped = True
         self.admission.close("shutdown")
         if self._streams is not None:
@@ -219,8 +228,8 @@ def _stream_limiter(settings: Settings) -> StreamLimiter:
         return StreamLimiter(room, each, most_here=room)
     if holds is not None and most >= holds:
         logger.warning(
-            "SSE_MAX_STREAMS is %d, and this worker holds %d connections at once: full of streams it would answer "
-            "nothing else. Raise --worker-connections (--threads under gthread), or lower SSE_MAX_STREAMS.",
+            "SSE_MAX_STREAMS is %d, and this worker holds %d connections at once. With that many streams it can answer "
+            "no other request. Raise --worker-connections (--threads under gthread), or lower SSE_MAX_STREAMS.",
             most,
             holds,
         )

@@ -1,7 +1,7 @@
-"""The configuration of one app: the one table of keys, types, defaults and meanings.
+"""The configuration of one app: one table of keys, types, defaults and meanings. No I/O.
 
-`Settings` is that table. Each field is the key `SSE_` + its name in capitals; parsing, error messages and the table in
-the README come from here. No I/O.
+`Settings` is that table. The key of a field is `SSE_` and the field's name in capitals. Parsing, error messages and the
+table in the README all come from it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .errors import ConfigurationError
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A type of value: what is expected, in words, and how it is read (ValueError if it cannot be)."""
+    """A type of value: the expected value in words, and the function that reads it or raises ValueError."""
 
     expects: str
     parse: Callable[[Any], Any]
 
 
 def _texts(value: object) -> tuple[str, ...]:
-    # A string is split at commas, never iterated: ["*"] written as "news*" would otherwise open every channel.
+    # A string is split at commas, never iterated: the letters of "news*" include "*", which would open every channel.
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",")] if value.strip() else []
     if not isinstance(value, Sequence | set | frozenset) or isinstance(value, bytes):
@@ -42,7 +42,7 @@ def _origins(value: object) -> tuple[str, ...]:
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s*]+", origin):
             raise ValueError
-    # As browsers say it: without the port that goes without saying (RFC 6454, section 6.2).
+    # In the form that browsers send: without the scheme's default port (RFC 6454, section 6.2).
     return tuple(re.sub(r"^(http://.*):80$|^(https://.*):443$", r"\1\2", origin) for origin in origins)
 
 
@@ -55,7 +55,7 @@ def _web_url(value: object) -> str:
     return value.rstrip("/")
 
 
-_MOST = 2**31 - 1  # what every browser and every system call takes
+_MOST = 2**31 - 1  # every browser and every system call accepts a number up to this one
 
 
 def _whole(value: object) -> int:
@@ -82,9 +82,9 @@ def _key_text(value: object) -> object:
 
 
 def _database(value: object) -> object:
-    # A string, or an object such as SQLAlchemy's URL; postgres/dsn.py reads it at first use.
+    # A string, or an object such as SQLAlchemy's URL. engine/postgres/dsn.py reads it at first use.
     if isinstance(value, str):
-        return value if value.strip() else None  # an environment file's `SSE_DATABASE_URL=`
+        return value if value.strip() else None  # an environment file may have `SSE_DATABASE_URL=`
     if not value or isinstance(value, bool | int | float | bytes):
         raise ValueError
     return value
@@ -92,7 +92,7 @@ def _database(value: object) -> object:
 
 def _broker(value: object) -> str | None:
     if isinstance(value, str) and value.strip() in ("", "memory://"):
-        return value.strip() or None  # an environment file's `SSE_BROKER_URL=`
+        return value.strip() or None  # an environment file may have `SSE_BROKER_URL=`
     raise ValueError
 
 
@@ -122,14 +122,14 @@ ON_OFF_ALWAYS = _on_off_or("always")
 
 
 def _key(default: Any, kind: Kind, help: str) -> Any:
-    # Error trackers send the repr() of what stood in a frame: not with a password or a key in it.
+    # Error trackers send the repr() of local variables, which must not contain a password or a key.
     shown = kind not in (DATABASE, BROKER, SECRET)
     return dataclasses.field(default=default, repr=shown, metadata={"kind": kind, "help": help})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The values of one app, checked."""
+    """The checked settings of one app."""
 
     channels: tuple[str, ...] = _key(
         (), PATTERNS, "channels that everybody may listen to; `*`, `?` and `[…]` as in `fnmatch`, case counts"
@@ -194,9 +194,9 @@ class Settings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Settings:
-        """Read and check the keys of an app's config; None counts as not set.
+        """Read and check the keys of an app's config. None means not set.
 
-        Raises `ConfigurationError`, which names the key, the value and what is expected.
+        Raises `ConfigurationError`, which names the key, the value and the expected value.
         """
         values = {}
         for entry in dataclasses.fields(cls):
@@ -213,14 +213,14 @@ class Settings:
 
 
 def _shown(value: object, kind: Kind) -> str:
-    """Return a wrong value for an error message; not one that stands there by mistake, and may hold a password."""
+    """Return a wrong value for an error message. A value that may contain a password, or a secret, is not shown."""
     if kind is SECRET:
         return "empty" if value in ("", b"") else f"a value of type {type(value).__name__}"
     if kind in (DATABASE, BROKER):
         return repr(value) if isinstance(value, bool | int | float) or not value else "that value"
     text = repr(value)
     if re.search(r"://.*@|passw", text, re.IGNORECASE):
-        return f"a value of type {type(value).__name__} that may hold a password"
+        return f"a value of type {type(value).__name__} that may contain a password"
     return text
 
 
@@ -230,22 +230,23 @@ def key_of(field_name: str) -> str:
 
 
 def table() -> Iterator[tuple[str, str, Any, str]]:
-    """Yield key, what is expected, default and meaning of every setting, in the table's order."""
+    """Yield the key, the expected value, the default and the meaning of every setting, in the table's order."""
     for entry in dataclasses.fields(Settings):
         yield key_of(entry.name), entry.metadata["kind"].expects, entry.default, entry.metadata["help"]
 
 
 def secret_keys(settings: Settings, config: Mapping[str, Any]) -> Sequence[str | bytes]:
-    """Return the keys of signatures, oldest first; none where no key is configured.
+    """Return the keys for signatures, oldest first; no keys if none is configured.
 
-    Raises `ConfigurationError`. A string in the place of a list would make a key of each of its letters.
+    Raises `ConfigurationError` for a wrong value. A string as `SECRET_KEY_FALLBACKS` is refused, because each of its
+    letters would become a key.
     """
     key = settings.secret_key if settings.secret_key is not None else config.get("SECRET_KEY")
     fallbacks = config.get("SECRET_KEY_FALLBACKS") or []
     if not isinstance(fallbacks, Sequence) or isinstance(fallbacks, str | bytes):
         kind = type(fallbacks).__name__
         raise ConfigurationError(f"SECRET_KEY_FALLBACKS is a {kind}, and must be a list of keys.")
-    if not key:  # as Flask takes an empty one
+    if not key:  # Flask also treats an empty key as no key
         return []
     for name, value in [("SECRET_KEY", key), *(("SECRET_KEY_FALLBACKS", value) for value in fallbacks)]:
         if not isinstance(value, str | bytes) or not value:
@@ -256,10 +257,10 @@ def secret_keys(settings: Settings, config: Mapping[str, Any]) -> Sequence[str |
 def database_sources(
     settings: Settings, config: Mapping[str, Any], environ: Mapping[str, str]
 ) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Yield the places where a database may be configured, first choice first: key, value, connect arguments."""
+    """Yield the configured databases, first choice first, each as key, value and connect arguments."""
     if settings.database_url is not None:
         yield "SSE_DATABASE_URL", settings.database_url, {}
-        return  # an explicit choice that is wrong is an error, not a reason to look on
+        return  # a wrong value here is an error; it must not fall back to another database
     if config.get("SQLALCHEMY_DATABASE_URI"):
         options = config.get("SQLALCHEMY_ENGINE_OPTIONS") or {}
         yield "SQLALCHEMY_DATABASE_URI", config["SQLALCHEMY_DATABASE_URI"], options.get("connect_args") or {}

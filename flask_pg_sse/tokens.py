@@ -1,9 +1,9 @@
-"""Signatures with the app's secret key: tokens that open channels, and orders to end streams. No I/O.
+"""Sign and read, with the app's secret key, tokens that open channels and commands that end streams. No I/O.
 
-Each kind has a salt of its own, so that neither stands for the other, nor for a session cookie or any other thing that
-is signed with the same key. https://itsdangerous.palletsprojects.com/en/stable/concepts/#the-salt
+Tokens and commands have different salts. So neither can be used as the other, or as a session cookie or anything else
+signed with the same key. https://itsdangerous.palletsprojects.com/en/stable/concepts/#the-salt
 
-Keys come oldest first: the last one signs, all are taken for reading, so that a key can be replaced without a break.
+Keys come oldest first. The last key signs, and every key verifies, so a key can be replaced without an interruption.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _DISCONNECT = "flask_pg_sse: the end of streams"
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """What a signed URL stands for: channels, until when (seconds since the epoch; None: for ever), and for whom."""
+    """The content of a signed URL: the channels that it opens, when it expires, and for which subject.
+
+    `expires_at` is in seconds since the epoch; None means never.
+    """
 
     channels: frozenset[str]
     expires_at: float | None = None
@@ -34,9 +37,9 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Disconnect:
-    """An order to end the streams of a subject, on a channel, or both; when it was given, and its own number.
+    """A command to end streams: those of a subject, those on a channel or, if both are given, those that match both.
 
-    The time is PostgreSQL's, in seconds since the epoch.
+    `given_at` is PostgreSQL's time, in seconds since the epoch. `nonce` is unique to the command.
     """
 
     subject: str | None
@@ -46,7 +49,7 @@ class Disconnect:
 
 
 def sign_token(keys: Keys, token: Token) -> str:
-    """Return a token as text that may stand in a URL."""
+    """Return a token as signed, URL-safe text."""
     content: dict[str, object] = {"c": sorted(token.channels)}
     if token.expires_at is not None:
         content["x"] = round(token.expires_at * 1000)
@@ -56,7 +59,7 @@ def sign_token(keys: Keys, token: Token) -> str:
 
 
 def read_token(keys: Keys, text: str) -> Token | None:
-    """Return what an authentic token says, also if it has expired; None for anything else."""
+    """Return the token if its signature is valid, even if it has expired; otherwise None."""
     content = _read(keys, _STREAM, text)
     if content is None:
         return None
@@ -65,13 +68,13 @@ def read_token(keys: Keys, text: str) -> Token | None:
 
 
 def sign_disconnect(keys: Keys, subject: str | None, channel: str | None, given_at: float) -> str:
-    """Return an order as text."""
+    """Return a command as signed text."""
     content = {"s": subject, "c": channel, "t": given_at, "n": secrets.token_urlsafe(12)}
     return _sign(keys, _DISCONNECT, content)
 
 
 def read_disconnect(keys: Keys, text: str) -> Disconnect | None:
-    """Return an authentic order, whatever its age; None for anything else."""
+    """Return the command if its signature is valid, however old it is; otherwise None."""
     content = _read(keys, _DISCONNECT, text)
     return Disconnect(content["s"], content["c"], content["t"], content["n"]) if content is not None else None
 
@@ -82,8 +85,8 @@ def _sign(keys: Keys, salt: str, content: dict[str, Any]) -> str:
 
 
 def _read(keys: Keys, salt: str, text: str) -> dict[str, Any] | None:
-    # Bytes of a URL that are not UTF-8 come as lone surrogates, which itsdangerous does not take: nothing it signs has
-    # a character that is not ASCII.
+    # Bytes of a URL that are not UTF-8 arrive as lone surrogates, on which itsdangerous fails. All that it signs is
+    # ASCII, so other text cannot be authentic.
     if not keys or not text.isascii():
         return None
     try:
@@ -94,12 +97,12 @@ def _read(keys: Keys, salt: str, text: str) -> dict[str, Any] | None:
 
 
 def _serializer(keys: Keys, salt: str) -> URLSafeSerializer:
-    # itsdangerous' own defaults are SHA-1 and a derivation that it keeps for old signatures.
+    # The defaults of itsdangerous are SHA-1 and a key derivation that it keeps only for old signatures.
     options = {"key_derivation": "hmac", "digest_method": hashlib.sha256}
     in_bytes = [key.encode() if isinstance(key, str) else key for key in keys]
     return URLSafeSerializer(in_bytes, salt=salt, signer_kwargs=options)
 
 
 def without_token(url: str) -> str:
-    """Return a URL, or its query, to be logged."""
+    """Return a URL, or its query, with the token replaced by `***`, for the log."""
     return re.sub(r"((?:^|[?&])token=)[^&#]*", r"\1***", url)
