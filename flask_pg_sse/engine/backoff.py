@@ -1,4 +1,4 @@
-"""How long to wait before the next attempt: pure state, no clock."""
+"""Compute how long to wait before the next attempt: pure state, no clock."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import random
 
 
 class Backoff:
-    """Delays that double from `first` to `most` seconds, each spread between its half and its whole.
+    """Delays that double from `first` to `most` seconds. Each is shortened at random, by up to half.
 
-    Spread, because after a restart of PostgreSQL every worker of every host would otherwise knock at the same moment.
+    Without that every worker of every host would reconnect at the same moment after a restart of PostgreSQL.
     """
 
     def __init__(self, first: float, most: float) -> None:
@@ -23,5 +23,5 @@ class Backoff:
         return delay * random.uniform(0.5, 1.0)
 
     def reset(self) -> None:
-        """Begin anew, after an attempt that succeeded."""
+        """Start again at the first delay, after a successful attempt."""
         self._attempts = 0

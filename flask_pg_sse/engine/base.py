@@ -1,11 +1,11 @@
-"""The interface of an engine: what carries events from one process to the others, and what keeps them.
+"""The interface of an engine. An engine carries events from one process to the others, and may keep them in a log.
 
-An `Engine` is one app's connection to its bus in one process. It hands all that comes to a `Sink`, which is the hub.
-PostgreSQL is one engine (`engine/postgres/engine.py`), one process's memory another (`engine/memory.py`). The tests in
-`tests/engine/test_contract.py` run over every engine: a new one registers itself there.
+An `Engine` is one app's connection to its bus in one process. It hands everything that arrives to a `Sink`: the hub.
+There are two engines: PostgreSQL (`engine/postgres/engine.py`) and the memory of one process (`engine/memory.py`). The
+tests in `tests/engine/test_contract.py` run over every engine. A new engine registers itself there.
 
-A position is one whole number that rises over all channels: the id of the last event in the log that has been handed
-over. Nobody but the engine knows how ids are made; the hub only compares them. 0 means that there is no log.
+A position is one integer that rises over all channels: the id of the last event in the log that has been handed over.
+Only the engine knows how ids are made; the hub only compares them. 0 means that there is no log.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from typing import Any, Protocol
 
 from ..event import Event
 
-# A channel, an event as the bytes of a stream, and its id in the log; 0 for an event that is not kept.
+# A channel, an event encoded for a stream, and the event's id in the log (0 if the log does not have it).
 Item = tuple[str, bytes, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The next events of some channels: complete up to the id `upto`. The log reaches from `pruned_through` to `head`.
+    """The next events of some channels, complete up to the id `upto`.
 
-    Where the next event is larger than was allowed, `too_large` is its id and size, and it is not among `items`.
+    The log has the events after the id `pruned_through`, up to the id `head`. If the next event is larger than the
+    allowed size, `too_large` is its id and its size in bytes, and `items` does not include it.
     """
 
     pruned_through: int
@@ -35,7 +36,7 @@ class Page:
     too_large: tuple[int, int] | None = None
 
     def why_not_from(self, after: int) -> str | None:
-        """Return why nobody can go on from the id `after`, or None if one can. 0 stands for all that is kept."""
+        """Return why a stream cannot resume after the id `after`, or None if it can. 0 means all events in the log."""
         if after > self.head:
             return "future-id"
         if after and after < self.pruned_through:
@@ -45,7 +46,7 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """The last events of a channel: all those with ids above `after`, up to the id that was asked for."""
+    """The last events of a channel: all with an id above `after`, up to the requested id."""
 
     channel: str
     after: int
@@ -53,16 +54,16 @@ class Tail:
 
 
 class Readiness(enum.Enum):
-    """Whether an engine hears what other processes send."""
+    """Whether an engine receives the messages of other processes."""
 
     READY = "ready"
-    AWAY = "away"  # the bus does not answer, or not any more
-    LOG_MISSING = "log missing"  # it answers, and has no event log, which the configuration requires
+    AWAY = "away"  # the bus does not answer, or has stopped answering
+    LOG_MISSING = "log missing"  # it answers, but has no event log, and the configuration requires one
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The state of an engine: whether it hears, its position, and on how many channels it listens."""
+    """The state of an engine: its readiness, its position, and the number of channels that it listens to."""
 
     readiness: Readiness
     position: int
@@ -71,87 +72,89 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Disconnect:
-    """End the streams of a subject, those on a channel or, where both are given, those that are both."""
+    """A command to end streams: those of a subject, those on a channel or, if both are given, those that match both."""
 
     subject: str | None
     channel: str | None
 
 
-# What processes tell each other, besides events. Each kind is a type of its own.
+# The messages between processes, besides events. Each kind has its own type.
 ControlMessage = Disconnect
 
 
 class Ticket(Protocol):
-    """The answer to come to `Engine.subscribe()`."""
+    """The pending answer to `Engine.subscribe()`."""
 
     def wait(self, timeout: float) -> bool:
-        """Wait at most `timeout` seconds; tell whether all events on the channels are heard."""
+        """Wait at most `timeout` seconds; return True if the engine receives all events on the channels."""
 
     def cancel(self) -> None:
-        """End the wait of all that wait for the same channels."""
+        """End the wait of every stream that waits for the same channels."""
 
 
 class Sink(Protocol):
-    """What an engine hands over to. Calls come one at a time, from a thread or greenlet of the engine's."""
+    """The receiver of an engine's events. The engine calls it from its own thread or greenlet, one call at a time."""
 
     def deliver(self, turn: Sequence[Item], position: int) -> None:
-        """Take what came, in its order. `position` is the log's after it."""
+        """Take one turn of events, in order. `position` is the position in the log after them."""
 
     def gap(self, reason: str, position: int) -> None:
-        """Take note that events may have been missed and cannot be had again. `position` is where it goes on."""
+        """Note that events may have been lost and cannot be read again. The engine continues from `position`."""
 
     def pruned(self, through: int) -> None:
-        """Take note that the log has lost its events up to the id `through`."""
+        """Note that the events up to the id `through` have been pruned from the log."""
 
     def ready(self, readiness: Readiness) -> None:
-        """Take note of a change: from `READY` on every control message is heard, or read in the log."""
+        """Note a change of readiness. From `READY` on every control message arrives, live or from the log."""
 
     def control(self, message: ControlMessage) -> None:
-        """Obey another process. It comes before any event that was sent after it."""
+        """Obey a message of another process. It arrives before every event that was sent after it."""
 
 
 class Engine(Protocol):
     """One app's bus in one process. All methods may be called from any thread or greenlet.
 
-    What asks the bus raises `DatabaseUnavailable` where it does not answer, and `EventLogMissing` where the
-    configuration requires a log and there is none.
+    A method that queries the bus raises `DatabaseUnavailable` if the bus does not answer. It raises `EventLogMissing`
+    if the configuration requires a log and there is none.
     """
 
     def start(self, sink: Sink) -> None:
-        """Begin to hear, for `sink`. Publishing and reading need no start."""
+        """Start to receive, and hand everything to `sink`. Publishing and reading work without it."""
 
     def stop(self, timeout: float) -> None:
-        """End all that was started, within `timeout` seconds, and close all connections. Later calls open new ones."""
+        """Stop what was started, within `timeout` seconds, and close all connections. Later calls open new ones."""
 
     def subscribe(self, channels: Iterable[str]) -> Ticket:
-        """Hear each of `channels` one time more; the engine counts."""
+        """Add one subscription to each of `channels`. The engine counts them."""
 
     def unsubscribe(self, channels: Iterable[str]) -> None:
-        """Hear each of `channels` one time less."""
+        """Remove one subscription from each of `channels`."""
 
     def publish(
         self, channel: str, events: Sequence[Event], *, durable: bool = True, connection: Any = None
     ) -> int | None:
-        """Send events in one transaction, in their order: the caller's, on whose `connection` they go, or an own one.
+        """Send events, in order and in one transaction.
 
-        Returns the last one's id in the log where it is known. Those that are not `durable` go to no log. Raises
-        `PayloadTooLarge` for what this engine cannot carry, and TypeError for a connection to another kind of database.
+        It is the transaction of the caller's `connection`, or a transaction of the engine if none is given. Returns the
+        last event's id in the log if it is already known, otherwise None. With `durable=False` the events do not go to
+        the log. Raises `PayloadTooLarge` for an event that this engine cannot carry, and TypeError if `connection` is
+        for another kind of database.
         """
 
     def head(self) -> int:
-        """Return the id up to which all events in the log can be read; 0 without a log."""
+        """Return the id up to which every event in the log can be read; 0 without a log."""
 
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
-        """Return the events after an id: `max_bytes` of them, or a larger one alone, up to `max_event` bytes."""
+        """Return the events after an id: at most `max_bytes`, or one larger event alone, up to `max_event` bytes."""
 
     def last(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[Tail]:
-        """Return at most the last `max_bytes` of events of each channel, up to an id for each."""
+        """Return the last events of each channel up to the id given for it, at most `max_bytes` for each channel."""
 
     def control(self, message: ControlMessage) -> None:
-        """Have every process obey, this one too: through the log where there is one, so that none misses it."""
+        """Send a message to every process, including this one. If there is a log, it goes there and none misses it."""
 
     def now(self) -> float:
-        """Return the time, in seconds since the epoch, by the one clock that all processes share."""
+        """Return the time of the clock that all processes share, in seconds since the epoch."""
 
     def status(self) -> Status:
-        """Return the engine's state, without asking the bus."""
+        """Return the engine's state, without a query to the bus."""

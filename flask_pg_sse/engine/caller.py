@@ -1,6 +1,7 @@
-"""A caller's own connection, in whose transaction an event leaves: which kinds there are, and how each runs a query.
+"""Check a caller's own connection, and run queries in its transaction: psycopg2, psycopg 3 or SQLAlchemy.
 
-psycopg2, psycopg 3 and SQLAlchemy are used through their own `execute`, and only if the caller has imported them.
+Each is used through its own `execute`. SQLAlchemy and psycopg 3 are never imported here: they are used only if the
+caller has imported them.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import psycopg2.extensions
 
 
 def check_caller(connection: Any) -> None:
-    """Raise TypeError, which says what to do, for a connection that `execute_on()` cannot use."""
+    """Raise TypeError for a connection that `execute_on()` cannot use. The message says what to do."""
     if _is_sqlalchemy(connection):
         return
     kind = _kind(connection)
     if kind.startswith("sqlalchemy.ext.asyncio"):
         raise TypeError(
-            f"notify() cannot use an asynchronous {kind}. Call it with the synchronous session inside: "
+            f"notify() cannot use an asynchronous {kind}. Call it with the synchronous session inside it: "
             'await session.run_sync(lambda s: notify("orders", data, connection=s)).'
         )
     methods = [getattr(connection, name, None) for name in ("cursor", "execute", "commit")]
@@ -34,9 +35,9 @@ def check_caller(connection: Any) -> None:
 
 
 def execute_on(connection: Any, query: str, args: Sequence[Any] = ()) -> list[Any]:
-    """Run a query on a caller's connection, through its own `execute`; return its rows. `{}` stands for an argument.
+    """Run a query on a caller's connection, through its own `execute`, and return the rows.
 
-    Raises TypeError where the database is not PostgreSQL.
+    Each `{}` in the query is a placeholder for an argument. Raises TypeError if the database is not PostgreSQL.
     """
     if _is_sqlalchemy(connection):
         _refuse_other_engine((connection.get_bind() if hasattr(connection, "get_bind") else connection).dialect.name)
@@ -44,7 +45,7 @@ def execute_on(connection: Any, query: str, args: Sequence[Any] = ()) -> list[An
         result = connection.execute(text, {f"arg{number}": arg for number, arg in enumerate(args)})
         return list(result.fetchall()) if result.returns_rows else []
     _refuse_other_engine("sqlite" if _kind(connection).startswith("sqlite3.") else "postgresql")
-    # Rows as tuples, whatever kind the caller has chosen.
+    # Rows must be tuples, even if the caller has chosen another row type.
     if isinstance(connection, psycopg2.extensions.connection):
         options: dict[str, Any] = {"cursor_factory": psycopg2.extensions.cursor}
     else:
@@ -69,6 +70,6 @@ def _kind(connection: Any) -> str:
 def _refuse_other_engine(engine: str) -> None:
     if engine != "postgresql":
         raise TypeError(
-            f"notify(connection=…) needs a PostgreSQL connection, and this one is of {engine}. In tests without "
+            f"notify(connection=…) needs a PostgreSQL connection, and this one is for {engine}. In tests without "
             "PostgreSQL use flask_pg_sse.testing.capture(app)."
         )

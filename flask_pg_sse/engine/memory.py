@@ -1,6 +1,6 @@
-"""The engine in the memory of one process: for tests, where `SSE_BROKER_URL = "memory://"` says so.
+"""The engine in the memory of one process, for tests. `SSE_BROKER_URL = "memory://"` selects it.
 
-It keeps events as the event log does, and hears what this process sends and nothing else.
+It keeps events as the event log does. It receives only what this process sends.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from ..concurrency import FairLock
 from ..event import Event, encode
 from .base import ControlMessage, Item, Page, Readiness, Sink, Status, Tail
 
-# Bytes of events that are kept, at most.
+# At most this many bytes of events are kept.
 KEPT_BYTES = 16 * 1024 * 1024
 
 
 class _Heard:
-    """A ticket that has its answer: nothing stands between this engine and its sink."""
+    """A ticket that is answered at once: nothing stands between this engine and its sink."""
 
     def wait(self, timeout: float) -> bool:
         return True
@@ -32,21 +32,21 @@ class _Heard:
 class MemoryEngine:
     """One app's events in one process; see `base.Engine`.
 
-    `log` says whether events get ids and are kept, for `retention` seconds. Each publisher hands its events over
-    itself, one publisher at a time. An event on a caller's `connection` leaves at the call, whatever becomes of the
-    transaction.
+    With `log` events get ids and are kept for `retention` seconds. Each publisher hands its events to the sink in its
+    own thread or greenlet, one publisher at a time. With a caller's `connection` an event is sent at once, even if the
+    transaction is rolled back later.
     """
 
     def __init__(self, *, log: bool = True, retention: float = 86400.0) -> None:
         self._log = log
         self._retention = retention
-        # Ids begin at the clock's microseconds, above all that a process before this one has given out.
+        # Ids begin at the clock's time in microseconds. So they are above all ids of an earlier process.
         self._pruned_through = int(time.time() * 1_000_000) if log else 0
         self._head = self._pruned_through
-        self._kept: deque[tuple[float, Item]] = deque()  # when, and what; oldest first
+        self._kept: deque[tuple[float, Item]] = deque()  # the time of each, and the event; oldest first
         self._kept_bytes = 0
         self._channels: Counter[str] = Counter()
-        # Not the lock of a turn: the sink may hold its own lock while it subscribes.
+        # Not the same lock as `_turn`: the sink may hold its own lock while it subscribes.
         self._counting = threading.Lock()
         self._sink: Sink | None = None
         self._turn = FairLock()
@@ -68,7 +68,7 @@ class MemoryEngine:
     def unsubscribe(self, channels: Iterable[str]) -> None:
         with self._counting:
             self._channels.subtract(channels)
-            self._channels = +self._channels  # without those that nobody wants
+            self._channels = +self._channels  # drops channels without a subscription
 
     def publish(
         self, channel: str, events: Sequence[Event], *, durable: bool = True, connection: Any = None
