@@ -1,1 +1,1 @@
-"""The engine: PostgreSQL as the bus, through psycopg2's LISTEN and pg_notify()."""
+"""The engine on PostgreSQL: LISTEN and pg_notify(), through psycopg2."""

@@ -1,6 +1,6 @@
-"""How events travel through PostgreSQL: as payloads of NOTIFY and rows of the log, on channels under its names. No I/O.
+"""Convert events to and from NOTIFY payloads and rows of the log, and channels to PostgreSQL's names. No I/O.
 
-`Decoder` turns what arrives into the bytes that go out to streams, once for all of them.
+`Decoder` turns each arriving payload into the bytes for streams, once for all streams.
 """
 
 from __future__ import annotations
@@ -21,32 +21,35 @@ from ...event import FIELDS, MAX_NUMBER, Event, Head, encode, make_event, refuse
 
 logger = logging.getLogger(__name__)
 
-# PostgreSQL's names end there (NAMEDATALEN - 1): LISTEN silently cuts a longer one, and pg_notify() refuses it.
+# PostgreSQL's longest name (NAMEDATALEN - 1). LISTEN silently cuts a longer one, and pg_notify() refuses it.
 _MAX_NAME_BYTES = 63
 # A payload "must be shorter than 8000 bytes": https://www.postgresql.org/docs/current/sql-notify.html
 MAX_PAYLOAD_BYTES = 7999
 
-# The wire form: a control character that no JSON text and hardly any human text begins with, then the version, one line
-# of JSON with every field but data (the "head"), and after the first line end the data as it is (JSON would swell it).
-# The character alone tells it apart from what other programs send. What comes from the log is written in SQL
-# (postgres/sql); its head has also `i`, the id in the log, `s`, its signature, and `f` where the event is too large to
-# travel and has to be fetched.
+# The wire form of an event, in order:
+# - a control character. No JSON text and hardly any human text begins with it, so it alone tells our payloads apart
+#   from those of other programs;
+# - the version;
+# - the head: one line of JSON with every field but data;
+# - after the first line end, the data as it is, because JSON would make it longer.
+# For events of the log, SQL (postgres/sql) writes the wire form. Its head also has `i`, the id in the log, and `s`, the
+# signature of the id. It has `f` if the event is too large for NOTIFY and must be fetched.
 _WIRE_MARK = "\x1e"
 _WIRE_VERSION = "1"
 _LOGGED = _WIRE_MARK + _WIRE_VERSION + '{"i":'
-# What the log writes but for the large ones: id, signature, the other fields, and then the data.
+# The wire form of the log's events, except the large ones: id, signature, the other fields, and then the data.
 _LOGGED_FORM = re.compile(re.escape(_LOGGED) + r'([1-9][0-9]{0,18}),"s":"([0-9a-f]{16})"(|,".*)\}\n', re.ASCII)
-# PostgreSQL sends equal payloads of one transaction once. The number makes each payload unlike its predecessors; it
-# need not be unique beyond the process, because a transaction does not reach beyond it either. It always has twelve
-# digits, so that the room for data is always the same.
+# PostgreSQL sends equal payloads of one transaction only once. This number makes each payload different from those
+# before. It is unique only in this process, which is enough: a transaction does not span processes. It always has
+# twelve digits, so the room for data is always the same.
 _serial = itertools.count(10**11)
 
 
 def to_payload(event: Event, channel: str) -> str:
     """Return the event in the wire form of this package.
 
-    Raises `PayloadTooLarge` if it is longer than a NOTIFY payload may be; an event that has data alone may have at
-    least 7,800 bytes of it. `channel` is for the message only.
+    Raises `PayloadTooLarge` if it is too long for one NOTIFY. An event that has only data always fits with 7,800 bytes
+    of data. `channel` is only for the error message.
     """
     fields, data = _fields(event)
     payload = _WIRE_MARK + _WIRE_VERSION + _compact_json({"n": next(_serial), **fields})
@@ -54,15 +57,15 @@ def to_payload(event: Event, channel: str) -> str:
         payload += "\n" + data
     size = len(payload.encode())
     if size > MAX_PAYLOAD_BYTES:
-        data_size = len((data or _compact_json(event.data)[1:-1]).encode())  # as it would travel
+        data_size = len((data or _compact_json(event.data)[1:-1]).encode())  # in the form in which it would be sent
         raise PayloadTooLarge(channel, data_size, max(0, MAX_PAYLOAD_BYTES - (size - data_size)))
     return payload
 
 
 def _fields(event: Event) -> tuple[dict[str, object], str | None]:
-    """Return what the event has beside its data, and the data.
+    """Return the event's fields without its data, and the data.
 
-    Data that hold NUL go with the rest: JSON can write it, and PostgreSQL's text cannot.
+    Data with NUL is put among the fields instead: JSON can express NUL, and PostgreSQL's text type cannot.
     """
     fields: dict[str, object] = {}
     for field in ("event", "id", "retry", "comment"):
@@ -79,13 +82,13 @@ def _compact_json(value: object) -> str:
 
 
 def to_row(event: Event) -> tuple[str, str | None]:
-    """Return the event as it stands in the log: its fields as JSON, and its data."""
+    """Return the event as a row of the log: its fields as JSON, and its data."""
     fields, data = _fields(event)
     return _compact_json(fields), data
 
 
 def from_row(fields: str, data: str | None) -> Event:
-    """Return the event of a row of the log. Raises `InvalidEvent` if that is no legal event."""
+    """Return the event of a row of the log. Raises `InvalidEvent` if the row is not a legal event."""
     found = _load_object(fields)
     if found is None or not found.keys() <= FIELDS:
         raise _not_ours()
@@ -93,7 +96,7 @@ def from_row(fields: str, data: str | None) -> Event:
 
 
 def _from_head(fields: dict[str, Any], data: str | None) -> Event:
-    """Return the event with these fields, and data; None where the data are among the fields, and only there."""
+    """Return the event with these fields and data. `data` must be None if, and only if, `fields` contains the data."""
     if (data is None) != ("data" in fields):
         raise _not_ours()
     return _from_fields(fields if data is None else {**fields, "data": data})
@@ -101,9 +104,9 @@ def _from_head(fields: dict[str, Any], data: str | None) -> Event:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What one NOTIFY says: an event, and its id in the log with the signature if it comes from there.
+    """The content of one NOTIFY: an event. If it comes from the log it also has an id and the signature of the id.
 
-    `event` is None where it has to be fetched from the log.
+    `event` is None if it must be fetched from the log.
     """
 
     event: Event | None
@@ -112,11 +115,11 @@ class Message:
 
 
 def from_payload(payload: str) -> Message:
-    """Return what a NOTIFY payload of anybody means.
+    """Read a NOTIFY payload of any sender.
 
-    The wire form is told by its first character. A JSON object whose keys are all among event, id, data, retry and
-    comment is read as those fields, as senders written for sse_relay_server mean it. Anything else is data.
-    Raises `InvalidEvent` if that is no legal event.
+    The wire form is recognised by its first character. A JSON object with no keys but event, id, data, retry and
+    comment is read as those fields; senders written for sse_relay_server use that form. Any other payload is data.
+    Raises `InvalidEvent` if the result is not a legal event.
     """
     if payload.startswith(_WIRE_MARK):
         return _from_wire(payload)
@@ -128,14 +131,15 @@ def from_payload(payload: str) -> Message:
 
 
 def is_logged(payload: str) -> bool:
-    """Tell whether a payload comes from the log, or claims so."""
+    """Tell whether a payload comes from the log, or claims to."""
     return payload.startswith(_LOGGED)
 
 
 def from_log(payload: str) -> tuple[int, str, str, str] | None:
-    """Return id, signature, the JSON of the other fields and the data of what the log sends; None for anything else.
+    """Split a payload of the log into id, signature, JSON of the other fields, and data. Return None for others.
 
-    It is believed only with the right signature. `from_payload()` reads the same, and what this leaves to it.
+    The caller must check the signature before it trusts the id. `from_payload()` reads these payloads too, and all
+    those for which this returns None.
     """
     found = _LOGGED_FORM.match(payload)
     if found is None:
@@ -144,15 +148,15 @@ def from_log(payload: str) -> tuple[int, str, str, str] | None:
     return int(log_id), signed, fields, payload[found.end() :]
 
 
-@functools.lru_cache(maxsize=256)  # nearly all events have the fields of others; only ids and data differ
+@functools.lru_cache(maxsize=256)  # nearly all events share their fields; only ids and data differ
 def head_of(fields: str) -> Head:
-    """Return the head of events with these fields, as `from_log()` gives them. Raises `InvalidEvent`."""
+    """Return the head of events with these fields, as returned by `from_log()`. Raises `InvalidEvent`."""
     return Head.of(from_row("{" + fields.removeprefix(",") + "}", ""))
 
 
 def _from_wire(payload: str) -> Message:
     if payload[1:2] != _WIRE_VERSION:
-        raise InvalidEvent("The payload is in a version of the wire form that this version of the package cannot read.")
+        raise InvalidEvent("The payload has a version of the wire form that this version of the package cannot read.")
     head, line_end, data = payload[2:].partition("\n")
     fields = _load_object(head)
     if fields is None or not fields.keys() <= FIELDS | {"n", "i", "s", "f"}:
@@ -173,16 +177,16 @@ def _not_ours() -> InvalidEvent:
 
 
 def signature(key: bytes, log_id: int) -> str:
-    """Return what the log's NOTIFY says beside an id.
+    """Return the signature that the log's NOTIFY carries with an id.
 
-    Any role of a database can send any NOTIFY, and a stream that took a forged id for the log's would take no event
-    below it any more.
+    Any role of a database can send any NOTIFY. A stream that accepted a forged id would drop every later event with a
+    smaller id.
     """
     return hashlib.sha256(key + log_id.to_bytes(8, "big")).hexdigest()[:16]
 
 
 def _from_fields(fields: dict[str, Any]) -> Event:
-    """Read fields that another program wrote: numbers are taken for `id` and `event`, digits for `retry`."""
+    """Read fields that another program wrote. `id` and `event` may be numbers, and `retry` may be text of digits."""
     retry = fields.get("retry")
     if isinstance(retry, str) and len(retry) < 20 and retry.isascii() and retry.isdigit():
         retry = int(retry)
@@ -193,14 +197,14 @@ def _from_fields(fields: dict[str, Any]) -> Event:
     try:
         return make_event(fields.get("data"), **texts, retry=retry, comment=fields.get("comment"))
     except RecursionError:
-        raise InvalidEvent("The event's data are nested too deep.") from None
+        raise InvalidEvent("The event's data are nested too deeply.") from None
 
 
-_STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # kept: loads() makes one at every call
+_STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # kept, because loads() creates one at every call
 
 
 def _load_object(text: str) -> dict[str, Any] | None:
-    """Return the JSON object that `text` is, or None if it is none."""
+    """Return `text` as a JSON object, or None if it is not one."""
     try:
         value = _STRICT.decode(text)
     except (ValueError, RecursionError):
@@ -209,9 +213,10 @@ def _load_object(text: str) -> dict[str, Any] | None:
 
 
 def pg_name(channel: str) -> str:
-    """Return the name under which PostgreSQL knows `channel`: itself, or a hash where it is longer than 63 bytes.
+    """Return PostgreSQL's name for `channel`: the same name, or a hash if it is longer than 63 bytes in UTF-8.
 
-    160 bits of SHA-256 behind the reserved prefix, so that no legal channel can be called so by chance or on purpose.
+    The hash is 160 bits of SHA-256 after the reserved prefix, which no legal channel name has. So no legal channel can
+    have this name, by chance or on purpose.
     """
     raw = channel.encode()
     if len(raw) <= _MAX_NAME_BYTES:
@@ -220,7 +225,10 @@ def pg_name(channel: str) -> str:
 
 
 class Dropped:
-    """Counts what is no legal event, and says so in the log once a minute at the most: anybody may send more."""
+    """Counts payloads and rows that are not legal events.
+
+    It logs at most one a minute, because any role can send any number of them.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -236,16 +244,16 @@ class Dropped:
 
 
 class Decoder:
-    """Encodes payloads, once for all streams. `key` is the event log's, None where none is used."""
+    """Encodes payloads, once for all streams. `key` is the key of the event log; None if no log is used."""
 
     def __init__(self) -> None:
         self.key: bytes | None = None
         self.dropped = Dropped()
 
     def decode(self, payload: str) -> tuple[int, bytes | None]:
-        """Return an event's id in the log, 0 without one, and its bytes.
+        """Return an event's id in the log (0 without one) and its bytes.
 
-        An id without bytes is that of an event that has to be fetched; neither means that there is nothing to send.
+        An id and None mean that the event must be fetched from the log. 0 and None mean that there is nothing to send.
         """
         try:
             found = from_log(payload) if self.key is not None else None
@@ -263,11 +271,11 @@ class Decoder:
                 return log_id, encode(message.event, log_id or None)
             if log_id:
                 return log_id, None
-            raise InvalidEvent("It is too large for NOTIFY, and the event log is not used here.")
-        except Exception as error:  # whatever anybody may have sent, it ends neither the listener nor a stream
+            raise InvalidEvent("It is too large for NOTIFY, and this process does not use the event log.")
+        except Exception as error:  # no payload, from any sender, may end the listener or a stream
             self.dropped.add("a NOTIFY payload", error)
             return 0, None
 
     def _check(self, log_id: int, signed: str) -> None:
         if self.key is None or signed != signature(self.key, log_id):
-            raise InvalidEvent("It claims an id of the event log, and is not signed: damaged or forged.")
+            raise InvalidEvent("It claims an id of the event log, but has no valid signature: damaged or forged.")

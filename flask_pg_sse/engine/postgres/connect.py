@@ -1,8 +1,8 @@
-"""The package's own connections: asynchronous psycopg2, and the one place that waits for them.
+"""Open the package's own connections: asynchronous psycopg2. `wait()` is the only function that waits for them.
 
-A psycopg2 connection made with `async_=1` never blocks; `wait()` drives it with poll(). Under gevent that waits as a
-greenlet, without the process-wide wait callback of psycopg2 that would break the app's own COPY and large objects and
-ignores `connect_timeout`. https://www.psycopg.org/docs/advanced.html#asynchronous-support
+A psycopg2 connection with `async_=1` never blocks; `wait()` drives it with poll(). Under gevent only the calling
+greenlet waits. psycopg2's wait callback is not used: it is set for the whole process, breaks the app's own COPY and
+large objects, and ignores `connect_timeout`. https://www.psycopg.org/docs/advanced.html#asynchronous-support
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from psycopg2.extensions import POLL_OK, POLL_READ, make_dsn
 from ...errors import DatabaseUnavailable
 from .dsn import Dsn
 
-# Seconds for one host to answer, unless the URL's connect_timeout says otherwise.
+# Seconds that one host may take to answer, unless the URL has a connect_timeout.
 CONNECT_TIMEOUT = 10.0
 
 
 def connect(dsn: Dsn, application_name: str) -> Any:
     """Return a new connection in autocommit mode, with client encoding UTF-8.
 
-    Hosts are tried one after another, until each has been silent for `connect_timeout` seconds. Raises
-    `DatabaseUnavailable`.
+    The hosts are tried one after another. Each may be silent for `connect_timeout` seconds (10 by default). Raises
+    `DatabaseUnavailable` if none answers.
     """
     errors = []
     defaults = {"application_name": application_name, "keepalives_idle": "30"}
@@ -45,24 +45,27 @@ def connect(dsn: Dsn, application_name: str) -> Any:
             errors.append(_reason(error))
             if connection is not None:
                 connection.close()
-        except BaseException:  # a greenlet may be killed while it waits
+        except BaseException:  # for example, the greenlet is killed while it waits
             if connection is not None:
                 connection.close()
             raise
     why = "; ".join(dict.fromkeys(errors)).rstrip(".?")
     raise DatabaseUnavailable(
-        f"PostgreSQL cannot be reached ({dsn}): {why}. See that it runs, and that {dsn.source} is right."
+        f"PostgreSQL cannot be reached ({dsn}): {why}. Check that it runs, and that {dsn.source} is right."
     )
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):  # the server refuses, in its own encoding: it does not know ours yet
+    if isinstance(error, UnicodeDecodeError):  # the server refused before it knew our encoding
         return " ".join(error.object.decode(errors="replace").split())
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _timeout(text: str) -> float:
-    """Return the seconds that a connect_timeout means; libpq's "for ever" (0 or less) and what is no number: ours."""
+    """Return a connect_timeout in seconds, or our default.
+
+    The default replaces 0 or less, which means "forever" in libpq, and text that is not a number.
+    """
     try:
         return float(max(int(text), 0)) or CONNECT_TIMEOUT
     except ValueError:
@@ -70,7 +73,10 @@ def _timeout(text: str) -> float:
 
 
 def wait(connection: Any, timeout: float) -> None:
-    """Wait until `connection` has done what it was asked; TimeoutError when nothing has come for `timeout` seconds."""
+    """Wait until `connection` has finished its operation.
+
+    Raises TimeoutError when the connection makes no progress for `timeout` seconds.
+    """
     while (state := connection.poll()) != POLL_OK:
         poller = select.poll()  # not select(): it cannot take a descriptor above 1023
         poller.register(connection.fileno(), select.POLLIN if state == POLL_READ else select.POLLOUT)
@@ -81,17 +87,18 @@ def wait(connection: Any, timeout: float) -> None:
 def execute(
     connection: Any, query: str, args: tuple[Any, ...] | None = None, *, timeout: float, limit: float | None = None
 ) -> list[Any]:
-    """Run a query and return its rows. After an error the connection may be in the midst of it: close it.
+    """Run a query and return its rows. Close the connection after an error, because the query may still be running.
 
-    `timeout` is how many seconds the server may be silent, and `limit`, the same by default, how many it may take in
-    all, where a long answer may be on its way.
+    `timeout` is how many seconds the server may be silent. `limit` is how many seconds the statement may take in total,
+    for long answers; by default it is equal to `timeout`.
 
-    PostgreSQL gives up shortly before. It would not notice that we have gone: what waits for a lock (at its commit too,
-    where NOTIFY has one for all databases) would pile up there, until no connection is left for anybody, and then
-    publish what its caller was told has failed. And where a database's default is SERIALIZABLE, what we read would make
-    publishers fail.
+    PostgreSQL gets slightly shorter timeouts (90 %), because it would not notice that this client has given up.
+    Statements that wait for a lock would pile up there until no connection is left, and would then publish events
+    whose senders got an error. (A commit with NOTIFY waits for a lock too; it is the same one for all databases.) The
+    transaction is READ COMMITTED. If the database's default is SERIALIZABLE, our reads would make publishers fail.
 
-    Sent together the statements are one transaction, and the settings end with it, through a pooler too.
+    The settings and the query are sent together and form one transaction. The settings end with it, also through a
+    pooler.
     """
     settings = (
         "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; "
@@ -106,8 +113,8 @@ def execute(
 def _attempts(params: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Yield connection parameters for one server address after another.
 
-    libpq would walk through a list of hosts by itself, but resolves names with a call that stops all greenlets, and
-    under `async_` it stays with a host that never answers.
+    libpq can try a list of hosts too. But it resolves names with a call that stops all greenlets, and with `async_` it
+    never leaves a host that does not answer.
     """
     servers = list(_servers(params))
     if params.get("load_balance_hosts") == "random":
@@ -146,7 +153,7 @@ def _servers(params: Mapping[str, str]) -> Iterator[dict[str, str]]:
 
 
 def _resolve(host: str) -> list[str]:
-    """Return the addresses of a host, through the `socket` module as gevent may have patched it."""
+    """Return the addresses of a host. It uses the `socket` module at call time, which gevent may have patched."""
     try:
         return [str(ipaddress.ip_address(host))]
     except ValueError:

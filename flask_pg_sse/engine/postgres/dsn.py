@@ -1,7 +1,7 @@
-"""From what users configure to what libpq accepts.
+"""Convert the configured database to libpq's connection parameters.
 
-Users write `postgres://…`, SQLAlchemy's `postgresql+driver://…` with its own way to name several hosts, URL objects, or
-libpq's own `host=… dbname=…`. https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING
+The config may have `postgres://…`, SQLAlchemy's `postgresql+driver://…` with its own notation for several hosts, URL
+objects, or libpq's own `host=… dbname=…`. https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ logger = logging.getLogger(__name__)
 
 _SCHEME = re.compile(r"(?:postgres|postgresql)(?:\+(\w+))?://", re.ASCII)
 _KEYWORDS = re.compile(r"\w+\s*=", re.ASCII)
-# user:password@hosts/database. As in SQLAlchemy the password may hold a raw "/" or "@": a piece of it that was taken
-# for the host or the port would be shown.
+# user:password@hosts/database. As in SQLAlchemy the password may contain a raw "/" or "@". If a part of it were read as
+# the host or the port, messages would show it.
 _AUTHORITY = re.compile(r"(?:([^:/]*)(?::(.*))?@)?([^@/]*)(?:/([^@]*))?", re.DOTALL)
 _HOST = re.compile(r"(?:\[([^]]*)\]|([^:]*))(?::(\d*))?", re.ASCII)
-# The engines that an error may name. Another word before "://" may be a piece of a secret.
+# Error messages may name these engines. Any other word before "://" may be a part of a secret.
 _OTHER_ENGINES = ("sqlite", "mysql", "mariadb", "oracle", "mssql", "cockroachdb", "mongodb", "redis")
-# Drivers that hand the URL's options to libpq. The others have options of their own, which mean nothing here.
+# These drivers pass the URL's options to libpq. Other drivers have their own options, which are ignored here.
 _LIBPQ_DRIVERS = ("", "psycopg", "psycopg2", "psycopg2cffi")
 
 
 @dataclass(frozen=True, slots=True)
 class Dsn:
-    """A database as libpq's connection parameters. Its repr shows no secret."""
+    """A database as libpq's connection parameters. Its repr contains no secret."""
 
     source: str
     params: Mapping[str, str] = field(repr=False)
@@ -54,23 +54,23 @@ class Dsn:
 
 
 def is_postgres(value: object) -> bool:
-    """Tell whether a configured value means a PostgreSQL database; other engines' URLs do not."""
+    """Tell whether a configured value is for PostgreSQL, and not the URL of another engine."""
     text = _as_text(value)
     return bool(_SCHEME.match(text) or _KEYWORDS.match(text))
 
 
 def to_dsn(value: object, source: str, connect_args: Mapping[str, Any] | None = None) -> Dsn:
-    """Convert a URL or connection string. `connect_args` are SQLAlchemy's, for the driver's `connect()`.
+    """Convert a URL or connection string. `connect_args` are SQLAlchemy's arguments for the driver's `connect()`.
 
-    Raises `DatabaseNotConfigured` for other engines and `ConfigurationError` for what libpq cannot read. Neither shows
-    the value: it may hold a password.
+    Raises `DatabaseNotConfigured` for another engine, and `ConfigurationError` for a value that libpq cannot read. The
+    messages do not show the value, because it may contain a password.
     """
     text = _as_text(value)
     if not is_postgres(value):
         scheme = re.split(r"[+:]", text, maxsplit=1)[0]
         engine = f" ({scheme}://…)" if scheme in _OTHER_ENGINES else ""
         raise DatabaseNotConfigured(
-            f"{source} is not a PostgreSQL URL{engine}. LISTEN and NOTIFY are PostgreSQL's: set SSE_DATABASE_URL to "
+            f"{source} is not a PostgreSQL URL{engine}. flask_pg_sse needs PostgreSQL: set SSE_DATABASE_URL to "
             "postgresql://user:password@host/database."
         )
     try:
@@ -87,9 +87,9 @@ def to_dsn(value: object, source: str, connect_args: Mapping[str, Any] | None = 
     except (psycopg2.Error, ValueError) as error:
         hint = f" (libpq has no option {error.name!r})" if isinstance(error, _UnknownOption) else ""
         raise ConfigurationError(
-            f"{source} is not a connection string that libpq can read{hint}. Expected "
-            "postgresql://user:password@host:port/database?sslmode=require or the like, with special characters in the "
-            "password percent-encoded (%40 for @)."
+            f"{source} is not a connection string that libpq can read{hint}. It must look like "
+            "postgresql://user:password@host:port/database?sslmode=require, with special characters in the password "
+            "percent-encoded (%40 for @)."
         ) from None
     return Dsn(source, params)
 
@@ -106,7 +106,10 @@ def _as_text(value: object) -> str:
 
 
 def _from_url(text: str, driver: str) -> dict[str, str]:
-    """Read what follows the scheme, in libpq's notation or SQLAlchemy's: neither's reader takes the other's."""
+    """Read the part of a URL after the scheme, in libpq's or SQLAlchemy's notation.
+
+    Neither libpq nor SQLAlchemy can read the other's notation.
+    """
     head, _, query = text.partition("?")
     parts = _AUTHORITY.fullmatch(head)
     if parts is None:
@@ -114,12 +117,12 @@ def _from_url(text: str, driver: str) -> dict[str, str]:
     user, password, hosts, database = (part or "" for part in parts.groups())
     found = {"user": unquote(user), "password": unquote(password), "dbname": unquote(database)}
     found.update(_hosts(_split_host(host) for host in hosts.split(",")))
-    # Behind a "?" in the password, not percent-encoded, comes a piece of it.
+    # If the password contains a raw "?", the query begins with a part of the password and must not be shown.
     return _with_query(found, parse_qsl(query, keep_blank_values=True), driver, show=("@" not in query))
 
 
 def _from_url_object(url: Any) -> dict[str, str]:
-    """Read SQLAlchemy's URL by its parts: which of them its text has escaped differs between versions."""
+    """Read the parts of SQLAlchemy's URL object. Its text escapes different parts in different versions."""
     found = {"user": url.username, "password": url.password, "host": url.host, "port": url.port, "dbname": url.database}
     pairs = [
         (key, value) for key, values in url.query.items() for value in ([values] if isinstance(values, str) else values)
@@ -131,7 +134,7 @@ def _with_query(found: dict[str, Any], pairs: Iterable[tuple[str, str]], driver:
     hosts = []
     options = []
     for key, value in pairs:
-        if key == "host":  # host=a:5433&host=b:5432 of SQLAlchemy
+        if key == "host":  # SQLAlchemy's host=a:5433&host=b:5432
             hosts.append(_split_host(value))
         elif driver in _LIBPQ_DRIVERS and not dict(_known_options([(key, value)])):
             raise _UnknownOption(key) if show else ValueError
@@ -144,12 +147,12 @@ def _with_query(found: dict[str, Any], pairs: Iterable[tuple[str, str]], driver:
 
 
 def _split_host(text: str) -> tuple[str, str]:
-    """Return host and port, if any; a socket directory and a bare IPv6 address may hold colons."""
+    """Return the host, and the port or "". A socket directory and a bare IPv6 address may contain colons."""
     parts = _HOST.fullmatch(text)
     if parts:
         return unquote(parts[1] or parts[2] or ""), parts[3] or ""
     if not text.startswith("/"):
-        ipaddress.IPv6Address(text)  # ValueError if it is none
+        ipaddress.IPv6Address(text)  # ValueError for any other text
     return text, ""
 
 
@@ -159,11 +162,11 @@ def _hosts(hosts: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def _known_options(options: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, str]]:
-    """Yield the options that mean something to libpq, under its names."""
+    """Yield the options that libpq knows, under libpq's names."""
     for key, value in options:
         if value is None:
             continue
-        if key == "ssl":  # asyncpg's, which may also be an SSLContext
+        if key == "ssl":  # asyncpg's option, which may also be an SSLContext
             modes = {"true": "require", "false": "disable"}
             text = str(value).lower()
             yield "sslmode", modes.get(text, text if isinstance(value, str) else "require")
@@ -188,7 +191,7 @@ _NO_DATABASE = (
 
 
 def configured_databases(settings: Settings, config: Mapping[str, Any]) -> tuple[Dsn, Dsn]:
-    """Return where to notify and where to listen, as an app's config says, and say so in the log.
+    """Return the database to notify and the database to listen to, from an app's config, and log both.
 
     Raises `DatabaseNotConfigured` and `ConfigurationError`.
     """
@@ -209,13 +212,13 @@ def configured_databases(settings: Settings, config: Mapping[str, Any]) -> tuple
 
 
 def _warn_of_psycopg2(url: Any) -> None:
-    """Say that an app's own queries are going to stop all its streams, where that can be known."""
+    """Warn if the app's own queries will stop all its streams, as far as that can be known."""
     sqlalchemy: Any = sys.modules.get("sqlalchemy")
     if sqlalchemy is None or not is_patched() or get_wait_callback() is not None:
         return
     if sqlalchemy.make_url(url).get_driver_name() == "psycopg2":
         logger.warning(
-            "SQLALCHEMY_DATABASE_URI is for psycopg2, with which each query stops the whole gevent worker until "
-            "PostgreSQL has answered, all streams included. Use psycopg 3 (postgresql+psycopg://), or call "
+            "SQLALCHEMY_DATABASE_URI uses psycopg2. Each query then stops the whole gevent worker, with all streams, "
+            "until PostgreSQL answers. Use psycopg 3 (postgresql+psycopg://), or call "
             "psycogreen.gevent.patch_psycopg()."
         )

@@ -1,7 +1,7 @@
-"""The engine on PostgreSQL: NOTIFY carries events, and the event log keeps them where it is installed.
+"""The engine on PostgreSQL: NOTIFY carries events, and the event log keeps them if it is installed.
 
-How an event is sent is decided here: through the log or by NOTIFY alone, on a connection of the package's own or on the
-caller's.
+This module decides how an event is sent: through the log or by NOTIFY alone, and on the package's own connection or on
+the caller's.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from .pool import Pool
 from .publish import CallersConnection, OwnConnection
 from .retention import Pruner
 
-# Connections of the package's own. A notify takes about a millisecond, so a few serve a whole worker.
+# The package's own connections for sending. A notify takes about 1 ms, so a few connections serve a whole worker.
 _NOTIFY_CONNECTIONS = 4
-# Reading for slow clients must not keep notify() waiting, nor the other way round.
+# Connections for reading the log. They are separate: notify() and the reads for slow clients must not wait for each
+# other.
 _LOG_CONNECTIONS = 2
 
 
 class PostgresEngine:
     """One app's database in one process; see `base.Engine`.
 
-    `databases` returns where to notify and where to listen, and is asked at first use. `event_log` is what
-    `SSE_EVENT_LOG` says, `retention` is in seconds, `longest_silence` the seconds after which a lost connection must be
-    noticed, and `keys` returns the keys that sign control messages, oldest first.
+    `databases` returns the database to notify and the database to listen to; it is called at first use. `event_log` is
+    the value of `SSE_EVENT_LOG`. `retention` is in seconds. A lost connection must be noticed within `longest_silence`
+    seconds. `keys` returns the keys that sign control messages, oldest first.
     """
 
     def __init__(
@@ -66,10 +67,10 @@ class PostgresEngine:
                 if self._connections is None:
                     self._connections = _Connections(self._databases())
                     if self._stopped:
-                        self._connections.close()  # what is borrowed from now on is closed after its use
+                        self._connections.close()  # a connection used after stop() is closed after its use
         return self._connections
 
-    # -- hearing
+    # -- receiving
 
     def start(self, sink: Sink) -> None:
         own = self._own
@@ -79,7 +80,7 @@ class PostgresEngine:
         try:
             self._listener.start()
             self._pruner.start()
-        except BaseException:  # no thread to be had, or a greenlet that was killed while it waited for one
+        except BaseException:  # no thread can be started, or this greenlet was killed while it waited for one
             self._stop_threads(0)
             raise
 
@@ -126,7 +127,7 @@ class PostgresEngine:
         try:
             return through.log(channel, rows)
         except Exception:
-            self._installation.forget()  # it may have been taken away
+            self._installation.forget()  # the log may have been dropped
             raise
 
     # -- reading
@@ -151,7 +152,7 @@ class PostgresEngine:
 
 
 class _Connections:
-    """The pools, whose connections are opened as they are needed, and where to listen."""
+    """The pools, whose connections open when they are needed, and the database to listen to."""
 
     def __init__(self, databases: tuple[Dsn, Dsn]) -> None:
         dsn, self.listen_dsn = databases

@@ -1,6 +1,6 @@
-"""Reading the event log, on connections of its own, and never in a transaction of the caller's.
+"""Read the event log, on the package's own connections and never in a caller's transaction.
 
-The functions that are called here are explained in sql/schema_1.sql.
+sql/schema_1.sql explains the SQL functions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from . import codec, control
 from .codec import Dropped
 from .pool import Pool
 
-# The fields as text: what psycopg2 cannot read as JSON would be an error of all rows.
+# The fields are read as text. If psycopg2 read them as JSON, one bad row would be an error for the whole query.
 _PAGE = (
     "SELECT pruned_through, head, upto, id, channel, fields::text, data, size "
     "FROM flask_pg_sse.page_v1(%s::text[], %s, %s, %s)"
@@ -25,7 +25,7 @@ _TAILS = (
 )
 _HEAD = "SELECT flask_pg_sse.head_v1()"
 
-# Seconds for one page, which may be an event of many megabytes on a slow line, as long as something comes.
+# Seconds for one page while bytes keep coming: it may be an event of many megabytes on a slow line.
 LONGEST_READ = 600.0
 
 Execute = Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]]
@@ -40,10 +40,10 @@ def read_page(
     dropped: Dropped,
     commanded: Callable[[str], None] | None = None,
 ) -> Page:
-    """Return the events on `channels` after an id: `max_bytes` of them, or a larger one alone, up to `max_event` bytes.
+    """Return the events on `channels` after an id: at most `max_bytes`, or one larger event, up to `max_event` bytes.
 
-    `execute` runs a query on the database. What cannot be sent is passed over, and counted in `dropped`. On the control
-    channel there are no events but commands, which `commanded` gets.
+    `execute` runs a query on the database. An event that cannot be sent is skipped, and counted in `dropped`. The
+    control channel has commands instead of events; `commanded` is called with each.
     """
     rows = execute(_PAGE, (list(channels), after, max_bytes, max_event))
     pruned_through, head, upto = rows[0][:3]
@@ -64,13 +64,13 @@ def read_page(
 def _items(channel: str, log_id: int, fields: str, data: str | None, dropped: Dropped) -> list[Item]:
     try:
         return [(channel, encode(codec.from_row(fields, data), log_id), log_id)]
-    except Exception as error:  # notify() lets none in; whatever others write, it keeps no other event away
+    except Exception as error:  # another writer's row; it must not hold up other events
         dropped.add(f"event {log_id} of the log", error)
         return []
 
 
 class History:
-    """The log, for streams that read it and for `sse_cursor()`."""
+    """The event log, for streams that read it and for `sse_cursor()`."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -90,5 +90,5 @@ class History:
         return [Tail(channel, after, items) for channel, (after, items) in found.items()]
 
     def head(self) -> int:
-        """Return the id up to which everything is committed."""
+        """Return the head of the log: the id up to which every event is committed."""
         return int(self._pool.execute(_HEAD)[0][0])

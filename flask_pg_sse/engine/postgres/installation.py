@@ -1,4 +1,4 @@
-"""Whether an app's events go to the event log: what SSE_EVENT_LOG says, and what the database has."""
+"""Decide whether an app's events go to the event log: SSE_EVENT_LOG and the database's installation decide it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .schema import SCHEMA, VERSION
 
 logger = logging.getLogger(__name__)
 
-# Seconds until a database that had no log is asked again: somebody may install it while we run.
+# Seconds until a database without a log is checked again: the log may be installed while the app runs.
 _LOOK_AGAIN = 5.0
 _MISSING = "the database has no event log. Remedy: flask sse init"
 
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """The event log that a database has: its version, and the key that signs its ids."""
+    """The event log of a database: its version, and the key that signs its ids."""
 
     version: int
     key: bytes = field(repr=False)
 
 
 class InstallationLookup:
-    """Knows the log of one database. `setting` is True (required), False (not used) or "auto"."""
+    """Looks up the log of one database, and remembers it. `setting` is True (required), False (not used) or "auto"."""
 
     def __init__(self, setting: bool | str) -> None:
         self._setting = setting
@@ -37,24 +37,24 @@ class InstallationLookup:
 
     @property
     def found(self) -> bool:
-        """Whether the log was there when we looked last."""
+        """Whether the last look found the log."""
         return self._found is not None
 
-    def look(self, execute: Callable[[str], Sequence[Sequence[Any]]], *, anew: bool = False) -> Installation | None:
-        """Return the log to be used, or None. `execute` runs a query on the database.
+    def look(self, execute: Callable[[str], Sequence[Sequence[Any]]], *, again: bool = False) -> Installation | None:
+        """Return the log to use, or None. `execute` runs a query on the database.
 
-        What was found is remembered until `forget()`; `anew` asks all the same. Raises `EventLogMissing` where the
-        setting requires a log and there is none that can be used.
+        A log that was found is remembered until `forget()`; `again` looks again anyway. Raises `EventLogMissing` if the
+        setting requires a log and the database has no log that can be used.
         """
         if self._setting is False:
             return None
         wrong = None
-        if anew or (self._found is None and (self._setting is True or time.monotonic() >= self._look_at)):
+        if again or (self._found is None and (self._setting is True or time.monotonic() >= self._look_at)):
             try:
                 self._found = _look_up(execute)
             except _NotUsable as error:
                 self._found, wrong = None, str(error)
-            # Only once there is an answer: who comes before it asks too, and nobody takes no answer for "no log".
+            # Set only after the answer. Until then other callers query the database too, instead of finding "no log".
             self._look_at = time.monotonic() + _LOOK_AGAIN
             self._say(wrong)
         if self._found is None and self._setting is True:
@@ -62,12 +62,12 @@ class InstallationLookup:
         return self._found
 
     def forget(self) -> None:
-        """Look again at the next use: something that belongs to the log was not there."""
+        """Look again at the next use, because something that belongs to the log was missing."""
         self._found = None
         self._look_at = 0.0
 
     def _say(self, wrong: str | None) -> None:
-        """Write one line, when there is something new to say."""
+        """Log whether the event log is on, if that has changed."""
         text = "The event log is on." if self._found else f"The event log is off: {wrong or _MISSING}."
         if text != self._said:
             self._said = text
@@ -75,8 +75,8 @@ class InstallationLookup:
             logger.log(logging.INFO if expected else logging.ERROR, "%s", text)
 
 
-# From the catalog, which everybody may read: naming a function that is not there, or that this role may not call, would
-# be an error, and end a transaction.
+# The query reads the catalog, which every role may read. To name a function that does not exist, or that this role may
+# not call, would be an error, and would abort a caller's transaction.
 _LOOK_UP = f"""
 SELECT pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_function_privilege(p.oid, 'EXECUTE')
 FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
@@ -85,28 +85,29 @@ WHERE n.nspname = '{SCHEMA}' AND p.proname = 'installed_v1'
 
 
 class _NotUsable(Exception):
-    """There is an event log, and this role or this version of the package cannot use it; the text says the remedy."""
+    """There is an event log, but this role or this version of the package cannot use it. The text has the remedy."""
 
 
 def _look_up(execute: Callable[[str], Sequence[Sequence[Any]]]) -> Installation | None:
-    """Return the event log of the database that `execute` runs queries on, or None. Raises `_NotUsable`."""
+    """Return the event log of the database, or None. `execute` runs a query on it. Raises `_NotUsable`."""
     found = execute(_LOOK_UP)
     if not found:
         return None
     if not found[0][0]:
         raise _NotUsable(
-            "the database has an event log, which its role may not use. Remedy: flask sse init --grant-to ROLE, run by "
-            "the role that installed it"
+            "the database has an event log, but the app's role may not use it. Remedy: flask sse init --grant-to ROLE, "
+            "run by the role that installed it"
         )
     rows = execute(f"SELECT version, key FROM {SCHEMA}.installed_v1()")
     if not rows:
         raise _NotUsable(
-            "the database's event log has lost its rows, as in a dump of the schema alone. Remedy: flask sse init"
+            "the database's event log has no rows, as after restoring a dump of the schema alone. Remedy: "
+            "flask sse init"
         )
     [(version, key)] = rows
     if version < VERSION:
         raise _NotUsable(
-            f"the database's event log is of version {version}, and this package needs {VERSION}. Remedy: "
+            f"the database's event log has version {version}, and this package needs version {VERSION}. Remedy: "
             "flask sse init"
         )
     return Installation(version, bytes(key))

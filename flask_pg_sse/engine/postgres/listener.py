@@ -1,13 +1,13 @@
 """The one connection of a process that listens, and the one background thread that waits for it.
 
-Others only change what is wanted and wake the thread through a socketpair; no statement runs outside it. It LISTENs in
-batches, hands over what arrives turn by turn, and reconnects when PostgreSQL goes away.
+Other threads only change the wanted channels and wake this thread through a socketpair. All statements run in this
+thread. It LISTENs in batches, hands over arriving events turn by turn, and reconnects when the connection is lost.
 https://www.postgresql.org/docs/current/sql-listen.html
 
-With the event log it knows its position: the id up to which it has handed over everything. Events move it, and beats:
-notifications to itself that name the log's head. PostgreSQL delivers in the order of commits, so when one comes back
-everything up to that head has come. What the connection did not bring (because it was lost, because an event is too
-large for NOTIFY, or because LISTEN is deaf) is read from the log, from the position on.
+With the event log the listener has a position: the id up to which it has handed over everything. Events and beats move
+it. A beat is a notification to itself that carries the log's head. PostgreSQL delivers in the order of commits, so when
+a beat comes back everything up to that head has arrived. Events that the connection did not deliver (it was lost, an
+event is too large for NOTIFY, or LISTEN is deaf) are read from the log, starting at the position.
 """
 
 from __future__ import annotations
@@ -37,52 +37,52 @@ from .listens import ListenTable, ListenTicket
 
 logger = logging.getLogger(__name__)
 
-# Channels in one round-trip. Statements of one query are one transaction, and its length delays what has arrived.
+# Channels in one round-trip. Their statements are one transaction, and a long one delays events that have arrived.
 _BATCH = 500
-# One turn at the most, so that a flood still leaves in pieces and the others get their time between them.
+# Limits of one turn. A flood is handed over in pieces, and other threads or greenlets run between them.
 _TURN_EVENTS = 1000
 _TURN_BYTES = 65536
-# A payload that is shorter was read whole and alone: libpq reads as much as there is, up to 8 kB at least.
+# A lone payload shorter than this has nothing unread behind it: libpq reads all there is, up to at least 8 kB.
 _ALONE_CHARS = 1024
-# The largest event there is: PostgreSQL's values end at 1 GB.
+# No event is larger: a value in PostgreSQL has at most 1 GB.
 _ANY_SIZE = 2**30
-# Seconds a channel stays listened to after its last stream: a page that reloads costs no round-trip.
+# Seconds from a channel's last stream to UNLISTEN, so a page that reloads costs no round-trip.
 LINGER = 10.0
-# Seconds between two beats, which are the sign of life too: a peer that vanished without a word (a dropped NAT entry, a
-# host that lost power) is noticed by nothing else. And within how many seconds the server must answer.
+# Seconds between two beats. Only a beat detects a server that vanished silently (a dropped NAT entry, a power failure).
 BEAT_EVERY = 10.0
+# Seconds in which the server must answer a statement, and a beat must come back.
 _ANSWER_WITHIN = 5.0
 # The same for a page of the log, which may be one event of many megabytes.
 _READ_WITHIN = 30.0
-# A flood comes faster than one stream's buffer takes it: between two full turns streams are to send what they have, or
-# they would end for it where there is no log. Seconds for threads: as long as the interpreter lets one run on.
+# A pause between two full turns, in which streams send. In a flood a stream's buffer would fill up without it, and with
+# no log the stream would end. In seconds, and only for threads: equal to the interpreter's switch interval.
 _PAUSE = 0.005
-# Seconds between two looks at the log where LISTEN is deaf.
+# Seconds between two reads of the log while LISTEN is deaf.
 _DEAF_PACE = 1.0
 _BACKOFF_FIRST = 0.1
 _BACKOFF_MOST = 5.0
 
-# A server's limits on idle sessions and long transactions are meant for others; which exist depends on its version.
+# The server's limits for idle sessions and transactions are not meant for this session. Not every version has them.
 _SETUP = """
 SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
 WHERE name IN ('idle_session_timeout', 'transaction_timeout')
 """
 # PostgreSQL's time, in seconds since the epoch.
 CLOCK = "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float8"
-# Both say what time it is in PostgreSQL; and the log's key, where there is a log.
+# Both beats return PostgreSQL's time, and the log's key if there is a log.
 _BEAT = (
     "SELECT pg_catalog.pg_notify('flask_pg_sse', pg_catalog.json_build_object('beat', %s::text)::text); "
     f"{CLOCK}, NULL::bytea"
 )
 _BEAT_OF_LOG = f"SELECT flask_pg_sse.beat_v1(%s); {CLOCK}, (SELECT key FROM flask_pg_sse.installed_v1())"
-_DEAF = "LISTEN hears nothing here, as through PgBouncer: set SSE_LISTEN_URL to a direct connection to PostgreSQL"
+_DEAF = "LISTEN receives nothing here, as through PgBouncer: set SSE_LISTEN_URL to a direct connection to PostgreSQL"
 
 
 class Listener:
-    """Listens to the channels that are wanted, from `start()` to `stop()`, and hands what comes to `sink`.
+    """Listens to the wanted channels, from `start()` to `stop()`, and hands their events to `sink`.
 
-    All calls of the sink run in the listener's thread. `commands` gets the commands to end streams: all that come after
-    the sink was told `READY`. `linger` and `beat_every` are in seconds.
+    All calls of the sink run in the listener's thread. `commands` gets the commands to end streams, and misses none
+    after the sink has got `READY`. `linger` and `beat_every` are in seconds.
     """
 
     def __init__(
@@ -103,23 +103,23 @@ class Listener:
         self._beat_every = beat_every
         self._listens = ListenTable(linger)
         self._decoder = Decoder()
-        self._position = 0  # in the log; 0: not known, or no log
+        self._position = 0  # in the log; 0 if it is not known or there is no log
         self._readiness = Readiness.AWAY
         self._beat_at = 0.0  # when the last beat came back
-        self._left: list[Any] = []  # arrived, and not handed over yet; the first one last
-        self._lost_one = False  # a connection on which a LISTEN may have stood
+        self._left: list[Any] = []  # arrived, but not handed over yet, in reverse order
+        self._lost_one = False  # a connection was lost on which a LISTEN may have been active
         self._stopping = False
         self._wakeup = Wakeup()
         self._backoff = Backoff(_BACKOFF_FIRST, _BACKOFF_MOST)
         self._thread = threading.Thread(target=self._run, name="pg-sse-listener", daemon=True)
 
-    # -- called by others
+    # -- called by other threads
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """End the thread and its connection, within `timeout` seconds; streams that wait for LISTEN are let go."""
+        """End the thread and its connection, within `timeout` seconds, and the wait of streams that wait for LISTEN."""
         self._stopping = True
         self._listens.cancel()
         self._wakeup.set()
@@ -129,15 +129,15 @@ class Listener:
             self._wakeup.close()
 
     def subscribe(self, channels: Iterable[str]) -> ListenTicket:
-        """Want each of `channels` once more. The ticket tells when LISTEN stands; often it does already."""
+        """Count one more stream on each of `channels`. The ticket tells when LISTEN is confirmed; it may already be."""
         ticket, missing = self._listens.add(channels)
         if missing:
             self._wakeup.set()
         return ticket
 
     def unsubscribe(self, channels: Iterable[str]) -> None:
-        """Want each of `channels` once less. UNLISTEN follows later, if nobody wants it again until then."""
-        if self._listens.remove(channels):  # the thread knows of no UNLISTEN to come yet
+        """Count one stream fewer on each of `channels`. UNLISTEN follows later, unless another stream comes first."""
+        if self._listens.remove(channels):  # the thread does not know yet that an UNLISTEN is due later
             self._wakeup.set()
 
     def status(self) -> Status:
@@ -148,7 +148,7 @@ class Listener:
     def _run(self) -> None:
         try:
             self._connect_and_serve()
-        finally:  # not in stop(), which may give up before this thread does
+        finally:  # not in stop(), whose timeout may end before this thread does
             self._wakeup.close()
 
     def _connect_and_serve(self) -> None:
@@ -160,12 +160,12 @@ class Listener:
                 connection = connect(self._dsn, "flask_pg_sse listener")
                 what = "Lost the connection that listens"
                 self._serve(connection)
-            except PgSSEError as error:  # nobody to connect to, no log where one is required, or deaf
+            except PgSSEError as error:  # no connection, no log although it is required, or deaf
                 what, failure = "Cannot listen", error
             except (psycopg2.Error, OSError) as error:
                 failure = error
-            except Exception as error:  # a listener that died would leave every stream deaf
-                logger.exception("The listener failed; it begins anew.")
+            except Exception as error:  # if the listener died, no stream would get events any more
+                logger.exception("The listener failed; it will reconnect.")
                 failure = error
             finally:
                 if connection is not None:
@@ -192,11 +192,11 @@ class Listener:
             self._wakeup.wait(left)
 
     def _serve(self, connection: Any) -> None:
-        """Keep LISTENing on a connection that stands, until it breaks."""
+        """Listen on an open connection until it breaks."""
         if self._stopping:
             return
         self._left = []
-        self._find_log(connection, anew=True)
+        self._find_log(connection, again=True)
         self._listens.restart()
         self._execute(connection, f"LISTEN {control.CHANNEL}")
         try:
@@ -208,8 +208,8 @@ class Listener:
         confirmed = []
         while names := self._listens.due(_BATCH)[1]:
             confirmed.append((names, self._listen(connection, names)))
-        # After every LISTEN, so that from here on nothing is missed; and before any event that has come meanwhile,
-        # which would look like the next one.
+        # After every LISTEN, so from here on nothing is missed. Before any event that has arrived meanwhile: it would
+        # seem to follow directly on the position.
         self._recover(connection)
         for names, heard in confirmed:
             self._listens.confirm(names, heard)
@@ -217,7 +217,7 @@ class Listener:
 
         self._wakeup.watch(connection.fileno())
         while not self._stopping:
-            # One batch between two hand-overs: subscribers that keep coming do not hold up events.
+            # One batch between two hand-overs, so a steady arrival of subscribers does not hold up events.
             busy = self._change_listens(connection)
             while self._hand_over(connection) and not self._stopping:
                 pass
@@ -226,8 +226,8 @@ class Listener:
                 self._find_log(connection)
                 self._beat(connection, self._beat_query())
 
-    def _find_log(self, connection: Any, *, anew: bool = False) -> None:
-        installation = self._installation.look(lambda query: self._execute(connection, query), anew=anew)
+    def _find_log(self, connection: Any, *, again: bool = False) -> None:
+        installation = self._installation.look(lambda query: self._execute(connection, query), again=again)
         self._decoder.key = installation.key if installation is not None else None
 
     @property
@@ -240,7 +240,7 @@ class Listener:
         return max(0.0, min(beat_in, self._listens.next_due_in()))
 
     def _change_listens(self, connection: Any) -> bool:
-        """Bring the LISTENs of the connection to what is wanted, one batch; tell whether to call again."""
+        """Send one batch of UNLISTEN and LISTEN for the wanted channels. Return True if there may be more to do."""
         if self._stopping:
             return False
         ended, begun = self._listens.due(_BATCH)
@@ -248,13 +248,13 @@ class Listener:
             self._execute(connection, ";".join(f"UNLISTEN {quote_ident(name, connection)}" for name in ended))
         if begun:
             heard = self._listen(connection, begun)
-            # The position is then one that was the log's head after LISTEN.
+            # This moves the position to the log's head as it was after LISTEN.
             self._beat(connection, self._beat_query())
             self._listens.confirm(begun, heard)
         return bool(ended or begun)
 
     def _listen(self, connection: Any, names: Sequence[str]) -> set[str]:
-        """LISTEN to `names`; return those that stand: not those that the database's encoding cannot write."""
+        """LISTEN to `names`. Return the confirmed ones; the database's encoding may lack characters of the others."""
         try:
             self._execute(connection, ";".join(f"LISTEN {quote_ident(name, connection)}" for name in names))
             return set(names)
@@ -271,12 +271,12 @@ class Listener:
         return _BEAT_OF_LOG if self._log_is_on else _BEAT
 
     def _beat(self, connection: Any, query: str) -> None:
-        """Notify ourselves, and hand over what has come until that comes back. Raises `_Deaf` if it does not."""
+        """Send a beat, and hand over events until it comes back. Raises `_Deaf` if it does not come back in 5 s."""
         [(now, key)] = self._execute(connection, query, (self._control.next_beat(),))
-        self._commands.set_clock(now)  # again and again: clocks are set, and machines suspended
+        self._commands.set_clock(now)  # at every beat, because clocks are set and machines suspended
         if query == _BEAT_OF_LOG and (key is None or bytes(key) != self._decoder.key):
-            # Before the position moves: what it has sent since was taken for forged, and is to be read.
-            raise DatabaseUnavailable("The event log is another one: it was installed anew, or restored")
+            # Before the position moves: events of the new log were dropped as forged, and must be read from it.
+            raise DatabaseUnavailable("The event log is a different one: it was installed again, or restored")
         deadline = time.monotonic() + _ANSWER_WITHIN
         poller = select.poll()
         poller.register(connection.fileno(), select.POLLIN)
@@ -290,10 +290,10 @@ class Listener:
                 raise _Deaf(_DEAF)
 
     def _hand_over(self, connection: Any) -> bool:
-        """Deliver one turn of what has arrived; tell whether it was a full one, so that there may be more.
+        """Deliver one turn of arrived events. Return True if it was a full turn, after which there may be more.
 
-        One poll() reads one buffer. The first after the server has gone succeeds; the next, when the descriptor is
-        readable again, raises.
+        One poll() reads one buffer. After the server has closed the connection, the first poll() succeeds. The
+        descriptor becomes readable again, and the next poll() raises.
         """
         turn: list[Item] = []
         size = 0
@@ -308,8 +308,8 @@ class Listener:
                     self._left, connection.notifies = connection.notifies[::-1], []
                     if not self._left:
                         return False
-                    # Nothing was left behind in libpq or, decrypted, in OpenSSL. What comes later makes the descriptor
-                    # readable again; to look for it now would cost as much as all the rest.
+                    # Nothing is left in libpq's buffer or, decrypted, in OpenSSL's. Later data makes the descriptor
+                    # readable again. To look for it now would cost as much as all the rest.
                     alone = len(self._left) == 1 and len(self._left[0].payload) < _ALONE_CHARS
                 notification = self._left.pop()
                 if notification.channel == control.CHANNEL:
@@ -321,14 +321,14 @@ class Listener:
                     continue
                 log_id, block = self._decoder.decode(notification.payload)
                 if log_id and log_id <= self._position:
-                    continue  # read from the log already
+                    continue  # already read from the log
                 if block is None:
                     fetch = log_id > 0
                     continue
                 self._position = log_id or self._position
                 turn.append((channel, block, log_id))
                 size += len(block)
-        finally:  # what came before the connection broke has come
+        finally:  # deliver the events that arrived before the connection broke
             if turn or self._position != before:
                 self._sink.deliver(turn, self._position)
         if fetch:
@@ -337,7 +337,7 @@ class Listener:
         return True
 
     def _recover(self, connection: Any) -> None:
-        """Make up for what came while no LISTEN stood, or say that it cannot be had again."""
+        """Read from the log the events that came while no LISTEN was active, or report that they may be lost."""
         lost_one, self._lost_one = self._lost_one, False
         if self._log_is_on and self._position:
             self._catch_up(connection)
@@ -345,7 +345,7 @@ class Listener:
         self._position = self._read(connection, [], 0).head if self._log_is_on else 0
         self._ready(Readiness.READY)
         if lost_one:
-            logger.warning("Listening again to %s; events since the connection broke may be lost.", self._dsn)
+            logger.warning("Listening again to %s. Events since the connection broke may be lost.", self._dsn)
             self._sink.gap("reconnected", self._position)
         else:
             logger.info("Listening to PostgreSQL at %s.", self._dsn)
@@ -353,16 +353,17 @@ class Listener:
                 self._sink.deliver((), self._position)
 
     def _catch_up(self, connection: Any) -> None:
-        """Read the log from the position to its end, and hand over what it has."""
+        """Read the log from the position to its head, and hand over the events."""
         while not self._stopping:
-            # What has arrived of the log is in the pages to come, and would be too much to keep after a long absence.
+            # Drop the arrived events of the log: the next pages have them too, and after a long absence there are too
+            # many to keep.
             connection.poll()
             arrived, connection.notifies = [*self._left[::-1], *connection.notifies], []
             self._left = [one for one in reversed(arrived) if not codec.is_logged(one.payload)]
             page = self._read(connection, [*self._listens.channels(), control.CHANNEL], self._position)
             reason = page.why_not_from(self._position)
             if reason is not None:
-                logger.warning("The event log of %s does not reach back to what was received last.", self._dsn)
+                logger.warning("The event log of %s does not reach back to the last received event.", self._dsn)
                 self._position = page.head
                 self._sink.gap(reason, page.head)
                 return
@@ -381,10 +382,10 @@ class Listener:
         )
 
     def _follow_log(self, connection: Any) -> None:
-        """Serve without LISTEN: look at the log from time to time."""
+        """Serve without LISTEN: read the log once a second."""
         if not self._log_is_on:
             raise _Deaf(_DEAF)
-        logger.error("%s. Until then events of the log come late, and others not at all.", _DEAF)
+        logger.error("%s. Until then events of the log arrive late, and other events not at all.", _DEAF)
         while not self._stopping:
             _, begun = self._listens.due(_BATCH)
             self._recover(connection)
@@ -396,4 +397,4 @@ class Listener:
 
 
 class _Deaf(DatabaseUnavailable):
-    """The connection LISTENs and hears nothing."""
+    """The connection accepts LISTEN but receives no notifications."""

@@ -1,4 +1,4 @@
-"""Which channels the streams of a process want, and on which LISTEN stands: tables under a lock, no I/O."""
+"""Track the channels that a process's streams want, and those with a confirmed LISTEN: tables under a lock, no I/O."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .codec import pg_name
 
 
 class _Pending:
-    """A LISTEN that is asked for: shared by all streams that wait for it."""
+    """A LISTEN that is not confirmed yet. All streams that wait for it share this object."""
 
     def __init__(self) -> None:
         self.answered = threading.Event()
@@ -25,17 +25,17 @@ class ListenTicket:
         self._pending = pending
 
     def wait(self, timeout: float) -> bool:
-        """Wait `timeout` seconds at the most; tell whether LISTEN stands."""
+        """Wait at most `timeout` seconds; return True if LISTEN is confirmed on all channels."""
         deadline = time.monotonic() + timeout
         for listen in self._pending:
             listen.answered.wait(max(0.0, deadline - time.monotonic()))
         confirmed = all(listen.confirmed for listen in self._pending)
-        if confirmed:  # a stream keeps its ticket for hours
+        if confirmed:  # saves memory: a stream keeps its ticket for hours
             self._pending = ()
         return confirmed
 
     def cancel(self) -> None:
-        """End the wait of all streams that wait for the same."""
+        """End the wait of every stream that waits for the same channels."""
         for listen in self._pending:
             listen.answered.set()
 
@@ -44,20 +44,20 @@ _HEARD = ListenTicket(())
 
 
 class ListenTable:
-    """The channels of one listener. `linger` is how many seconds one stays listened to after its last stream."""
+    """The channels of one listener. UNLISTEN follows `linger` seconds after a channel's last stream has left."""
 
     def __init__(self, linger: float) -> None:
         self._linger = linger
-        self._lock = threading.Lock()  # guards the tables, whose names are all PostgreSQL's
-        self._streams: dict[str, int] = {}  # how many streams want it
+        self._lock = threading.Lock()  # guards the tables; their keys are PostgreSQL's channel names
+        self._streams: dict[str, int] = {}  # how many streams want each
         self._channel_of: dict[str, str] = {}
-        self._listening: set[str] = set()  # confirmed on the connection that stands, and no UNLISTEN under way
+        self._listening: set[str] = set()  # confirmed on the current connection, and no UNLISTEN is under way
         self._to_listen: set[str] = set()
-        self._pending: dict[str, _Pending] = {}  # wanted, and not confirmed yet
-        self._idle_since: dict[str, float] = {}  # listened to and wanted by none any more; oldest first
+        self._pending: dict[str, _Pending] = {}  # wanted, but not confirmed yet
+        self._idle_since: dict[str, float] = {}  # confirmed, but no stream wants it; oldest first
 
     def add(self, channels: Iterable[str]) -> tuple[ListenTicket, bool]:
-        """Want each of `channels` once more; return the ticket, and whether there is something to LISTEN to."""
+        """Count one more stream on each of `channels`. Return its ticket, and whether a LISTEN is needed."""
         names = {pg_name(channel): channel for channel in channels}
         with self._lock:
             for name in names:
@@ -71,7 +71,10 @@ class ListenTable:
             return ListenTicket([self._pending.setdefault(name, _Pending()) for name in missing]), True
 
     def remove(self, channels: Iterable[str]) -> bool:
-        """Want each of `channels` once less; tell whether an UNLISTEN is to come where none was before."""
+        """Count one stream fewer on each of `channels`.
+
+        Returns True if an UNLISTEN is now scheduled and none was before.
+        """
         now = time.monotonic()
         with self._lock:
             none_idle = not self._idle_since
@@ -83,24 +86,24 @@ class ListenTable:
                 del self._streams[name]
                 if name in self._listening:
                     self._idle_since[name] = now
-                else:  # while PostgreSQL is away nothing may pile up
+                else:  # otherwise the tables grow while PostgreSQL is away
                     self._to_listen.discard(name)
                     self._pending.pop(name, None)
                     del self._channel_of[name]
             return none_idle and bool(self._idle_since)
 
     def cancel(self) -> None:
-        """Let all streams go that wait for LISTEN."""
+        """End the wait of every stream that waits for a LISTEN."""
         with self._lock:
             ListenTicket(list(self._pending.values())).cancel()
 
     def restart(self) -> None:
-        """Begin anew on another connection."""
+        """Request LISTEN for all wanted channels again, on another connection."""
         with self._lock:
             self._to_listen = set(self._streams)
 
     def lost(self) -> None:
-        """Take note that no LISTEN stands any more: whoever comes now has to wait for the next connection."""
+        """Note that no LISTEN is active any more. From now on new streams wait for the next connection."""
         with self._lock:
             self._listening.clear()
             for name in self._idle_since:
@@ -108,14 +111,14 @@ class ListenTable:
             self._idle_since.clear()
 
     def due(self, most: int) -> tuple[list[str], list[str]]:
-        """Return the names to UNLISTEN and to LISTEN now, `most` of each."""
-        if not self._idle_since and not self._to_listen:  # asked after every turn
+        """Return the names to UNLISTEN and the names to LISTEN now, at most `most` of each."""
+        if not self._idle_since and not self._to_listen:  # a fast path, because this is called after every turn
             return [], []
         with self._lock:
             due = time.monotonic() - self._linger
             ended = [name for name, since in itertools.islice(self._idle_since.items(), most) if since <= due]
             for name in ended:
-                # From here on a new stream waits for a LISTEN of its own, which comes after the UNLISTEN.
+                # From here on a new stream waits for a new LISTEN, which comes after this UNLISTEN.
                 del self._idle_since[name]
                 del self._channel_of[name]
                 self._listening.discard(name)
@@ -124,7 +127,7 @@ class ListenTable:
             return ended, begun
 
     def next_due_in(self) -> float:
-        """Return the seconds until the next UNLISTEN."""
+        """Return the seconds until the next UNLISTEN is due; infinity if there is none."""
         if not self._idle_since:
             return float("inf")
         with self._lock:
@@ -132,7 +135,7 @@ class ListenTable:
         return float("inf") if oldest is None else max(0.0, oldest + self._linger - time.monotonic())
 
     def confirm(self, begun: Iterable[str], heard: set[str]) -> None:
-        """Take note that LISTEN was tried on the names `begun`, and stands on those `heard`."""
+        """Note that LISTEN was sent for the names `begun`, and is confirmed for the names `heard`."""
         with self._lock:
             self._listening.update(heard)
             self._to_listen.difference_update(heard)
@@ -148,19 +151,19 @@ class ListenTable:
                     listen.answered.set()
 
     def channel_of(self, name: str) -> str | None:
-        """Return the channel that PostgreSQL calls `name`, if anybody wants it."""
+        """Return the channel that PostgreSQL calls `name`; None if the name is not in the tables."""
         return self._channel_of.get(name)
 
     def channels(self) -> list[str]:
-        """Return the channels that are wanted or were until a moment ago, as streams call them."""
+        """Return the names, as streams know them, of all channels that are wanted or were until a moment ago."""
         with self._lock:
             return list(self._channel_of.values())
 
     def count(self) -> int:
-        """Return on how many channels LISTEN stands."""
+        """Return the number of channels with a confirmed LISTEN."""
         return len(self._listening)
 
     def listened(self) -> list[str]:
-        """Return the channels on which LISTEN stands."""
+        """Return the channels with a confirmed LISTEN."""
         with self._lock:
             return [self._channel_of[name] for name in self._listening]

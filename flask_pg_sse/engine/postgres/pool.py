@@ -1,4 +1,4 @@
-"""A few connections of the package's own, in autocommit mode, for statements that stand by themselves."""
+"""A small pool of the package's own connections, in autocommit mode, for single statements."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ...errors import DatabaseUnavailable
 from .connect import connect, execute
 from .dsn import Dsn
 
-# Seconds for a free connection, and for the statement.
+# Seconds to wait for a free connection, and again for the statement.
 TIMEOUT = 10.0
-# The error of a connection on which the server has said why it ends the session, so that nothing was committed: libpq
-# puts the severity (FATAL, in the server's language) and two spaces before it. What it says by itself has neither.
+# The error of a connection whose session the server ended with a message. Then nothing was committed. libpq puts the
+# severity (FATAL, in the server's language) and two spaces before such a message. Its own errors have no such prefix.
 _SERVER_ENDED_IT = re.compile(r"\S+:  ")
 
 
 class Pool:
-    """At most `size` connections, opened as they are needed.
+    """At most `size` connections, opened when they are needed.
 
-    For `down_for` seconds after a failed attempt to connect the next callers are told the same: where many wait for the
-    database, they need not all find out.
+    For `down_for` seconds after a failed attempt to connect, other callers get the same error at once. So when many
+    callers wait for the database, not each of them waits for its own attempt.
     """
 
     def __init__(self, dsn: Dsn, name: str, size: int, *, down_for: float = 0.0) -> None:
@@ -41,15 +41,15 @@ class Pool:
         self._down = ""
 
     def execute(self, query: str, args: Sequence[Any] = (), *, limit: float | None = None) -> list[Any]:
-        """Run one statement, and return its rows. `limit` as in `connect.execute()`.
+        """Run one statement and return its rows. `limit` is that of `connect.execute()`, in seconds.
 
-        Raises `DatabaseUnavailable`; its `__cause__` is what psycopg2 raised. A connection that the server has closed
-        since its last use is replaced. Of one that breaks without a word nobody knows whether the statement has been
-        executed: it is not sent again.
+        Raises `DatabaseUnavailable`, whose `__cause__` is the error of psycopg2. If the server has closed a connection
+        since its last use, the statement runs on another one. If a connection breaks without a message from the server,
+        the statement may have been executed, so it is not sent again.
         """
         if not self._free.acquire(timeout=TIMEOUT):
             raise DatabaseUnavailable(
-                f"{self._name} found all {self._size} connections busy for {TIMEOUT:.0f} s: PostgreSQL answers too "
+                f"All {self._size} connections for {self._name} were busy for {TIMEOUT:.0f} s: PostgreSQL answers too "
                 "slowly."
             )
         try:
@@ -68,12 +68,12 @@ class Pool:
             except BaseException as error:
                 broken = bool(connection.closed)
                 connection.close()
-                # Between our look and our call.
+                # The server ended the session between _works() and execute().
                 if used_before and broken and _SERVER_ENDED_IT.match(str(error)):
                     continue
                 if isinstance(error, psycopg2.Error | TimeoutError):
                     reason = " ".join(str(error).split())
-                    raise DatabaseUnavailable(f"PostgreSQL did not do what {self._name} asked: {reason}") from error
+                    raise DatabaseUnavailable(f"PostgreSQL's statement for {self._name} failed: {reason}") from error
                 raise
             if self._closed:
                 connection.close()
@@ -91,13 +91,13 @@ class Pool:
             raise
 
     def _checkout(self) -> Any:
-        """Return an idle connection that still stands, or None."""
+        """Return an idle connection that still works, or None."""
         while self._idle:
             try:
                 connection = self._idle.pop()
             except IndexError:  # another thread was faster
                 return None
-            if _stands(connection):
+            if _works(connection):
                 return connection
             connection.close()
         return None
@@ -109,8 +109,11 @@ class Pool:
             connection.close()
 
 
-def _stands(connection: Any) -> bool:
-    """Tell whether an idle connection is still good. What comes unasked is the server's farewell, hardly ever more."""
+def _works(connection: Any) -> bool:
+    """Tell whether an idle connection still works.
+
+    It does not if there is something to read: that is nearly always the server's message that it ends the session.
+    """
     try:
         poller = select.poll()
         poller.register(connection.fileno(), select.POLLIN)

@@ -1,4 +1,4 @@
-"""Sending, through the event log or by NOTIFY alone: on a connection of the package's own, or on a caller's.
+"""Send events through the event log or by NOTIFY alone, on the package's own connection or on the caller's.
 
 https://www.postgresql.org/docs/current/sql-notify.html
 """
@@ -11,10 +11,10 @@ from typing import Any
 from ..caller import execute_on
 from .pool import Pool
 
-# An event as it stands in the log: fields as JSON, and data.
+# An event as a row of the log: its fields as JSON, and its data.
 Row = tuple[str, str | None]
 
-# One statement, hence one transaction and one round-trip for many. A function scan keeps the array's order.
+# One statement sends all payloads, in one transaction and one round-trip. A function scan keeps the array's order.
 _NOTIFY = "SELECT pg_catalog.pg_notify(%s, payload) FROM pg_catalog.unnest(%s::text[]) AS payload"
 # sql/schema_1.sql explains these two.
 _PUBLISH = "SELECT flask_pg_sse.publish_v1(%s, %s::json[], %s::text[])"
@@ -22,24 +22,24 @@ _ENQUEUE = "SELECT flask_pg_sse.enqueue_v1({}, CAST({} AS json[]), CAST({} AS te
 
 
 class OwnConnection:
-    """Sends at once, on a pool's connections. All methods raise `DatabaseUnavailable`."""
+    """Sends at once, on the connections of a pool. All methods raise `DatabaseUnavailable`."""
 
     def __init__(self, pool: Pool) -> None:
         self.execute = pool.execute
 
     def notify(self, name: str, payloads: Sequence[str]) -> None:
-        """Notify PostgreSQL's channel `name` of all payloads, in one transaction."""
+        """Send all payloads to PostgreSQL's channel `name`, in one transaction."""
         self.execute(_NOTIFY, (name, list(payloads)))
 
     def log(self, channel: str, rows: Sequence[Row]) -> int | None:
-        """Write events to the log and send them, in one transaction; return the id of the last."""
+        """Write events to the log and send them, in one transaction. Return the last event's id."""
         fields, data = zip(*rows, strict=True)
         [(log_id,)] = self.execute(_PUBLISH, (channel, list(fields), list(data)))
         return int(log_id)
 
 
 class CallersConnection:
-    """Sends within the transaction of a caller's connection: on its commit, never after a rollback."""
+    """Sends in the transaction of a caller's connection. Events leave at its commit, and never after a rollback."""
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
@@ -48,12 +48,12 @@ class CallersConnection:
         return execute_on(self._connection, query, args)
 
     def notify(self, name: str, payloads: Sequence[str]) -> None:
-        """Notify PostgreSQL's channel `name` of all payloads."""
+        """Send all payloads to PostgreSQL's channel `name`."""
         for payload in payloads:
             self.execute("SELECT pg_catalog.pg_notify({}, {})", (name, payload))
 
     def log(self, channel: str, rows: Sequence[Row]) -> int | None:
-        """Write events to the log; they get their ids on commit, so that none is known yet."""
+        """Write events to the log. Return None, because they get their ids only at the commit."""
         fields, data = zip(*rows, strict=True)
         self.execute(_ENQUEUE, (channel, list(fields), list(data)))
         return None

@@ -1,4 +1,4 @@
-"""Retention: taking old events out of the log, in batches, by one session of the database at a time."""
+"""Delete old events from the log, in batches, and in one database session at a time."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from .pool import Pool
 
 logger = logging.getLogger(__name__)
 
-# Events deleted in one transaction: some tens of milliseconds, in which nobody waits for it.
+# Events deleted in one transaction. That takes some tens of milliseconds, and nothing waits for it.
 BATCH = 5000
-# Seconds between two rounds of one process; every process of every host has them.
+# Seconds between two rounds of one process. Every process of every host has its rounds.
 _EVERY = 60.0
 
-# With its schema: a make_interval(numeric) of somebody else's in `public` would fit better, and run with our rights.
+# make_interval() is named with its schema. A make_interval(numeric) that another role made in `public` would match
+# better, and would run with our rights.
 _PRUNE = "SELECT flask_pg_sse.prune_v1(pg_catalog.make_interval(secs => %s), %s)"
 
 
 def prune(execute: Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]], max_age: float) -> tuple[int, bool]:
-    """Delete the events older than `max_age` seconds; return how many, and whether another session is at the rest.
+    """Delete the events older than `max_age` seconds.
 
-    In smaller batches where they take too long, as for events of many megabytes.
+    Returns how many were deleted, and whether another session is already deleting the rest. A batch that takes too long
+    (events may have many megabytes) is tried again in smaller batches.
     """
     deleted, batch = 0, BATCH
     while True:
@@ -47,7 +49,7 @@ def prune(execute: Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]], max_
 
 
 class Pruner:
-    """Prunes the log of one database now and then, from `start()` to `stop()`. `retention` is in seconds."""
+    """Prunes the log of one database in rounds, from `start()` to `stop()`. `retention` is in seconds."""
 
     def __init__(self, pool: Pool, installation: InstallationLookup, retention: float) -> None:
         self._pool = pool
@@ -71,7 +73,7 @@ class Pruner:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                # Not all processes at once, though they were started at once.
+                # A random pause, because processes that started together should not prune together.
                 self._wakeup.wait(min(_EVERY, self._retention / 2) * random.uniform(0.5, 1.0))
                 if self._installation.found and not self._stopping:
                     self._round()
@@ -79,11 +81,11 @@ class Pruner:
             self._wakeup.close()
 
     def _round(self) -> None:
-        begun = time.monotonic()
+        started = time.monotonic()
         try:
             deleted, _ = prune(self._pool.execute, self._retention)
-        except PgSSEError as error:  # the next round may go better
+        except PgSSEError as error:  # the next round may succeed
             logger.warning("The event log could not be pruned: %s", error)
         else:
             if deleted:
-                logger.debug("Pruned %d events from the log in %.1f s.", deleted, time.monotonic() - begun)
+                logger.debug("Pruned %d events from the log in %.1f s.", deleted, time.monotonic() - started)

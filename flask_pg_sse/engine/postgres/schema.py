@@ -1,12 +1,14 @@
-"""The event log's schema: the SQL that installs it, brings it up to date and takes it away.
+"""The event log's schema: the SQL that installs, upgrades and drops it.
 
-Version N is what `sql/schema_1.sql` to `sql/schema_N.sql` make one after the other. `schema_sql()` runs those that a
-database does not have yet, so that a fresh install and an upgrade are one script. `sql/rows.sql` fills the tables, also
-those that a dump without rows has left empty.
+`sql/schema_1.sql` to `sql/schema_N.sql`, run one after the other, make version N. `schema_sql()` runs the steps that a
+database does not have yet, so one script does a fresh installation and an upgrade. `sql/rows.sql` fills the tables,
+also those that a dump without rows has left empty.
 
-Rules for a step. Functions that old workers call (`…_v1`) stay; `installed_v1()` for ever, whose grants tell who was
-let in, and `notify()`, which may be granted alone, is only replaced. One that alters both tables locks them first, in
-the order in which publishers use them: `pending`, then `event`.
+Rules for a step:
+- Functions that old workers call (`…_v1`) stay. `installed_v1()` stays forever, because its grants tell which roles
+  have access.
+- `notify()` is only ever replaced, because it may be granted alone.
+- A step that alters both tables locks them first, in the order in which publishers use them: `pending`, then `event`.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ from .connect import execute
 
 SCHEMA = "flask_pg_sse"
 VERSION = 1
-# The oldest PostgreSQL that is let in, as its server_version_num. The SQL needs 13 (gen_random_uuid(), and the storage
-# parameter autovacuum_vacuum_insert_threshold), which has had no more repairs since November 2025.
+# The oldest supported PostgreSQL, as server_version_num. The SQL itself needs 13 (gen_random_uuid(), and the storage
+# parameter autovacuum_vacuum_insert_threshold), but 13 has had no bug fixes since November 2025.
 OLDEST = 140000
 
-# Seconds for the installation. It waits for another one, and for open transactions that use what it changes.
+# Seconds for the installation. It waits for another installation, and for open transactions that use the same objects.
 _TIMEOUT = 600.0
 
-# One statement, hence one transaction wherever it is run, also by psql and by drivers that take no more than one. No
-# ":name" and no "%", which SQLAlchemy and the drivers would take for parameters.
+# One statement. So it is one transaction everywhere, also in psql, and it works with drivers that accept only one
+# statement. It contains no ":name" and no "%", because SQLAlchemy and the drivers would read these as parameters.
 _INSTALL = """\
 DO $do$
 DECLARE
@@ -39,19 +41,19 @@ DECLARE
     owner pg_catalog.text;
     installed integer := 0;
     found integer;
-    old pg_catalog.oid[];  -- what is there already
+    old pg_catalog.oid[];  -- the objects that exist already
     grantees pg_catalog.text[] := {grant_to};
     functions pg_catalog.text;
     grantee pg_catalog.text;
     revoke pg_catalog.text;
 BEGIN
-    -- What others have made in schemas of the search path must not run with the rights of who installs.
+    -- Objects of other roles in schemas of the search path must not run with the installing role's rights.
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     IF current_setting('server_version_num')::integer < {oldest} THEN
         RAISE EXCEPTION USING ERRCODE = 'feature_not_supported', MESSAGE = concat(
             'the event log needs PostgreSQL {oldest_major} or newer, and this is ', current_setting('server_version'));
     END IF;
-    -- Two that run at once: the second waits here, and then finds everything done.
+    -- If two installations run at once, the second waits here, and then finds everything done.
     PERFORM pg_advisory_xact_lock(7380381037705062261);
     old := ARRAY(
         SELECT c.oid FROM pg_class c WHERE c.relnamespace = to_regnamespace('{schema}')
@@ -61,19 +63,19 @@ BEGIN
     IF owner IS NULL THEN
         CREATE SCHEMA {schema};
     ELSIF owner <> current_user THEN
-        -- All of it belongs to one role, as which its functions run. And if that is not the one we think, what it has
-        -- put here for us to stumble over runs with its own rights.
+        -- Everything in the schema belongs to one role, and its functions run as that role. If that role is hostile and
+        -- has put traps here, they run with its own rights and not with ours.
         PERFORM set_config('role', owner, true);
     END IF;
 
-    -- EXECUTE, because a step that is not needed any more names what does not exist yet, or not any more.
+    -- EXECUTE, because a step that is not needed may name objects that do not exist yet, or no longer exist.
     IF to_regclass('{schema}.installation') IS NOT NULL THEN
         EXECUTE 'SELECT version FROM {schema}.installation' INTO installed;  -- NULL after a dump without rows
     END IF;
     PERFORM set_config('{schema}.version_before', coalesce(installed, 0)::text, true);  -- for install()
 {steps}
-    -- Nobody gets what is new unasked: functions are everybody's at first, and the owner's default privileges (ALTER
-    -- DEFAULT PRIVILEGES) may be meant for other tables than this log's.
+    -- No role gets rights on new objects by default. PostgreSQL grants EXECUTE on new functions to PUBLIC, and the
+    -- owner's default privileges (ALTER DEFAULT PRIVILEGES) may be meant for other tables.
     FOR revoke IN
         SELECT concat('REVOKE ALL ON ', o.name, ' FROM ', coalesce(quote_ident(r.rolname), 'PUBLIC'))
         FROM (
@@ -99,17 +101,17 @@ BEGIN
             CREATE OR REPLACE FUNCTION {schema}.version_v1() RETURNS integer
             LANGUAGE sql IMMUTABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 'SELECT {version}'
         $version$;
-        -- A role that was let in by an earlier version may call what the new one has brought.
+        -- A role with access to an earlier version may also call the new version's functions.
         grantees := grantees || ARRAY(
             SELECT r.rolname::text FROM pg_proc p, aclexplode(p.proacl) a JOIN pg_roles r ON r.oid = a.grantee
             WHERE p.oid = '{schema}.installed_v1()'::regprocedure AND r.oid <> p.proowner);
     END IF;
 
-    -- No trigger functions: they run on tables of the role's own as well.
+    -- Trigger functions are left out, because a role could use them on its own tables.
     SELECT string_agg(p.oid::regprocedure::text, ', ') INTO functions FROM pg_proc p
     WHERE p.pronamespace = '{schema}'::regnamespace AND p.prorettype <> 'trigger'::regtype;
     FOREACH grantee IN ARRAY grantees LOOP
-        -- A name that is too long for PostgreSQL would be cut, and may then be another role's.
+        -- PostgreSQL would cut a name that is too long, and the rest may be the name of another role.
         IF NOT EXISTS (SELECT FROM pg_roles r WHERE r.rolname::text = grantee) THEN
             RAISE EXCEPTION USING ERRCODE = 'undefined_object', MESSAGE = concat('role "', grantee, '" does not exist');
         END IF;
@@ -127,7 +129,7 @@ _STEP = """
         $step$;
     END IF;
 """
-# After the first step.
+# Runs after the first step.
 _ROWS = """
     EXECUTE 'SELECT version FROM {schema}.installation' INTO found;
     IF found IS NULL THEN
@@ -141,16 +143,17 @@ _ROWS = """
 
 
 def schema_sql(grant_to: Sequence[str] = ()) -> str:
-    """Return the SQL that installs the event log or brings an older one up to date; harmless where it is there.
+    """Return the SQL that installs the event log or upgrades an older one. It changes nothing in a current one.
 
-    For `op.execute()` in a migration of Alembic, or psql: one statement, all or nothing. `grant_to` names the roles
-    that apps run as, where the role that installs is another; they get what `notify()` and the streams need.
+    Run it with `op.execute()` in a migration of Alembic, or with psql. It is one statement, so it is applied completely
+    or not at all. `grant_to` names the roles that apps run as, if another role installs the log. They get the rights
+    that `notify()` and the streams need.
     """
     if isinstance(grant_to, str):
-        raise TypeError("grant_to is a list of roles, not a string.")
+        raise TypeError("grant_to must be a list of roles, not a string.")
     for role in grant_to:
-        if role in ("", "public", "none"):  # PostgreSQL reads them so even between quotes
-            raise ValueError(f"grant_to names roles, and {role!r} is none.")
+        if role in ("", "public", "none"):  # special to PostgreSQL, even in quotes
+            raise ValueError(f"grant_to must be a list of role names, and {role!r} is not one.")
     first, *later = [_STEP.format(number=n, sql=_read(f"schema_{n}.sql")) for n in range(1, VERSION + 1)]
     return _INSTALL.format(
         schema=SCHEMA,
@@ -163,16 +166,16 @@ def schema_sql(grant_to: Sequence[str] = ()) -> str:
 
 
 def drop_schema_sql() -> str:
-    """Return the SQL that takes the event log away, with all that is kept in it."""
+    """Return the SQL that drops the event log with all its events."""
     return f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE;\n"
 
 
 def install(connection: Any, grant_to: Sequence[str] = ()) -> int:
-    """Run `schema_sql()` on a connection of `connect()`, and return the version that was there before, 0 for none.
+    """Run `schema_sql()` on a connection of `connect()`. Return the version that was there before, 0 if there was none.
 
-    A role that may not install, but was let in where the version is there already, has nothing to do and gets no error.
+    It does nothing, without an error, for a role that may not install but has access to a log of the current version.
     """
-    # In a transaction of its own, READ COMMITTED: who had to wait for another installation is to see it.
+    # execute() runs it in one READ COMMITTED transaction: after waiting for another installation, this one must see it.
     query = f"""
         {schema_sql(grant_to)}
         SELECT pg_catalog.current_setting('{SCHEMA}.version_before')::pg_catalog.int4
@@ -191,7 +194,7 @@ def install(connection: Any, grant_to: Sequence[str] = ()) -> int:
 
 
 def _literal(text: str) -> str:
-    """Return a text as an SQL literal in which neither drivers nor the script's own quotes find anything of theirs."""
+    """Return text as an SQL literal that contains no parameters for drivers and no quotes of the script."""
     escaped = re.sub(r"[^\w .@-]", lambda found: f"\\U{ord(found[0]):08x}", text)
     return f"'{text}'" if escaped == text else f"E'{escaped}'"
 

@@ -192,7 +192,7 @@ def test_an_unknown_role_is_said_and_nothing_is_installed(database_url: str, mak
     )
     assert installed(database_url) == []
     result = run(make_app(database_url), "init", "--grant-to", "public")
-    assert result.exit_code == 2 and "'public' is none" in result.output
+    assert result.exit_code == 2 and "'public' is not one" in result.output
 
 
 def test_a_role_without_the_right_learns_the_way(database_url: str, make_app: MakeApp, role: str) -> None:
