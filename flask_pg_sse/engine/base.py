@@ -72,7 +72,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Disconnect:
-    """A command to end streams: those of a subject, those on a channel or, if both are given, those that match both."""
+    """A command to end the streams of a subject or on a channel. If both are given, a stream must match both."""
 
     subject: str | None
     channel: str | None

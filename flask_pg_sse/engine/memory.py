@@ -1,6 +1,6 @@
 """The engine in the memory of one process, for tests. `SSE_BROKER_URL = "memory://"` selects it.
 
-It keeps events as the event log does. It receives only what this process sends.
+It keeps events as the event log does. It receives only the events and commands of this process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KEPT_BYTES = 16 * 1024 * 1024
 
 
 class _Heard:
-    """A ticket that is answered at once: nothing stands between this engine and its sink."""
+    """A ticket that is already answered, because this engine delivers from the moment of `subscribe()`."""
 
     def wait(self, timeout: float) -> bool:
         return True

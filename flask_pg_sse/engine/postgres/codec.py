@@ -240,7 +240,7 @@ class Dropped:
         if now - self._said_at >= 60:
             self._said_at = now
             reason = error if isinstance(error, InvalidEvent) else type(error).__name__
-            logger.warning("Dropped %s, number %d so far: %s", what, self.count, reason)
+            logger.warning("Dropped %s (%d so far): %s", what, self.count, reason)
 
 
 class Decoder:

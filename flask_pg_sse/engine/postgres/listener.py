@@ -158,13 +158,13 @@ class Listener:
             what = "Cannot listen"
             try:
                 connection = connect(self._dsn, "flask_pg_sse listener")
-                what = "Lost the connection that listens"
+                what = "Lost the listener's connection"
                 self._serve(connection)
             except PgSSEError as error:  # no connection, no log although it is required, or deaf
                 what, failure = "Cannot listen", error
             except (psycopg2.Error, OSError) as error:
                 failure = error
-            except Exception as error:  # if the listener died, no stream would get events any more
+            except Exception as error:  # if the listener died, streams would get no more events
                 logger.exception("The listener failed; it will reconnect.")
                 failure = error
             finally:

@@ -111,7 +111,7 @@ BEGIN
     SELECT string_agg(p.oid::regprocedure::text, ', ') INTO functions FROM pg_proc p
     WHERE p.pronamespace = '{schema}'::regnamespace AND p.prorettype <> 'trigger'::regtype;
     FOREACH grantee IN ARRAY grantees LOOP
-        -- PostgreSQL would cut a name that is too long, and the rest may be the name of another role.
+        -- PostgreSQL would cut a name that is too long, and the shorter name may be another role's.
         IF NOT EXISTS (SELECT FROM pg_roles r WHERE r.rolname::text = grantee) THEN
             RAISE EXCEPTION USING ERRCODE = 'undefined_object', MESSAGE = concat('role "', grantee, '" does not exist');
         END IF;
