@@ -1,4 +1,4 @@
-"""Which streams may begin in this process, and when: how many, until the worker ends, unless a right was taken away."""
+"""Decide whether and when a stream may begin: within the limits, before the worker ends, and with its right intact."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from collections.abc import Iterator
 from ..engine.base import Disconnect, Readiness
 from .subscription import Subscription, Terms
 
-# Seconds until a stream that waits for PostgreSQL is told to come back later.
+# Seconds that a stream waits for PostgreSQL. After that its client is told to reconnect later.
 OPEN_TIMEOUT = 10.0
-# `disconnect()` commands that are remembered, for requests that were being decided on when they came.
+# How many `disconnect()` commands are remembered. A request may be in the middle of being admitted when one arrives.
 _COMMANDS = 10_000
 
-# The places that are taken by all apps in this process; their number is its length. A list, because append() and pop()
-# are atomic, as += is not.
+# The places in use by all apps in this process: the length of the list is their number. It is a list because append()
+# and pop() are atomic, and += is not.
 _taken_here: list[None] = []
 os.register_at_fork(after_in_child=_taken_here.clear)
 _NONE: set[Subscription] = set()
 
 
 class TryLater(Exception):
-    """The stream cannot begin now; its client must come back. `reason` is what `sse-end` says."""
+    """The stream cannot begin now, and its client should reconnect. `sse-end` carries `reason`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -33,10 +33,10 @@ class TryLater(Exception):
 
 
 class StreamLimiter:
-    """Bounds the open streams of an app: `most` in all, `most_each` for each client (None: no bound).
+    """Limits the open streams of an app: `most` in total, and `most_each` for each client (None: no limit).
 
-    `most_here` bounds the streams of all apps in this process together, because they share the worker's connections.
-    None: these are not counted with the others.
+    `most_here` limits the streams of all apps in this process together, because they share the worker's connections.
+    With None, this app's streams are not counted with those of other apps.
 
     `release()` takes no lock, because the garbage collector may end a stream in the middle of any statement here.
     """
@@ -46,16 +46,16 @@ class StreamLimiter:
         self._most_each = most_each
         self._most_here = most_here
         self._taking = threading.Lock()
-        self._taken: list[None] = []  # as `_taken_here`
+        self._taken: list[None] = []  # a list for the same reason as `_taken_here`
         self._of: dict[str, set[Subscription]] = {}
 
     def acquire(self, subscription: Subscription) -> bool:
-        """Give a stream a place; False if there is none."""
+        """Give a stream a place. Returns False if none is free."""
         with self._taking:
             if len(self._taken) >= self._most or self._is_full_for(subscription):
                 return False
             if self._most_here is not None:
-                _taken_here.append(None)  # before the look: other apps have locks of their own
+                _taken_here.append(None)  # before the check: other apps have locks of their own
                 if len(_taken_here) > self._most_here:
                     _taken_here.pop()
                     return False
@@ -65,7 +65,7 @@ class StreamLimiter:
             return True
 
     def count_for(self, subscription: Subscription, terms: Terms) -> bool:
-        """Count a stream that has a place for the clients in `terms`; False if one of them has too many."""
+        """Count a stream that has a place under the clients in `terms`. Returns False if one has too many streams."""
         with self._taking:
             subscription.agree(terms)
             if self._is_full_for(subscription):
@@ -81,7 +81,7 @@ class StreamLimiter:
     def release(self, subscription: Subscription) -> None:
         """Free the place of a stream, if it has one."""
         try:
-            del subscription.place  # atomic too: a second call finds none
+            del subscription.place  # this is atomic too: a second call finds no place
         except AttributeError:
             return
         with contextlib.suppress(IndexError):  # a forked process does not count its parent's streams
@@ -92,7 +92,7 @@ class StreamLimiter:
             self._of.get(client, _NONE).discard(subscription)
 
     def _is_full_for(self, subscription: Subscription) -> bool:
-        """Tell whether one of the clients of a stream has as many streams as it may."""
+        """Tell whether one of a stream's clients has reached its limit."""
         if self._most_each is None:
             return False
         return any(self._has_most(client, self._most_each) for client in subscription.terms.clients)
@@ -101,7 +101,8 @@ class StreamLimiter:
         streams = self._of.get(client, _NONE)
         if len(streams) < most:
             return False
-        # The server may notice late that a client has left. Looking here keeps a page that reloads out of its own way.
+        # The server may notice late that a client has disconnected. Without this check, the old streams of a page that
+        # reloads could block the new ones.
         for subscription in list(streams):
             if subscription.connection is not None and subscription.connection.gone():
                 subscription.end(b"", drop=True)
@@ -109,29 +110,30 @@ class StreamLimiter:
         return len(streams) >= most
 
     def sweep(self) -> None:
-        """Forget the clients that have no stream any more."""
+        """Forget the clients that have no stream left."""
         with self._taking:
             for client in [client for client, streams in self._of.items() if not streams]:
                 del self._of[client]
 
 
 class Admission:
-    """Decides on new streams. A stream that waits for that holds a place, because it occupies the server already."""
+    """Admits new streams. A stream that waits for admission holds a place, because it already occupies the server."""
 
     def __init__(self, limiter: StreamLimiter) -> None:
         self.limiter = limiter
-        self._answered = threading.Event()  # there is nothing to wait for (any more)
+        self._answered = threading.Event()  # set while there is nothing to wait for
         self._hears_commands = False
         self._closed: str | None = None
-        self.log_missing = False  # the database has answered so, and the configuration requires a log
+        self.log_missing = False  # True once the database has no log and the configuration requires one
         self._lock = threading.Lock()
-        self._commands: deque[tuple[float, Disconnect]] = deque(maxlen=_COMMANDS)  # with the monotonic time of each
+        self._commands: deque[tuple[float, Disconnect]] = deque(maxlen=_COMMANDS)  # each with its monotonic time
 
     @contextlib.contextmanager
     def place(self, subscription: Subscription) -> Iterator[None]:
-        """Hold a place for a stream while it is decided on. Raises `TryLater`.
+        """Hold a place for a stream while its request is checked. Raises `TryLater`.
 
-        The place is released at the end, and acquired again when the stream begins, because it may never begin.
+        The place is released at the end of the block, because the stream may never begin. If it begins, it acquires a
+        place again.
         """
         if self._closed is not None:
             raise TryLater(self._closed)
@@ -143,24 +145,24 @@ class Admission:
             self.limiter.release(subscription)
 
     def count_for(self, subscription: Subscription, terms: Terms) -> None:
-        """Give a stream that holds a place its terms, and count it for its client. Raises `TryLater`."""
+        """Give a stream that holds a place its terms, and count it under its clients. Raises `TryLater`."""
         if not self.limiter.count_for(subscription, terms):
             raise TryLater("capacity")
 
     def engine_is(self, readiness: Readiness) -> None:
-        """Take note of the engine's state: `READY` once means that from then on no command is missed."""
+        """Record the engine's state. After the first `READY` no command is missed."""
         self.log_missing = readiness is Readiness.LOG_MISSING
         self._hears_commands = self._hears_commands or readiness is Readiness.READY
         if self._hears_commands or self.log_missing:
             self._answered.set()
             return
         self._answered.clear()
-        if self._closed is not None:  # meanwhile
+        if self._closed is not None:  # another thread may have called close() just before clear()
             self._answered.set()
 
     @property
     def log_in_use(self) -> bool:
-        """Whether a log that the configuration requires is there, as far as is known."""
+        """Whether a log that the configuration requires is known to exist."""
         return self._hears_commands and not self.log_missing
 
     def wait_for_answer(self) -> None:
@@ -170,24 +172,24 @@ class Admission:
             raise TryLater(self._closed or "unavailable")
 
     def wait_for_commands(self) -> None:
-        """Wait until this process would hear that a right is taken away. Raises `TryLater`."""
+        """Wait until this process hears `disconnect()` commands. Raises `TryLater`."""
         if not self._hears_commands:
             self.wait_for_answer()
         if not self._hears_commands:
             raise TryLater("unavailable")
 
     def close(self, reason: str) -> None:
-        """Admit no stream any more, and end the wait of those that wait."""
+        """Refuse all further streams, and wake those that wait for admission."""
         self._closed = reason
         self._answered.set()
 
     def revoke(self, command: Disconnect) -> None:
-        """Remember a command, for streams whose clients were asked for before it came."""
+        """Remember a command. It then also refuses streams whose permission check began before it arrived."""
         with self._lock:
             self._commands.append((time.monotonic(), command))
 
     def why_not(self, subscription: Subscription) -> str | None:
-        """Return why a stream may not begin; None if it may, as far as is known here."""
+        """Return why a stream may not begin; None if nothing known here prevents it."""
         if self._closed is not None:
             return self._closed
         if not self._commands:
@@ -202,7 +204,7 @@ class Admission:
 
 
 def concerns(subscription: Subscription, command: Disconnect) -> bool:
-    """Tell whether a command to end streams is for this one."""
+    """Tell whether a disconnect command applies to this stream."""
     return (command.subject is None or command.subject in subscription.terms.subjects) and (
         command.channel is None or command.channel in subscription.channels
     )

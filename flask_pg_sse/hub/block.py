@@ -1,4 +1,4 @@
-"""What is handed to streams: blocks of bytes, the ids between which they lie, and where a stream stands after them."""
+"""The blocks of bytes that streams are sent, with their range of log ids, and a stream's position after each block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NEVER = 2**63  # above every id
 
 
 class Block:
-    """Bytes for a stream, or for many, and the ids in the log between which they lie."""
+    """Bytes for one stream or many, with the first and the last log id in them."""
 
     __slots__ = ("_items", "_named", "_next", "chunk", "data", "first", "foreign", "last")
 
@@ -21,11 +21,11 @@ class Block:
         self.data = data
         self.first = first
         self.last = last
-        self.foreign = False  # whether the last id that a client finds in it is not the log's
+        self.foreign = False  # whether the last `id:` that a client reads in it is not a log id
         self._items: Sequence[Item] = ()
         self._named: Block | None = None
         self._next: tuple[Position, Block, Position] | None = None
-        self.chunk = b""  # the bytes as one chunk of an HTTP/1.1 body, once made
+        self.chunk = b""  # `data` as one chunk of an HTTP/1.1 body; empty until `make_chunk()`
 
     def make_chunk(self) -> bytes:
         """Set and return `chunk`."""
@@ -34,8 +34,8 @@ class Block:
 
     @classmethod
     def of(cls, items: Sequence[Item]) -> Block:
-        """Join events, in their order."""
-        if len(items) == 1:  # as most turns are
+        """Join events into one block, in their order."""
+        if len(items) == 1:  # the fast path, because most turns have one event
             [(_, data, log_id)] = items
             ids = [log_id] if log_id else []
             block = cls(data, log_id or _NEVER, log_id)
@@ -47,9 +47,10 @@ class Block:
         return block
 
     def next_for(self, before: Position, now: float) -> tuple[Block, Position]:
-        """Return what of it is for a stream that stands at `before`, and where that stands afterwards.
+        """Return the part of the block for a stream at position `before`, and the stream's position afterwards.
 
-        Most that do not stand with the others have come the same way too, and are given the same.
+        The last result is kept. Streams that are not at the common position of their set mostly share another one, and
+        so share this result too.
         """
         if self._next is None or self._next[0] is not before:
             seen = self.seen_from(before.accepted)
@@ -57,11 +58,12 @@ class Block:
         return self._next[1:]
 
     def seen_from(self, accepted: int) -> Block:
-        """Return what of it is for a stream that has everything up to an id of the log; it may be empty.
+        """Return the part of the block for a stream that has all events up to the log id `accepted`; it may be empty.
 
-        All that is not in the log is. The last id that the client finds in it is the log's, if the stream has one.
+        Events that are not in the log are always in that part. If the stream has a log id, then the last `id:` that the
+        client reads is a log id.
         """
-        if self.first <= accepted:  # it came by the log already
+        if self.first <= accepted:  # the stream has read the beginning from the log already
             return self._above(accepted).seen_from(accepted)
         accepted = self.last or accepted
         return self._named_by(accepted) if self.foreign and accepted else self
@@ -70,12 +72,12 @@ class Block:
         return Block.of([item for item in self._items if not item[2] or item[2] > log_id])
 
     def _named_by(self, log_id: int) -> Block:
-        if self._named is None or self._named.last != log_id:  # nearly all streams want the same
+        if self._named is None or self._named.last != log_id:  # nearly all streams need the same id
             self._named = Block(self.data + event.control_block("cursor", {}, id=log_id), last=log_id)
         return self._named
 
     def settle(self) -> None:
-        """Keep the bytes alone: it has been offered to all, and may wait for a slow client for long."""
+        """Keep only `data`. The block has been offered to all streams, and may wait a long time for a slow client."""
         self._items = ()
         self._named = self._next = None
         self.chunk = b""
@@ -85,7 +87,7 @@ def _ends_with_a_foreign_id(items: Sequence[Item]) -> bool:
     for _, data, log_id in reversed(items):
         if log_id:
             return False
-        if b"\nid: " in b"\n" + data:  # every line begins with its field's name, whatever the data are
+        if b"\nid: " in b"\n" + data:  # every line begins with its field name, so data cannot look like an id
             return True
     return False
 
@@ -95,31 +97,36 @@ HEARTBEAT = Block(event.HEARTBEAT)
 
 @dataclass(slots=True, eq=False)
 class Position:
-    """Where a stream stands. Never changed: streams that have got the same share the object, and are known by that."""
+    """How far a stream has got. Immutable: streams that have received the same share one object, compared by `is`."""
 
-    accepted: int = 0  # id in the log up to which all has been taken
-    told: int = 0  # the last id of the log that the client got; 0: it may know an older one than `accepted`
-    told_at: float = 0.0  # monotonic time of that
+    accepted: int = 0  # the stream has accepted all events up to this log id
+    told: int = 0  # the last log id that the client received; 0: it may know an older id than `accepted`
+    told_at: float = 0.0  # monotonic time at which it received that id
     active_at: float = 0.0  # monotonic time of the last block
-    size: int = 0  # bytes of all blocks up to here, from anywhere: differences count
-    shared: bool = False  # whether streams may meet here: all that they accepted has then been handed to the server
+    size: int = 0  # bytes of all blocks so far; the start is arbitrary, so only differences mean something
+    shared: bool = False  # whether streams may share it: everything they accepted has then been handed to the server
 
     def after(self, block: Block, now: float, *, shared: bool = False) -> Position:
-        """Return where a stream stands that has taken a block, as it was seen from here."""
+        """Return the position after a block, which is the part of it that a stream at this position gets."""
         size = self.size + len(block.data)
         if block.last:
             return Position(block.last, block.last, now, now, size, shared)
         return Position(self.accepted, self.told, self.told_at, now, size, shared)
 
-    def sign_due_at(self, heartbeat: float, cursor: Block) -> float:
-        """Return when `sign_of_life()` will have one, if nothing comes until then. `heartbeat` is in seconds."""
+    def heartbeat_due_at(self, heartbeat: float, cursor: Block) -> float:
+        """Return the monotonic time from which `heartbeat_block()` returns one, if nothing else is sent until then.
+
+        `heartbeat` is in seconds.
+        """
         moved_on = cursor.last >= self.accepted and cursor.last > self.told
         return (min(self.told_at, self.active_at) if moved_on else self.active_at) + heartbeat
 
-    def sign_of_life(self, quiet_since: float, cursor: Block) -> Block | None:
-        """Return what a stream gets if nothing has been sent since `quiet_since`: the log's position if it moved on.
+    def heartbeat_block(self, quiet_since: float, cursor: Block) -> Block | None:
+        """Return the block that is due on a stream after silence since `quiet_since`; None if none is due.
 
-        Events that are not in the log are a sign of life, but they do not keep the client's id from growing too old.
+        It is `cursor`, which carries the log's position, if the log has moved on and the client was last told its
+        position before `quiet_since`. Otherwise it is a plain heartbeat. An event that is not in the log makes the
+        plain heartbeat unnecessary, but not `cursor`: without it the client's id would grow too old.
         """
         if cursor.last >= self.accepted and cursor.last > self.told and self.told_at <= quiet_since:
             return cursor

@@ -1,21 +1,23 @@
-"""The blocks that wait for one stream's generator, bounded in bytes."""
+"""The blocks that wait for one stream's generator, with a limit in bytes (`SSE_BUFFER_BYTES`)."""
 
 from __future__ import annotations
 
 from ..server.stall import ENOUGH_BYTES
 from .block import Block
 
-# What one send may hold. A page of several hundred kB in one piece would be copied again at every partial send.
+# The most bytes that one send gets. After every partial send the rest is copied, which would be slow for several
+# hundred kB.
 PIECE_BYTES = ENOUGH_BYTES
 
 
 class Buffer:
-    """What was offered to a stream and has not been sent, what is in flight to the client included.
+    """The bytes that were offered to a stream and have not been sent, including those in flight to the client.
 
-    `limit` bounds it in bytes. Beside that there may be one block that is larger, or it could never be sent.
+    `limit` is in bytes. One block that is larger than `limit` is accepted in addition, because it could never be sent
+    otherwise.
 
-    One thread appends and drops, another takes. Each writes only its own counter, and the list's operations are atomic
-    under the interpreter's lock.
+    One thread appends and drops, another one takes. Each thread writes only its own counter, and the list's operations
+    are atomic under the interpreter's lock.
     """
 
     __slots__ = (
@@ -33,25 +35,26 @@ class Buffer:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._blocks: list[Block] = []
-        self._rest = b""  # taken from the blocks, and from where on not sent; often shared by many streams, so not cut
+        # The bytes taken out of `_blocks`, unsent from `_rest_from` on. Not cut, because many streams share the object.
+        self._rest = b""
         self._rest_from = 0
         self._offered = 0
         self._taken = 0
         self._in_flight = 0
-        self._large = 0  # size of a block above the limit that waits or is in flight, and when it has been sent:
-        self._large_until = 0  # once so many bytes have been taken
+        self._large = 0  # size of a block above the limit that waits or is in flight
+        self._large_until = 0  # that block has been sent once `_taken` reaches this
 
     @property
     def size(self) -> int:
-        """Bytes that were offered and that the server has not yet sent."""
+        """Bytes that were offered and that the server has not sent yet."""
         return self._offered - self._taken
 
     def __bool__(self) -> bool:
-        """Whether a block waits of which nothing is in flight."""
+        """Whether a block waits that is not in flight, not even in part."""
         return bool(self._blocks)
 
     def append(self, block: Block) -> bool:
-        """Keep a block; False if too much waits already."""
+        """Keep a block. Returns False if too much waits already."""
         size = len(block.data)
         if self._large and self._taken >= self._large_until:
             self._large = 0
@@ -64,29 +67,30 @@ class Buffer:
         return True
 
     def count_in_flight(self, size: int) -> None:
-        """Count what has begun to leave by another way, while nothing waits."""
+        """Count bytes that a direct write has begun to send. Called only while nothing waits here."""
         self._in_flight = size
         self._offered += size
         if size > self._limit:
             self._large, self._large_until = size, self._offered
 
     def arrived(self) -> None:
-        """Count as sent what was in flight."""
+        """Count the bytes in flight as sent."""
         self._taken += self._in_flight
         self._in_flight = 0
 
     def drop(self) -> None:
-        """Forget the blocks of which nothing is in flight."""
+        """Drop the blocks that are not in flight."""
         self._blocks.clear()
 
     def next_piece(self) -> tuple[bytes, int] | None:
-        """Return all that waits, up to 16 kB in one piece, and the last id of the log in it (0: none); None if nothing.
+        """Return the next piece, at most 16 kB of what waits, or None if nothing waits.
 
-        It is in flight until `arrived()`.
+        The number with it is the last log id of the blocks that this call took for it; 0 if there is none. The piece is
+        in flight until `arrived()`.
         """
         last = 0
         if not self._rest:
-            waiting = self._blocks[:]  # another thread may append, or drop them all, at any moment
+            waiting = self._blocks[:]  # a copy: another thread may append, or drop them all, at any moment
             if not waiting:
                 return None
             self._rest = waiting[0].data if len(waiting) == 1 else b"".join([block.data for block in waiting])

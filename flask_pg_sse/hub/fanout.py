@@ -1,7 +1,7 @@
-"""The fan-out: streams with the same channels, the block of a turn for each set of them, and the way through many.
+"""The fan-out: form sets of streams with the same channels, and make one block of bytes of a turn for each set.
 
-Streams with the same set of channels get the same: they form a `SubscriberSet`, and a turn becomes one block of bytes
-for all sets that have the same share in it. (A block for each channel would reorder a stream on two channels.)
+Streams with the same set of channels get the same events. They form a `SubscriberSet`. Sets that get the same events of
+a turn share one block of bytes. (One block for each channel would reorder the events of a stream on two channels.)
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from .subscription import Subscription
 
 _T = TypeVar("_T")
 
-# After so many offers other greenlets get their turn: a few milliseconds of work.
+# Other greenlets run after so many offers, which take a few milliseconds.
 OFFERS_BETWEEN_YIELDS = 250
 
 
 class SubscriberSet:
-    """The streams with one set of channels, and where those of them stand that have got all."""
+    """The streams with one set of channels, and the position of those that have received everything."""
 
     __slots__ = ("_members", "_streams", "channels", "position", "scattered")
 
     def __init__(self, channels: frozenset[str]) -> None:
         self.channels = channels
-        # In their order: neighbours in memory are served one after another.
+        # A dict keeps the order in which streams came: neighbours in memory are then served one after another.
         self._members: dict[Subscription, None] = {}
         self._streams: tuple[Subscription, ...] | None = None
         now = time.monotonic()
         self.position = Position(told_at=now, active_at=now, shared=True)
-        self.scattered = False  # whether some may know less of the log than those who stand there: see `Heartbeats`
+        self.scattered = False  # whether some clients may know an older log id than `position`: see `Heartbeats`
 
     def add(self, subscription: Subscription) -> None:
         self._members[subscription] = None
         self._streams = None
-        subscription.channels = self.channels  # equal, and then the same object for all
+        subscription.channels = self.channels  # equal, but one object for all streams
 
     def remove(self, subscription: Subscription) -> None:
         del self._members[subscription]
@@ -57,28 +57,31 @@ class SubscriberSet:
 def blocks_of(
     turn: Sequence[Item], sets_of: Mapping[str, Iterable[SubscriberSet]]
 ) -> list[tuple[SubscriberSet, tuple[Subscription, ...], Block]]:
-    """Return the sets that a turn is for, with their streams and their block. `sets_of` has the sets of each channel.
+    """Return the sets that get events of a turn, with their streams and their block.
 
-    Sets whose channels have the same share in the turn get the same block: streams that have a channel of their own
-    each, beside one for all, cost no more than if they had only that one.
+    `sets_of` has the sets of each channel. Sets that get the same events share a block. So streams that each have a
+    private channel and a common one cost no more than streams that have only the common one.
     """
     channels = {item[0] for item in turn}
     if len(channels) == 1:
         block = Block.of(turn)
         return [(one, one.streams, block) for one in sets_of.get(turn[0][0], ())]
     sets = {one for channel in channels for one in sets_of.get(channel, ())}
-    places: dict[str, list[int]] = {channel: [] for channel in channels}
-    for place, (channel, _, _) in enumerate(turn):
-        places[channel].append(place)
+    indexes: dict[str, list[int]] = {channel: [] for channel in channels}
+    for index, (channel, _, _) in enumerate(turn):
+        indexes[channel].append(index)
     blocks = {}
     for share in {one.channels & channels for one in sets}:
-        wanted = sorted(place for channel in share for place in places[channel])
-        blocks[share] = Block.of([turn[place] for place in wanted])
+        wanted = sorted(index for channel in share for index in indexes[channel])
+        blocks[share] = Block.of([turn[index] for index in wanted])
     return [(one, one.streams, blocks[one.channels & channels]) for one in sets]
 
 
 def in_portions(work: Iterable[tuple[_T, Sequence[Subscription]]]) -> Iterator[tuple[_T, Sequence[Subscription]]]:
-    """Iterate, giving way to other greenlets or threads every few hundred streams: a large page must not stop them."""
+    """Split work into portions, and let other greenlets or threads run after every few hundred streams.
+
+    Otherwise a channel with many streams would stop them.
+    """
     left = OFFERS_BETWEEN_YIELDS
     for what, streams in work:
         if len(streams) < left:

@@ -1,7 +1,7 @@
-"""The last events of each channel that has streams: what a stream that comes back after a moment has missed.
+"""The last events of each channel that has streams, in memory, for streams that reconnect soon.
 
-Kept in memory, so that a thousand browsers that come back at once ask the log once, or not at all. Whoever calls sees
-to it that calls come one at a time.
+A thousand browsers that reconnect at once then read the log once, or not at all. Nothing here is thread-safe: the
+caller serialises all calls.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Iterable
 
 from ..engine.base import Item, Tail
 
-# Bytes kept of one channel at the most, and of all together. Streams beyond them read the log.
+# The most bytes that are kept of one channel, and of all channels. A stream that has missed more reads the log.
 RING_BYTES = 262144
 TOTAL_BYTES = 16 * 1024 * 1024
-# What Python needs for an event beside its bytes, counted as well: most events are smaller than that.
+# Bytes that Python needs for an event besides the event's own. They count too: most events are smaller than that.
 _ITEM_BYTES = 140
 
 
@@ -23,7 +23,7 @@ def _size_of(item: Item) -> int:
 
 
 class _Ring:
-    """The events of one channel with ids above `after`, all of them, oldest first."""
+    """All events of one channel with ids above `after`, oldest first."""
 
     __slots__ = ("after", "filled", "items", "size")
 
@@ -31,7 +31,7 @@ class _Ring:
         self.after = after
         self.items: deque[Item] = deque()
         self.size = 0
-        self.filled = False  # whether the log has been asked for what came before
+        self.filled = False  # whether the events before the first one have been read from the log
 
     def trim(self, limit: int) -> None:
         while self.size > limit:
@@ -45,33 +45,33 @@ class History:
 
     def __init__(self) -> None:
         self._rings: dict[str, _Ring] = {}
-        self.limit = RING_BYTES  # bytes of one channel
+        self.limit = RING_BYTES  # bytes for each channel
 
     def begin(self, channels: Iterable[str], position: int) -> None:
-        """Keep, from now on, the events of `channels` that come after the log's `position`."""
+        """Keep the events of `channels` from now on. `position` is the log's position at this moment."""
         for channel in channels:
             if channel not in self._rings:
                 self._rings[channel] = _Ring(position)
                 self._share_out()
 
     def end(self, channel: str) -> None:
-        """Forget a channel: what comes on it may not be heard any more."""
+        """Forget a channel, because its further events may not be heard."""
         self._rings.pop(channel, None)
         self._share_out()
 
     def forget(self, through: int) -> None:
-        """Forget all events up to an id."""
+        """Forget all events up to the id `through`."""
         for ring in self._rings.values():
             ring.after = max(ring.after, through)
             while ring.items and ring.items[0][2] <= through:
                 ring.size -= _size_of(ring.items.popleft())
 
     def restart(self, position: int) -> None:
-        """Forget all events; those after `position` will come."""
+        """Forget all events, and keep those after `position`, which are still to come."""
         self._rings = {channel: _Ring(position) for channel in self._rings}
 
     def add(self, items: Iterable[Item]) -> None:
-        """Keep what has just come."""
+        """Keep the events that have just arrived."""
         for item in items:
             ring = self._rings.get(item[0])
             if ring is not None and item[2] > (ring.items[-1][2] if ring.items else ring.after):
@@ -80,7 +80,7 @@ class History:
                 ring.trim(self.limit)
 
     def missed(self, channels: Iterable[str], after: int) -> list[Item] | None:
-        """Return what came on `channels` after an id, in order; None where that is not known."""
+        """Return the events on `channels` after an id, in order; None if some of them are not in memory."""
         found: list[Item] = []
         for channel in channels:
             ring = self._rings.get(channel)
@@ -94,24 +94,24 @@ class History:
         return found
 
     def gaps(self, channels: Iterable[str]) -> dict[str, int]:
-        """Return the channels of which the log has not been asked yet, each with the id up to which it is to be."""
+        """Return the channels whose earlier events have not been read from the log, each with the id to read up to."""
         rings = {channel: self._rings.get(channel) for channel in channels}
         return {channel: ring.after for channel, ring in rings.items() if ring is not None and not ring.filled}
 
     def fill(self, tail: Tail, upto: int) -> None:
-        """Put the last events that the log has, up to the id `upto`, before what is there."""
+        """Put a channel's last events in the log, up to the id `upto`, in front of its events in memory."""
         ring = self._rings.get(tail.channel)
         if ring is None or ring.filled:
             return
         ring.filled = True
-        if ring.after == upto:  # or the beginning has been dropped meanwhile: the two would not fit together
+        if ring.after == upto:  # otherwise the ring has lost its beginning meanwhile, and events would be missing
             ring.items.extendleft(reversed(tail.items))
             ring.size += sum(map(_size_of, tail.items))
             ring.after = tail.after
             ring.trim(self.limit)
 
     def trim(self) -> None:
-        """Keep to the limit for all together; quiet channels do not notice by themselves that others have come."""
+        """Trim every ring to the current limit, which falls as channels are added: a quiet ring does not notice."""
         for ring in self._rings.values():
             ring.trim(self.limit)
 

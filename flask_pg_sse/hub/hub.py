@@ -1,11 +1,11 @@
-"""Which streams listen to what in this process, and the delivery of every turn to them.
+"""The streams of this process, by channel, and the delivery of every turn to them.
 
-A turn is all that one look at the bus brought, in its order; an engine hands it over (`deliver()`), and every stream is
-offered its share of it (`fanout.py`).
+A turn is everything that one read of the bus returned, in its order. An engine hands it over with `deliver()`, and
+every stream is offered the events of its channels (`fanout.py`).
 
-With the event log, `position` is the id up to which everything has been handed over. A stream that has missed
-something goes live at the moment when what the hub remembers joins on to what it has. Nothing is lost or repeated
-there, because turns and that moment exclude each other.
+With the event log, `position` is the id up to which everything has been handed over. A stream that has missed events
+goes live at the moment when the hub's memory continues exactly where the stream's events end. Nothing is lost or
+repeated there, because no turn can be delivered at that moment.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from .timers import Heartbeats, Watchlist
 
 logger = logging.getLogger(__name__)
 
-# Seconds until a client that has not read its farewell is cut off. gunicorn would wait 30 s for it when the worker
-# ends, and a client that has lost the right to listen must hear no more.
-FAREWELL = 1.0
-# Looks at the streams that need it within the shorter of heartbeat and send timeout: often enough to see that a client
-# takes nothing.
-_LOOKS = 4
+# Seconds that a client gets to read the last block of its stream. Then its connection is cut: gunicorn would wait 30 s
+# for it when the worker ends, and a client that has lost the right to listen must hear no more.
+END_TIMEOUT = 1.0
+# How often streams are checked within the shorter of heartbeat and send timeout. That is often enough to see that a
+# client takes nothing.
+_CHECKS = 4
 
 
 class Bus(Protocol):
-    """What the hub asks of an engine."""
+    """The methods of an engine that the hub calls."""
 
     def subscribe(self, channels: Iterable[str]) -> Ticket: ...
 
@@ -67,69 +67,69 @@ class Hub:
         self.admission = admission or Admission(StreamLimiter(sys.maxsize, None))
         self._send_timeout = send_timeout
         self._retry = retry
-        # Offers come one at a time, from the engine's turns or from the ticker, and the tables and what else is below
-        # change only between them. Held for a turn, not for a client.
+        # Serialises offers, which come from the engine's turns and from the ticker, and changes to the tables and the
+        # state below. It is acquired once for a turn, not once for a client.
         self._dispatch = FairLock()
         self._sets: dict[frozenset[str], SubscriberSet] = {}
         self._sets_of: dict[str, set[SubscriberSet]] = {}
         self.position = 0  # in the log; 0 without one
         self._history = History()
-        self._closed: deque[Subscription] = deque()  # closed, and still in the tables
+        self._closed: deque[Subscription] = deque()  # closed streams that are still in the tables
         self.hangups = Hangups[Subscription]()
         self._heartbeat = heartbeat
         self._heartbeats = Heartbeats(heartbeat)
         self._watchlist = Watchlist()
-        self._look_at = 0.0  # monotonic time until which no stream needs to be looked at
+        self._look_at = 0.0  # monotonic time until which no stream needs a check
 
-    # -- streams come and go
+    # -- streams begin and end
 
     def open(self, subscription: Subscription) -> str | None:
-        """Add a stream and wait until PostgreSQL has confirmed LISTEN; return None, or why it must be refused.
+        """Add a stream, and wait until PostgreSQL has confirmed LISTEN. Returns why it must be refused, or None.
 
-        The stream stands in the tables before LISTEN goes out, so that nothing falls between the two.
+        The stream is in the tables before LISTEN is sent, so no event can fall between the two.
         """
         admission = self.admission
         if not admission.limiter.acquire(subscription):
             return "capacity"
         self.hangups.watch(subscription)
-        with self._dispatch:  # who is interrupted while waiting for it has not asked for a LISTEN
+        with self._dispatch:  # before subscribe(): an interruption while waiting for the lock then leaves no LISTEN
             ticket = subscription.ticket = self._engine.subscribe(subscription.channels)
             self._look_at = min(self._look_at, subscription.due)
-            group = self._sets.get(subscription.channels)
-            if group is None:
-                group = self._sets[subscription.channels] = SubscriberSet(subscription.channels)
-                self._heartbeats.begin(group)
+            subscribers = self._sets.get(subscription.channels)
+            if subscribers is None:
+                subscribers = self._sets[subscription.channels] = SubscriberSet(subscription.channels)
+                self._heartbeats.begin(subscribers)
                 for channel in subscription.channels:
-                    self._sets_of.setdefault(channel, set()).add(group)
-            group.add(subscription)
+                    self._sets_of.setdefault(channel, set()).add(subscribers)
+            subscribers.add(subscription)
             self._watchlist.begin(subscription)
-        # Asked after the stream stands in the tables: drain() closes the admission first and then reads the tables, and
-        # disconnect() likewise.
+        # Checked once the stream is in the tables. drain() and disconnect() do the reverse: they tell the admission
+        # first, and read the tables then. So one of the two sides always sees the other.
         heard = not admission.why_not(subscription) and ticket.wait(OPEN_TIMEOUT)
         return admission.why_not(subscription) or (None if heard else "unavailable")
 
     def go_live(self, subscription: Subscription) -> int:
-        """Let an open stream take what comes from now on; return the log's position, which its client is to be told."""
+        """Let an open stream accept events from now on. Returns the log's position, for its client."""
         with self._dispatch:
             position = self.position
             if position:
                 self._history.begin(subscription.channels, position)
             now = time.monotonic()
-            group = self._sets[subscription.channels]
-            before = group.position
-            if before.accepted != position:  # so that streams can meet there, also if no event has an id
-                # With the old times: signs of life are due for those who have been there since.
-                group.position = Position(position, position, before.told_at, before.active_at, shared=True)
-                group.scattered = True
-            subscription.go_live(position, Block(b""), now, like=group.position)
+            subscribers = self._sets[subscription.channels]
+            before = subscribers.position
+            if before.accepted != position:  # a common position for new streams, even if no event has an id
+                # The old times stay: heartbeats of the streams that have been there since then are due by them.
+                subscribers.position = Position(position, position, before.told_at, before.active_at, shared=True)
+                subscribers.scattered = True
+            subscription.go_live(position, Block(b""), now, like=subscribers.position)
             return position
 
     def join(self, subscription: Subscription, *, exists: bool) -> bool:
-        """Let a stream that has everything up to `sent` go live without a gap; tell whether it could.
+        """Let a stream that has everything up to `sent` go live without a gap. Returns whether it could.
 
-        It cannot if it lacks more than is remembered here, or than its buffer takes; then it is to read the log.
-        `exists` says that its position is one of the log's: a client may have made one up that no event reaches for a
-        long time. Beyond our own position it may well be, where another worker was faster.
+        It cannot if it lacks more than the hub remembers, or more than its buffer takes. Then it must read the log.
+        `exists` says that its position is known to be in the log. A client may invent a position that no event reaches
+        for a long time. A real position may also be beyond the hub's, if another worker was faster.
         """
         with self._dispatch:
             if subscription.sent > self.position and not exists:
@@ -147,45 +147,45 @@ class Hub:
 
     @property
     def memory(self) -> int:
-        """Bytes of events that are remembered of each channel at the most."""
+        """The most bytes of events that are remembered of one channel."""
         return self._history.limit
 
     def follow(self, channels: Iterable[str]) -> None:
-        """Remember from now on what comes on the channels of an open stream.
+        """Remember, from now on, the events on the channels of an open stream.
 
-        Of no others: a stream that still waits for its LISTEN stands in the tables too, and its channels' events may
+        Not for a stream that still waits for its LISTEN: it is in the tables too, but the events of its channels may
         not be heard yet.
         """
         with self._dispatch:
             self._history.begin([channel for channel in channels if channel in self._sets_of], self.position)
 
     def unremembered(self, channels: Iterable[str]) -> dict[str, int]:
-        """Return the channels whose last events the log is to be asked for, each with the id up to which."""
+        """Return the channels whose last events must be read from the log, each with the id to read up to."""
         with self._dispatch:
             return self._history.gaps(channels)
 
     def remember(self, tail: Tail, upto: int) -> None:
-        """Remember the last events that the log has of a channel, up to an id."""
+        """Remember the last events of a channel in the log, up to the id `upto`."""
         with self._dispatch:
             self._history.fill(tail, upto)
 
     def close(self, subscription: Subscription) -> None:
-        """Have a stream forgotten; harmless when it was never opened or has been forgotten already.
+        """End a stream; the ticker forgets it later. Harmless if it was never opened, or is forgotten already.
 
-        Takes no lock: the garbage collector may close a stream that nobody else did, in any thread and at any moment,
-        also while that thread holds a lock of ours. The ticker forgets it.
+        Takes no lock: the garbage collector may close a stream that nothing else has closed, in any thread and at any
+        moment, even while that thread holds one of the hub's locks.
         """
         subscription.end(b"")
         self.admission.limiter.release(subscription)
         self._closed.append(subscription)
 
     def end_departed(self) -> None:
-        """End the streams whose clients have closed their connections. They leave quietly, if at all."""
+        """End the streams whose clients have closed their connections. They get no last block."""
         for subscription in self.hangups.take():
             subscription.end(b"", drop=True)
 
     def sweep(self) -> None:
-        """Forget the streams that have gone."""
+        """Forget the streams that have been closed."""
         while self._closed:
             self._forget(self._closed.popleft())
         self.admission.limiter.sweep()
@@ -197,14 +197,14 @@ class Hub:
                 return
             subscription.ticket = None
             self._watchlist.end(subscription)
-            group = self._sets[subscription.channels]
-            group.remove(subscription)
-            if not group:
+            subscribers = self._sets[subscription.channels]
+            subscribers.remove(subscription)
+            if not subscribers:
                 del self._sets[subscription.channels]
                 for channel in subscription.channels:
-                    groups = self._sets_of[channel]
-                    groups.discard(group)
-                    if not groups:
+                    sets = self._sets_of[channel]
+                    sets.discard(subscribers)
+                    if not sets:
                         del self._sets_of[channel]
                         self._history.end(channel)
         self._engine.unsubscribe(subscription.channels)
@@ -215,27 +215,27 @@ class Hub:
             return sum(map(len, self._sets.values()))
 
     def open_block(self, position: int | None) -> bytes:
-        """Return the block that a stream begins with. `position` is its client's in the log, if it has one there."""
+        """Return the first block of a stream. `position` is its client's position in the log, if there is one."""
         return event.open_block(position, self._retry)
 
     def end_block(self, reason: str, position: int | None = None) -> bytes:
-        """Return the block that ends a stream. `position` as in `open_block()`, of one that has none yet."""
+        """Return the last block of a stream. `position` as in `open_block()`, if the client has not been told it."""
         return event.end_block(reason, self._retry, id=position)
 
-    # -- what the engine and the ticker call
+    # -- called by the engine and the ticker
 
     def deliver(self, turn: Sequence[Item], position: int) -> None:
-        """Hand a turn to every stream that listens. `position` is the log's after it."""
+        """Offer a turn to every stream that listens to its channels. `position` is the log's position after it."""
         with self._dispatch:
             self.position = position
             self._history.add(turn)
             now = time.monotonic()
             work = []
-            for group, streams, block in blocks_of(turn, self._sets_of):
-                before = group.position
+            for subscribers, streams, block in blocks_of(turn, self._sets_of):
+                before = subscribers.position
                 seen = block.seen_from(before.accepted)
-                group.position = before.after(seen, now, shared=True)
-                work.append(((block, seen, before, group.position), streams))
+                subscribers.position = before.after(seen, now, shared=True)
+                work.append(((block, seen, before, subscribers.position), streams))
             for way, portion in in_portions(work):
                 for slow in offer_to_all(portion, *way):
                     self._fall_behind(slow)
@@ -244,16 +244,16 @@ class Hub:
 
     def _fall_behind(self, subscription: Subscription) -> None:
         """Stop buffering for a client that reads slower than events come."""
-        if subscription.sent:  # not while it has no place in the log, as before the log was installed
+        if subscription.sent:  # 0 while the stream has no position in the log, as before the log is installed
             subscription.fall_behind()
         else:
             logger.info("A stream was ended: its client reads slower than events come.")
             subscription.end(self.end_block("behind"), drop=True)
 
     def gap(self, reason: str, position: int) -> None:
-        """Tell every live stream that events may have been missed and cannot be had again.
+        """Tell every live stream that events may have been missed and cannot be replayed.
 
-        `position` is the log's, from which they go on; 0 without one. Streams that are behind find out by themselves.
+        Streams continue from the log's `position`; 0 without a log. Streams that are behind find out by themselves.
         """
         block = Block(event.control_block("reset", {"reason": reason}, id=position or None), last=position)
         now = time.monotonic()
@@ -261,18 +261,18 @@ class Hub:
             self.position = position
             self._history.restart(position)
             after = Position(position, position, now, now, shared=True)
-            for group in self._sets.values():
-                group.position = after
-            for _, streams in in_portions(self._everybody()):
+            for subscribers in self._sets.values():
+                subscribers.position = after
+            for _, streams in in_portions(self._all_streams()):
                 for subscription in streams:
                     if subscription.live and not subscription.reset(block, position, now, after):
                         self._fall_behind(subscription)
 
     def beat(self) -> None:
-        """Send a sign of life on every stream that has been quiet for the heartbeat's time; end those whose time is up.
+        """Send a heartbeat on every stream that has been quiet for that long, and end the streams whose time is up.
 
-        Cut off those whose clients do not take what is sent: they would hold memory, and a place, for as long as they
-        like.
+        Also cut the connection of a client that does not take what is sent. Otherwise it could hold memory and a place
+        for as long as it likes.
         """
         self.sweep()
         now = time.monotonic()
@@ -280,33 +280,33 @@ class Hub:
             return
         with self._dispatch:
             self._history.trim()
-            self._look_at = now + min(self._heartbeat, self._send_timeout) / _LOOKS
+            self._look_at = now + min(self._heartbeat, self._send_timeout) / _CHECKS
             for _, portion in in_portions([(None, tuple(self._watchlist.take(now)))]):
                 for subscription in portion:
-                    self._look_after(subscription, now)
+                    self._check(subscription, now)
             self._look_at = min(self._look_at, self._watchlist.next_end)
-            self._give_signs(now)
+            self._send_heartbeats(now)
 
-    def _give_signs(self, now: float) -> None:
+    def _send_heartbeats(self, now: float) -> None:
         cursor = Block(event.control_block("cursor", {}, id=self.position), last=self.position)
-        work = [(way, group.streams) for way, group in self._heartbeats.take(now, cursor)]
+        work = [(way, subscribers.streams) for way, subscribers in self._heartbeats.take(now, cursor)]
         self._look_at = min(self._look_at, self._heartbeats.next_at)
-        for (before, sign, after), portion in in_portions(work):
+        for (before, block, after), portion in in_portions(work):
             together = []
             for subscription in portion:
                 if subscription.position is before:
                     together.append(subscription)
                     continue
-                # Somewhat early, with the others. Of a heartbeat, what waits will do as one.
-                own = subscription.position.sign_of_life(now, cursor)
-                if own is HEARTBEAT and (sign is None or subscription.waiting):
+                # Slightly early, together with the others. No heartbeat is needed where something waits to be sent.
+                own = subscription.position.heartbeat_block(now, cursor)
+                if own is HEARTBEAT and (block is None or subscription.waiting):
                     continue
                 if own is not None and not subscription.offer(own, now, after):
                     self._fall_behind(subscription)
-            if sign is not None:
-                offer_to_all(together, sign, sign, before, after)  # none is too slow: nothing waits for them
+            if block is not None:
+                offer_to_all(together, block, block, before, after)  # none is too slow: nothing waits for them
 
-    def _look_after(self, subscription: Subscription, now: float) -> None:
+    def _check(self, subscription: Subscription, now: float) -> None:
         connection = subscription.connection
         if connection is not None and connection.stalled(now, self._send_timeout):
             logger.info("A stream was cut: its client took less than %d bytes in time.", ENOUGH_BYTES)
@@ -320,40 +320,43 @@ class Hub:
         self._look_at = min(self._look_at, now if busy else subscription.due)
 
     def pruned(self, through: int) -> None:
-        """Forget what the log has lost: whether a stream may resume should not depend on the worker that it meets."""
+        """Forget the events up to `through`, which the log has lost.
+
+        Otherwise it would depend on the worker whether a stream can resume.
+        """
         with self._dispatch:
             self._history.forget(min(through, self.position))
 
     def drain(self, reason: str) -> None:
-        """End all streams, those that still wait for PostgreSQL too, and refuse new ones."""
+        """End all streams, including those that still wait for PostgreSQL, and refuse new ones."""
         self.admission.close(reason)
-        cut_at = time.monotonic() + FAREWELL
+        cut_at = time.monotonic() + END_TIMEOUT
         with self._dispatch:
             self._look_at = min(self._look_at, cut_at)
-            for _, streams in self._everybody():
+            for _, streams in self._all_streams():
                 for subscription in streams:
                     subscription.end(self.end_block(reason), cut_at=cut_at)
                     if subscription.ticket is not None:
                         subscription.ticket.cancel()
 
     def ready(self, readiness: Readiness) -> None:
-        """Take note of the engine's state, for streams that wait to begin."""
+        """Record the engine's state, for streams that wait to begin."""
         self.admission.engine_is(readiness)
 
     def control(self, message: ControlMessage) -> None:
-        """Obey what another process, or this one, has told all of them."""
+        """Obey a message that another process, or this one, has sent to all."""
         self.disconnect(message)
 
     def disconnect(self, command: Disconnect) -> None:
-        """End the streams that the command is for. What waits for them is dropped: they must not have it."""
+        """End the streams that the command applies to, and drop what waits for them: their clients must not get it."""
         with self._dispatch:
             now = time.monotonic()
             self.admission.revoke(command)
-            self._look_at = min(self._look_at, now + FAREWELL)
-            for _, streams in in_portions(self._everybody()):
+            self._look_at = min(self._look_at, now + END_TIMEOUT)
+            for _, streams in in_portions(self._all_streams()):
                 for subscription in streams:
                     if concerns(subscription, command):
-                        subscription.end(self.end_block("revoked"), drop=True, cut_at=now + FAREWELL)
+                        subscription.end(self.end_block("revoked"), drop=True, cut_at=now + END_TIMEOUT)
 
-    def _everybody(self) -> list[tuple[None, Sequence[Subscription]]]:
-        return [(None, group.streams) for group in self._sets.values()]
+    def _all_streams(self) -> list[tuple[None, Sequence[Subscription]]]:
+        return [(None, subscribers.streams) for subscribers in self._sets.values()]

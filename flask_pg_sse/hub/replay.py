@@ -1,7 +1,7 @@
-"""What a stream has missed, out of the event log: after a reconnect, and when its client reads slower than events come.
+"""Read from the event log what a stream has missed: after a reconnect, or because its client reads too slowly.
 
-Each stream reads at its client's pace and holds one page at a time, so that what is kept for slow clients is bounded:
-by pages that shrink as more streams read, and by a budget for events that are larger than a page.
+Each stream reads at its client's pace, and holds one page at a time. So the memory for slow clients is limited: pages
+shrink as more streams read, and events larger than a page have a limit in bytes.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .subscription import Subscription
 
 logger = logging.getLogger(__name__)
 
-# Bytes of one page; all pages together have PAGES_BYTES, as long as each has its least.
+# Bytes of one page. All pages together have at most PAGES_BYTES, unless each is at its minimum already.
 PAGE_BYTES = 65536
 PAGE_BYTES_LEAST = 8192
 PAGES_BYTES = 16 * 1024 * 1024
-# Bytes of events larger than a page that may be on their way to clients that read the log; one event always may.
+# The most bytes of events larger than a page that may be on their way to clients that read the log. One event is always
+# allowed.
 LARGE_BYTES = 64 * 1024 * 1024
-# Seconds until a stream that finds no room there is told to come back.
-_PATIENCE = 10.0
-# Channels whose last events are asked for in one query, and bytes: an answer takes several times as much while it is
-# read.
+# Seconds that a stream waits for room within LARGE_BYTES. After that its client is told to reconnect.
+_LARGE_TIMEOUT = 10.0
+# The most channels and bytes of last events in one query. An answer takes several times its size while it is read.
 _FILL = 200
 FILL_BYTES = 4 * 1024 * 1024
 # Seconds between two attempts to read while PostgreSQL is away.
@@ -39,7 +39,7 @@ _RETRY = 1.0
 
 
 class Log(Protocol):
-    """What reading asks of an engine. Both raise `DatabaseUnavailable`."""
+    """The methods of an engine that read the log. Both raise `DatabaseUnavailable`."""
 
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page: ...
 
@@ -55,13 +55,14 @@ class Replay:
         self._heartbeat = heartbeat
         self._readers: set[object] = set()
         self._filling = _Attempts()
-        self._unfilled: dict[str, None] = {}  # channels whose last events streams wait for, in order
+        self._unfilled: dict[str, None] = {}  # the channels whose last events streams wait for, in order
         self._large = _LargeEvents(LARGE_BYTES)
 
     def read(self, subscription: Subscription, *, opening: bool = False) -> Iterator[bytes]:
-        """Yield what a stream that is not live has missed since `sent`, until it is live or has ended.
+        """Yield what a stream has missed since `sent`, until it is live or has ended.
 
-        Until the log has answered, `opening` lets `DatabaseUnavailable` through; later the stream stays open.
+        With `opening`, `DatabaseUnavailable` is raised if the log has not answered yet. After that, the stream stays
+        open and tries again.
         """
         reader = object()
         self._readers.add(reader)
@@ -74,15 +75,15 @@ class Replay:
 
     def _pages(self, subscription: Subscription, opening: bool) -> Iterator[bytes]:
         channels = sorted(subscription.channels)
-        exists = not opening  # whether the stream's position is known to be one of the log's
-        sign_of_life_at = time.monotonic() + self._heartbeat  # if the log does not answer until then
+        exists = not opening  # whether the stream's position is known to be in the log
+        heartbeat_at = time.monotonic() + self._heartbeat  # sent if the log does not answer until then
         while not (subscription.live or subscription.ended):
             try:
                 self._fill(channels)
                 if self._hub.join(subscription, exists=exists):
                     return
                 page = self._log.page(channels, subscription.sent, self._page_bytes(), 0)
-                if subscription.ended:  # meanwhile, and who has lost the right to listen is to hear no more
+                if subscription.ended:  # meanwhile; a client that has lost the right to listen must hear no more
                     return
                 opening, exists = False, True
                 reason = page.why_not_from(subscription.sent)
@@ -94,14 +95,14 @@ class Replay:
                 else:
                     subscription.sent = page.upto
                     block = b"".join([data for _, data, _ in page.items])
-                    del page  # not kept while the client takes its time
+                    del page  # not kept in memory while the client reads slowly
                     if block:
                         yield block
             except DatabaseUnavailable:
                 if opening:
                     raise
-                if time.monotonic() >= sign_of_life_at:
-                    sign_of_life_at = time.monotonic() + self._heartbeat
+                if time.monotonic() >= heartbeat_at:
+                    heartbeat_at = time.monotonic() + self._heartbeat
                     yield event.HEARTBEAT
                 time.sleep(min(_RETRY, self._heartbeat))
 
@@ -115,14 +116,14 @@ class Replay:
                 logger.info("A stream was ended: too many large events wait for clients that read slowly.")
                 subscription.end(self._hub.end_block("behind"))
             elif page.why_not_from(after) is None and not page.too_large and not subscription.ended:
-                # The page may be another stream's, and what it says beyond this event is of that one's channels.
+                # The page may be another stream's. Apart from this event, it is then about that stream's channels.
                 subscription.sent = log_id
                 yield from (data for _, data, item_id in page.items if item_id == log_id)
 
     def _fill(self, channels: Sequence[str]) -> None:
-        """Have the hub remember the last events of `channels`, if it never has.
+        """Have the hub remember the last events of `channels`, where it does not yet.
 
-        One stream asks for all that wait meanwhile, so that many that come at once make few queries.
+        One stream also reads for the streams that wait meanwhile. So many streams that open at once make few queries.
         """
         self._hub.follow(channels)
         missing = self._hub.unremembered(channels)
@@ -148,7 +149,7 @@ class Replay:
             part = {name: uptos[name] for name in names[start : start + most]}
             for tail in self._log.last(part, each):
                 self._hub.remember(tail, part[tail.channel])
-        for channel in batch:  # those who wait for them have others in their next batch
+        for channel in batch:  # done: the next batch of a waiting stream then has other channels
             self._unfilled.pop(channel, None)
 
     def _page_bytes(self) -> int:
@@ -156,9 +157,9 @@ class Replay:
 
 
 class _Attempts:
-    """One reads the log for many, one after the other; where that fails, it has failed for all who waited meanwhile.
+    """Lets one caller at a time read the log. If that fails, it fails for all callers that waited meanwhile too.
 
-    Each of them would wait as long again, for a database that does not answer: the last of many for minutes.
+    Otherwise each of them would wait its full time for a database that does not answer, and the last of many minutes.
     """
 
     def __init__(self) -> None:
@@ -170,7 +171,7 @@ class _Attempts:
         failed = self._failed
         with self._one:
             if self._failed != failed:
-                raise DatabaseUnavailable("The event log did not answer a stream that asked for this one too.")
+                raise DatabaseUnavailable("The event log did not answer another stream, which read for this one too.")
             try:
                 yield
             except DatabaseUnavailable:
@@ -179,9 +180,10 @@ class _Attempts:
 
 
 class _LargeEvents:
-    """Events larger than a page on their way to slow clients: each once, and no more than `limit` bytes together.
+    """Events larger than a page, on their way to slow clients: each is loaded once, and all have at most `limit` bytes.
 
-    Who holds one is a set, not a count: the garbage collector may end a stream in the midst of any statement here.
+    The holders of an event are a set, not a count: the garbage collector may end a stream in the middle of any
+    statement here.
     """
 
     def __init__(self, limit: int) -> None:
@@ -191,7 +193,7 @@ class _LargeEvents:
 
     @contextlib.contextmanager
     def hold(self, log_id: int, size: int, load: Callable[[], Page]) -> Iterator[Page | None]:
-        """Give the page with one event, loaded once for all who hold it; None if there is no room in time."""
+        """Give the page with one event, which is loaded once for all its holders. None if there is no room in time."""
         holder = object()
         large = self._enter(log_id, size, holder)
         if large is None:
@@ -210,7 +212,7 @@ class _LargeEvents:
                 self._changed.notify_all()
 
     def _enter(self, log_id: int, size: int, holder: object) -> _Large | None:
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _LARGE_TIMEOUT
         with self._changed:
             while log_id not in self._held and self._held and self._size() + size > self._limit:
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):

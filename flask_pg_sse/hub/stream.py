@@ -1,4 +1,4 @@
-"""One stream, from its first block to its last: what the WSGI server iterates over."""
+"""The generator of one stream, which the WSGI server iterates over: from the first block to the last."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def stream(
 ) -> Iterator[bytes]:
     """Yield the blocks of a stream until it ends.
 
-    `last_event_id` is what the client says of its own position, "" if nothing.
+    `last_event_id` is the position that the client gives; "" if it gives none.
 
-    Nothing happens, and nothing needs to be undone, before the first `next()`: a response that is dropped before the
-    server iterates over it (HEAD, an error in `after_request`) leaves nothing behind.
+    Nothing happens before the first `next()`. So a response that is dropped before the server iterates over it (HEAD,
+    an error in `after_request`) leaves nothing to undo.
 
-    Most streams wait here for most of their time, so that what this function still holds then is held ten thousand
-    times: no request, no other generator, no piece.
+    Most streams wait here most of the time. What this function holds at that point is held ten thousand times, so it
+    holds no request, no other generator and no piece.
     """
     try:
         for piece in _opening(hub, replay, subscription, last_event_id):
@@ -36,22 +36,22 @@ def stream(
         connection.intern()
         subscription.terms = _settled(subscription.terms)
         while (taken := subscription.take()) is not None:
-            # Without a piece it has fallen behind.
+            # An empty piece means that the stream has fallen behind.
             for piece in (taken,) if taken else replay.read(subscription):
                 connection.in_flight = len(piece)
                 yield piece
                 connection.bytes_sent += connection.in_flight
                 connection.in_flight = 0
-            taken = piece = b""  # or the last one would be held for as long as nothing comes
+            taken = piece = b""  # otherwise the last piece stays in memory until the next one comes
         connection.stop_reading()
     finally:
         hub.close(subscription)
 
 
 def _settled(terms: Terms) -> Terms:
-    """Return the terms of a stream that has begun, without when it was asked for, which nobody asks any more.
+    """Return the terms of a stream that has begun, without `asked_at`, which is no longer needed.
 
-    Most streams have the same then, but for those with an end of their own.
+    Most streams then share one object; a stream with a fixed end keeps its own.
     """
     if terms.ends_at < math.inf:
         return terms
@@ -60,17 +60,17 @@ def _settled(terms: Terms) -> Terms:
 
 
 def _opening(hub: Hub, replay: Replay, subscription: Subscription, last_event_id: str) -> Iterator[bytes]:
-    """Yield the first block, and what the client has missed. Whoever is refused has ended without one."""
+    """Yield the first block, and what the client has missed. A refused stream has no first block, and is ended here."""
     refusal = hub.open(subscription)
     if refusal is None:
         first = _go_live(hub, subscription, last_event_id)
         missed = replay.read(subscription, opening=True)
         try:
-            first += next(missed, b"")  # before anything has left: the log may not answer
+            first += next(missed, b"")  # before anything is sent, because the log may not answer
         except DatabaseUnavailable:
             refusal = "unavailable"
     if refusal is not None:
-        # Its position goes back to the client: a page that fetches a new URL can go on from there.
+        # The client gets its position back: a page that fetches a new URL can continue from there.
         subscription.end(hub.end_block(refusal, event.to_log_id(last_event_id)))
         return
     yield first
@@ -78,7 +78,7 @@ def _opening(hub: Hub, replay: Replay, subscription: Subscription, last_event_id
 
 
 def _go_live(hub: Hub, subscription: Subscription, last_event_id: str) -> bytes:
-    """Return the first block. The stream is live then, unless it has to read first what it has missed."""
+    """Return the first block, and let the stream go live, unless it must first read what it has missed."""
     after = event.to_log_id(last_event_id)
     if hub.position and after is not None:
         subscription.sent = after
@@ -86,7 +86,7 @@ def _go_live(hub: Hub, subscription: Subscription, last_event_id: str) -> bytes:
     position = hub.go_live(subscription) or None
     if not last_event_id:
         return hub.open_block(position)
-    # There is nothing to replay from, and the client must not believe otherwise. The id comes with the reset and not
-    # before: a client that is cut between the two blocks would come back with it, and never learn what it has missed.
+    # There is nothing to replay from, and the client must learn that. The id comes with the reset and not before it.
+    # Otherwise a client that is cut between the two blocks would reconnect with the id, and never learn of the gap.
     reset = event.control_block("reset", {"reason": "unknown-id" if position else "no-log"}, id=position)
     return hub.open_block(None) + reset

@@ -1,18 +1,19 @@
-"""One stream's place between the fan-out and its client: what it is offered, where it stands, and its way out.
+"""One stream between the fan-out and its client: what it is offered, its position, and how its bytes leave.
 
-A stream is live, and takes what is offered, or it is behind, takes nothing, and reads the event log until it has caught
-up. Invariant: an event of the log is taken only if its id is above `position.accepted`, and taking it moves that.
+A stream is either live or behind. A live stream accepts what is offered. A stream that is behind accepts nothing, and
+reads the event log until it has caught up. Invariant: an event of the log is accepted only if its id is above
+`position.accepted`, and accepting it raises that.
 
-Who calls what: `offer_to_all()`, `offer()`, `reset()`, `fall_behind()`, `go_live()`, and `end()` while the client may
-still listen, come one call at a time: the hub's lock sees to that. `take()` comes from the stream's generator alone.
-What waits between the two is a `Buffer`, which needs no lock, so that the hot path has none.
+The hub's lock serialises `offer_to_all()`, `offer()`, `reset()`, `fall_behind()` and `go_live()`, and also `end()`
+while the client may still listen. Only the stream's generator calls `take()`. Between the two is a `Buffer`, which
+needs no lock. So the hot path takes no lock for a stream.
 
-A generator with nothing to send parks and leaves `_way` behind, the way to its client past it. It goes on only for
-something that comes from the hub's side (`_has_work()`), and the hub's side writes directly only while there is none of
-that: so never do both write at once, also with threads.
+A generator with nothing to send parks, and leaves its client's socket in `_way` for direct writes. It continues only
+for work that comes from the hub's side (`_has_work()`). The hub's side writes directly only while there is no such
+work. So the two never write at the same time, not even with threads.
 
-Most streams get the same as others, and stand at the same `Position`: the hot path moves them from one to the next, and
-nothing else about them. What such a stream has been sent, and up to which id, is read off where it stands.
+Most streams receive the same as others, and share one `Position`. The hot path moves them from one position to the next
+and changes nothing else in them. The position also tells what such a stream has been sent, and up to which id.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from ..server.direct_write import NOW, write
 from .block import Block, Position
 from .buffer import Buffer
 
-# What is written past the generator at the most, by the greenlet that has others to serve.
+# The largest block that is written directly. A larger one would keep the hub from other streams for too long.
 _DIRECT_BYTES = 65536
-# Where a stream stands that takes nothing: no other does.
+# The position of a stream that accepts nothing. No other stream has it.
 _NOWHERE = Position()
 
 
 class Connection(Protocol):
-    """The way to a stream's client, and how fast that takes what is sent."""
+    """The connection to a stream's client, and how fast the client takes what is sent."""
 
     in_flight: int
     bytes_sent: int
@@ -61,12 +62,13 @@ class Connection(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """On what terms a stream was opened. Times are monotonic.
+    """The terms on which a stream was opened. Times are monotonic, in seconds.
 
-    subjects:     whose it is, as the app and the token say; `disconnect(subject=…)` finds it by these.
-    clients:      what it is counted under (`counted_under()`), if at all.
-    asked_at:     when the asking for permission began. A right that was taken away since then may not have been seen.
-    ends_at:      when it has to end, and `ends_because` the reason that the client is told.
+    subjects:     the stream's subjects, from the app and the token; `disconnect(subject=…)` finds the stream by them.
+    clients:      the clients that the stream counts for (`counted_under()`); none if streams are not counted.
+    asked_at:     when the permission check began. The check may have missed a right that was taken away after that.
+    ends_at:      when the stream must end.
+    ends_because: the reason for that end, as the client is told it.
     """
 
     subjects: frozenset[str] = frozenset()
@@ -77,7 +79,7 @@ class Terms:
 
 
 class Subscription:
-    """One stream, as the fan-out sees it. `limit` bounds in bytes what waits for its client (see `Buffer`)."""
+    """One stream, as the fan-out sees it. `limit` is how many bytes may wait for its client (see `Buffer`)."""
 
     __slots__ = (
         "_buffer",
@@ -101,7 +103,7 @@ class Subscription:
         "watched_as",
     )
 
-    place: None  # there while it has one of `StreamLimiter`
+    place: None  # the attribute exists while the stream has a place of the `StreamLimiter`
 
     def __init__(self, channels: Iterable[str], limit: int, terms: Terms = Terms()) -> None:
         self.channels = frozenset(channels)
@@ -111,33 +113,33 @@ class Subscription:
         self.position = _NOWHERE
         self._sent = 0  # see `sent`
         self.connection: Connection | None = None  # once the stream has begun
-        self.awake: set[Subscription] = set()  # where it is while its generator is not parked: the hub's, once open
-        self.watched_as = -1  # the number of its socket, if it is watched for its end
-        # Monotonic time at which it is to end or, once that has been decided, to lose its connection if that stands.
+        self.awake: set[Subscription] = set()  # has this stream while its generator is not parked; once open, the hub's
+        self.watched_as = -1  # the number of its socket while `Hangups` watches that; -1: it does not
+        # Monotonic time at which the stream must end. Once it has ended: at which its connection is cut, if still open.
         self.due = terms.ends_at
-        self.ticket: Ticket | None = None  # while the stream stands in the hub's tables
-        self._buffer: Buffer | None = None  # once something had to wait, which for most nothing ever has
+        self.ticket: Ticket | None = None  # while the stream is in the hub's tables
+        self._buffer: Buffer | None = None  # made when something has to wait, which for most streams never happens
         self._closing: bytes | None = None
-        self._way: _socket.socket | None = None  # to the client past the generator, while that is parked
-        # Bytes written past the generator since it parked: these, and what `position` has grown by beyond `_since`.
+        self._way: _socket.socket | None = None  # the socket for direct writes, while the generator is parked
+        # Bytes written directly since the generator parked: `_past`, and what `position.size` has grown since `_since`.
         self._past = 0
         self._since = 0
-        self._torn = b""  # the rest of a chunk of which the socket has taken a part
+        self._torn = b""  # the rest of a chunk that the socket took only in part
         self._spot: ParkingSpot | None = None
 
     def agree(self, terms: Terms) -> None:
-        """Be on other terms, until now nobody's. Before it is opened."""
+        """Set the terms of a stream that has not been opened yet."""
         self.terms = terms
         self.due = terms.ends_at
 
     @property
     def waiting(self) -> int:
-        """Bytes that were offered and that the server has not yet sent."""
+        """Bytes that were offered and that the server has not sent yet."""
         return 0 if self._buffer is None else self._buffer.size
 
     @property
     def sent(self) -> int:
-        """The log's id up to which all has been handed to the server: where to read on after falling behind."""
+        """The log id up to which everything has been handed to the server. A stream that is behind reads on from it."""
         position = self.position
         return position.accepted if position.shared else self._sent
 
@@ -145,23 +147,23 @@ class Subscription:
     def sent(self, log_id: int) -> None:
         self._sent = log_id
 
-    def _move_to(self, where: Position, past: int = 0) -> None:
-        """Move to `where`, on a way of its own. `past` are the bytes that it got past the generator on that way."""
-        if self.position.shared:  # otherwise it is the generator's to say what has been sent
+    def _move_to(self, position: Position, past: int = 0) -> None:
+        """Move to a position outside the hot path. `past` is how many bytes of this step were written directly."""
+        if self.position.shared:  # otherwise the generator says what has been sent
             self._sent = self.position.accepted
         self._past += past + self.position.size - self._since
-        self.position, self._since = where, where.size
+        self.position, self._since = position, position.size
 
     @property
     def ended(self) -> bool:
-        """Whether the stream's end has been decided; its last block may still have to leave."""
+        """Whether the stream has been told to end. Its last block may still wait to be sent."""
         return self._closing is not None
 
     def go_live(self, after: int, missed: Block, now: float, *, like: Position | None = None) -> None:
-        """Take what is offered from now on. The client has everything up to the id `after`, and then `missed`.
+        """Accept what is offered from now on. The client has everything up to the id `after`, and `missed` comes next.
 
-        `like` is where others stand who have the same. Without it the client is taken not to know the id `after`: the
-        log may have been read far beyond its last event.
+        `like` is the position of other streams that have the same events. Without it, the client is assumed not to know
+        the id `after`, because the log may have been read far beyond the last event that the client got.
         """
         self._buffer = None
         self._sent = after
@@ -171,34 +173,34 @@ class Subscription:
             self.offer(missed, now)
 
     def offer(self, block: Block, now: float, like: Position | None = None) -> bool:
-        """Take a block for the client; False if it is too slow for that. A stream that is not live takes nothing.
+        """Accept a block for the client. Returns False if the client is too slow for it.
 
-        `like` is where others stand that have taken it.
+        A stream that is not live ignores the block. `like` is the position of other streams that have accepted it.
         """
         if not self.live or self._closing is not None:
             return True
-        block, where = block.next_for(self.position, now)
+        block, position = block.next_for(self.position, now)
         if not block.data:
             return True
         sent = self._write(block)
         if not sent:
-            # Before the generator is woken; and not to where those stand to whom can be written directly.
-            self._move_to(where)
+            # Before the generator is woken. Not to `like`, the position of streams that can be written to directly.
+            self._move_to(position)
             if not self._wait_with().append(block):
                 return False
             self._wake()
             return True
-        # Since when the client knows its id may differ by a little; that it is the same one is what counts.
-        if like is not None and like.accepted == where.accepted and like.told == where.told:
-            where = like
-        self._move_to(where, past=len(block.data))
+        # The streams may differ slightly in when their clients learned their id. Only the id itself must be the same.
+        if like is not None and like.accepted == position.accepted and like.told == position.told:
+            position = like
+        self._move_to(position, past=len(block.data))
         self._sent = block.last or self._sent
         if sent < len(block.chunk):
             self._tear(len(block.data), block.chunk[sent:])
         return True
 
     def reset(self, block: Block, position: int, now: float, like: Position) -> bool:
-        """Take a block after which the stream goes on from another position of the log."""
+        """Accept a block after which the stream continues from the log id `position`."""
         self._move_to(Position(position, self.position.told, self.position.told_at, now))
         return self.offer(block, now, like)
 
@@ -208,36 +210,37 @@ class Subscription:
         return self._buffer
 
     def _write(self, block: Block) -> int:
-        """Send a block past the parked generator; return the bytes of its chunk that left, 0 for none."""
+        """Send a block directly, past the parked generator. Returns how many bytes of its chunk left; it may be 0."""
         if self._way is None or len(block.data) > _DIRECT_BYTES or self._has_work():
             return 0
-        # Read again, after the look at the work: a generator that has taken that since has closed the way before.
+        # Read `_way` again after the check for work: a generator resets it before it takes the work.
         way = self._way
         if way is None:
             return 0
         try:
             return write(way, block.chunk or block.make_chunk(), NOW)
-        except OSError:  # no room, or the client has gone, which is the generator's to find out
+        except OSError:  # the socket is full, or the client has disconnected, which the generator will notice
             return 0
 
     def _tear(self, size: int, rest: bytes) -> None:
-        """Leave the rest of a chunk to the generator, and until then all that comes."""
+        """Leave the rest of a chunk to the generator, and everything that is offered until the rest is sent."""
         self._wait_with().count_in_flight(size)
         self._way = None
         self._torn = rest
         self._wake()
 
     def fall_behind(self) -> None:
-        """Drop what waits. The stream is to read on from the log, from `sent`."""
+        """Drop what waits. The stream then reads the log, from `sent` on."""
         self._move_to(_NOWHERE)
         self.live = False
         self._drop()
         self._wake()
 
     def end(self, block: bytes, *, drop: bool = False, cut_at: float = math.inf) -> None:
-        """Close the stream with `block`, after what waits or, with `drop`, in place of it. The first end counts.
+        """End the stream with `block`, after what waits or, with `drop`, instead of it.
 
-        Whoever has not read that far by `cut_at` loses the connection.
+        A client that has not read that far by the monotonic time `cut_at` loses its connection. Only the first call
+        counts; a later one can only bring `cut_at` forward.
         """
         if self._closing is not None:
             self.due = min(self.due, cut_at)
@@ -250,20 +253,20 @@ class Subscription:
         self._wake()
 
     def _drop(self) -> None:
-        backlog = self._buffer  # read once: without the hub's lock it may be gone the next moment
-        if backlog is not None:
-            backlog.drop()
+        buffer = self._buffer  # read once: without the hub's lock another thread may remove it at any moment
+        if buffer is not None:
+            buffer.drop()
 
     def take(self) -> bytes | None:
-        """Return the next piece for the client, waiting until there is one; None when the stream has ended.
+        """Wait for the next piece for the client and return it; None when the stream has ended.
 
-        All that waits goes in one piece, up to 16 kB: a client that fell behind catches up in few sends. An empty piece
-        says that the stream is not live.
+        A piece holds all that waits, up to 16 kB, so a client that fell behind catches up in few sends. An empty piece
+        means that the stream is not live.
         """
         if self._buffer is not None:
             self._buffer.arrived()
         while True:
-            closing, live = self._closing, self.live  # read first: what was offered before is then in sight
+            closing, live = self._closing, self.live  # read first: what was offered before they changed is then visible
             found = self._buffer.next_piece() if self._buffer is not None else None
             if found is not None:
                 piece, last = found
@@ -284,10 +287,10 @@ class Subscription:
         self._way = way
         self.awake.discard(self)
         try:
-            # Looked at after the way has been laid open: what came before would otherwise wake nobody.
+            # Checked after `_way` is set. Otherwise work that came just before would wake nobody.
             while not self._has_work():
                 self._spot.park()
-        finally:  # also if the greenlet is killed: its connection is not ours any more
+        finally:  # also if the greenlet is killed, because the connection is then no longer ours
             self.awake.add(self)
             self._way = None
             if connection is not None and way is not None:
@@ -299,7 +302,7 @@ class Subscription:
             self._wait_with().arrived()
 
     def _has_work(self) -> bool:
-        """Tell whether there is something for the generator, which then alone writes to the client."""
+        """Tell whether the generator has work. While it has, only the generator writes to the client."""
         return bool(self._torn or self._buffer) or self._closing is not None or not self.live
 
     def _wake(self) -> None:
@@ -310,10 +313,10 @@ class Subscription:
 def offer_to_all(
     streams: Iterable[Subscription], block: Block, seen: Block, before: Position, after: Position
 ) -> list[Subscription]:
-    """Offer a block to streams, most of which stand at `before`, are to get `seen` of it, and will stand at `after`.
+    """Offer a block to many streams, most of them at the position `before`. Returns those that are too slow for it.
 
-    Returns those too slow for it. The hot path: no lock, no formatting, no log, and for a stream that waits idle at
-    `before` no call but the send.
+    A stream at `before` gets `seen`, its part of the block, and moves to `after`. This is the hot path: no lock, no
+    formatting, no log call, and for a parked stream at `before` no call but the send.
     """
     if not 0 < len(seen.data) <= _DIRECT_BYTES:
         return [stream for stream in streams if not stream.offer(block, after.active_at, after)]
@@ -322,7 +325,7 @@ def offer_to_all(
     slow = []
     send = write
     for stream in streams:
-        # Those that stand at `before` are live, and nothing waits for them.
+        # A stream at `before` is live, and nothing waits for it.
         if stream.position is before and (way := stream._way) is not None:
             try:
                 sent = send(way, chunk, NOW)

@@ -1,7 +1,7 @@
-"""When streams need something without an event: a heartbeat, an end, or a look at how fast their clients read.
+"""Find the streams that need something without an event: a heartbeat, an end, or a check of how fast they are read.
 
-Each is found without asking every stream: with 10,000 of them a sweep takes 2 ms, and a user may have a channel of his
-own, so that there are as many sets.
+Nothing here looks at every stream, because a sweep over 10,000 streams takes 2 ms. Nor at every subscriber set: if each
+user has a private channel, there are as many sets as streams.
 """
 
 from __future__ import annotations
@@ -16,65 +16,65 @@ from .subscription import Subscription
 
 
 class Heartbeats:
-    """When which groups are to get a sign of life, found without asking all: users have a channel each, thousands.
+    """Finds the subscriber sets that need a heartbeat, without looking at all sets: there may be thousands.
 
-    A stream needs one `heartbeat` (seconds) after its last block. What comes meanwhile puts that off, so that to ask at
-    the time that was foreseen is not too late. Where events that are not in the log keep a stream from being quiet, it
-    is told a position that has moved on within two heartbeats.
+    A stream needs a heartbeat `heartbeat` seconds after its last block. A block in the meantime only postpones that, so
+    a check at the time first foreseen is never too late. Events that are not in the log may keep a stream from being
+    quiet. Its client is then still told a log position that has moved on, within two heartbeats.
     """
 
     def __init__(self, heartbeat: float) -> None:
         self._heartbeat = heartbeat
-        # A heap; the number only keeps sets from being compared.
+        # A heap. The number in the middle only keeps sets from being compared.
         self._foreseen: list[tuple[float, int, SubscriberSet]] = []
 
-    def begin(self, group: SubscriberSet) -> None:
-        self._foresee(group, group.position.active_at + self._heartbeat)
+    def begin(self, subscribers: SubscriberSet) -> None:
+        self._foresee(subscribers, subscribers.position.active_at + self._heartbeat)
 
     @property
     def next_at(self) -> float:
-        """The monotonic time at which to ask again."""
+        """The monotonic time of the next check."""
         return self._foreseen[0][0] if self._foreseen else math.inf
 
     def take(self, now: float, cursor: Block) -> list[tuple[tuple[Position, Block | None, Position], SubscriberSet]]:
-        """Return groups with the place where most of their streams stand, the sign that is due there, and where then.
+        """Return each set that needs something, after its common position, the block due there, and the position then.
 
-        None: nothing is due there, but some who stand elsewhere have not been told what those know. `cursor` tells the
-        log's position.
+        The block is None if none is due at the common position, but streams at other positions have clients that may
+        know an older log id. `cursor` is the block that tells a client the log's position.
         """
-        asked = []
+        due = []
         while self.next_at <= now:
-            asked.append(heapq.heappop(self._foreseen)[2])
+            due.append(heapq.heappop(self._foreseen)[2])
         found = []
-        for group in asked:
-            if not group:  # the last of its streams has gone
+        for subscribers in due:
+            if not subscribers:  # its last stream has ended
                 continue
-            before = group.position
-            sign = before.sign_of_life(now - self._heartbeat, cursor)
-            if sign is not None:
-                group.position = before.after(sign, now, shared=True)
-            if sign is not None or group.scattered:
-                group.scattered = False
-                found.append(((before, sign, group.position), group))
-            self._foresee(group, group.position.sign_due_at(self._heartbeat, cursor))
+            before = subscribers.position
+            block = before.heartbeat_block(now - self._heartbeat, cursor)
+            if block is not None:
+                subscribers.position = before.after(block, now, shared=True)
+            if block is not None or subscribers.scattered:
+                subscribers.scattered = False
+                found.append(((before, block, subscribers.position), subscribers))
+            self._foresee(subscribers, subscribers.position.heartbeat_due_at(self._heartbeat, cursor))
         return found
 
-    def _foresee(self, group: SubscriberSet, at: float) -> None:
-        heapq.heappush(self._foreseen, (at, id(group), group))
+    def _foresee(self, subscribers: SubscriberSet, at: float) -> None:
+        heapq.heappush(self._foreseen, (at, id(subscribers), subscribers))
 
 
 class Watchlist:
-    """The streams between `begin()` and `end()` that need a look: those that send, and those whose time is up.
+    """Finds the streams that need a check, between `begin()` and `end()`: they are sending, or must end.
 
-    A stream whose generator is parked sends nothing, so that nothing of it can be stuck. Calls come one at a time,
-    except that each stream's own thread changes `awake`, the streams that are not parked: a set's operations are
+    A stream whose generator is parked sends nothing, so nothing of it can be stuck. The caller serialises all calls.
+    Only `awake`, the set of streams that are not parked, is changed by each stream's own thread: set operations are
     atomic.
     """
 
     def __init__(self) -> None:
         self._awake: set[Subscription] = set()
-        self._taken: set[Subscription] = set()  # last time
-        self._ends: list[tuple[float, int, Subscription]] = []  # of streams with an end of their own, sorted by when
+        self._taken: set[Subscription] = set()  # what the last take() returned
+        self._ends: list[tuple[float, int, Subscription]] = []  # the streams with a fixed end, sorted by its time
 
     def begin(self, subscription: Subscription) -> None:
         subscription.awake = self._awake
@@ -91,13 +91,14 @@ class Watchlist:
 
     @property
     def next_end(self) -> float:
-        """The monotonic time at which the next stream has to end."""
+        """The monotonic time at which the next stream must end."""
         return self._ends[0][0] if self._ends else math.inf
 
     def take(self, now: float) -> set[Subscription]:
-        """Return the streams that need a look: those that are not parked, and those that have to end by `now`.
+        """Return the streams that need a check: those that are not parked, and those that must end by `now`.
 
-        Those that were judged while they sent are returned one time more, to forget it: they may be parked by now.
+        A stream whose speed was being judged is returned again, even if it is parked by now: the check then ends the
+        judgement.
         """
         found = self._awake | {one for one in self._taken if one.connection is not None and one.connection.judged}
         while self.next_end <= now:

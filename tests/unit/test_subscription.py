@@ -459,12 +459,12 @@ def test_nobody_is_looked_at_before_something_is_due(monkeypatch: pytest.MonkeyP
     streams = [opened(hub, "a") for _ in range(3)]
     hub.beat()
     looked: list[Subscription] = []
-    monkeypatch.setattr(hub, "_look_after", lambda stream, now: looked.append(stream))
+    monkeypatch.setattr(hub, "_check", lambda stream, now: looked.append(stream))
     clock.now += 20
     hub.beat()
     assert not looked
     hub.disconnect(Disconnect("nobody", None))  # from now on ended streams must be cut off in time
-    clock.now += hub_module.FAREWELL
+    clock.now += hub_module.END_TIMEOUT
     hub.beat()
     assert set(looked) == set(streams)
 

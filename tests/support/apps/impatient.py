@@ -7,4 +7,4 @@ from tests.support.apps.basic import app
 
 __all__ = ["app"]
 
-replay._PATIENCE = 1.0
+replay._LARGE_TIMEOUT = 1.0
