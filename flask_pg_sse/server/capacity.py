@@ -1,4 +1,4 @@
-"""What this web server can hold: why it can have no stream at all, and how many there may be."""
+"""Whether this web server can serve streams at all, and how many."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from ..concurrency import is_patched
 from . import gunicorn
 
-# Streams of a worker about which nothing is known.
+# The default limit of streams for a worker about which nothing is known.
 _STREAMS = 1000
 
 
 def why_no_stream(environ: Mapping[str, Any], worker: Any = None) -> str | None:
     """Return why a stream would freeze this server, and the remedy; None if it would not.
 
-    `worker` is gunicorn's, where it is known. A stream occupies whatever serves it for hours: under a server that has
-    one request at a time nothing else would ever be answered again.
+    `worker` is gunicorn's worker, if it is known. A stream occupies the thread or process that serves it for hours. A
+    server that handles one request at a time would then never answer another one.
     """
     under_gunicorn = gunicorn.socket_of(environ) is not None
     if under_gunicorn and environ.get("SERVER_PROTOCOL") == "HTTP/2.0":
@@ -28,28 +28,29 @@ def why_no_stream(environ: Mapping[str, Any], worker: Any = None) -> str | None:
     if threads is not None and threads < 2:
         return (
             "Streams cannot be served by gunicorn's gthread worker with one thread, which this one would occupy. Run "
-            "gunicorn -k gevent, or give it more --threads than there are to be streams."
+            "gunicorn -k gevent, or give it more --threads than streams."
         )
     if environ.get("wsgi.multithread"):
         return None
     if under_gunicorn:
         return (
-            "Streams cannot be served by gunicorn's sync worker, which has one request at a time: this one would stop "
-            "all others. Run gunicorn -k gevent (or -k gthread with --threads)."
+            "Streams cannot be served by gunicorn's sync worker, which handles one request at a time: this stream "
+            "would block all others. Run gunicorn -k gevent (or -k gthread with --threads)."
         )
-    if is_patched() or "SERVER_SOFTWARE" not in environ:  # greenlets; or Flask's test client, no server at all
+    if is_patched() or "SERVER_SOFTWARE" not in environ:  # greenlets, or Flask's test client without a server
         return None
     return (
-        "Streams cannot be served by this server, which has one request at a time: this one would stop all others. Run "
-        "gunicorn -k gevent; with gevent's pywsgi call gevent.monkey.patch_all() before any other import; with "
-        "flask run leave --without-threads away."
+        "Streams cannot be served by this server, which handles one request at a time: this stream would block all "
+        "others. Run gunicorn -k gevent. With gevent's pywsgi, call gevent.monkey.patch_all() before any other import. "
+        "With flask run, omit --without-threads."
     )
 
 
 def room_for_streams(worker: Any) -> tuple[int, int | None]:
-    """Return how many streams a gunicorn worker should have by itself, and how many at all would leave it nothing else.
+    """Return the default limit of streams for a gunicorn worker, and the number of streams that occupies it completely.
 
-    A stream holds a connection, under gthread a thread: other requests are to find one too. None: not known.
+    A stream holds a connection and, under gthread, a thread. The default leaves some of them for other requests. The
+    second number is None if it is not known.
     """
     if worker is None:
         return _STREAMS, None

@@ -1,4 +1,4 @@
-"""The client's connection: the socket below a stream, what the server keeps of the request, and how it is closed."""
+"""The client's connection: the socket of a stream, what the server keeps of its request, and how it is closed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from . import gunicorn
 from .direct_write import DirectWriter
 
-# In the first byte of Linux' struct tcp_info (include/net/tcp_states.h).
+# A state in the first byte of Linux' struct tcp_info (include/net/tcp_states.h).
 _ESTABLISHED = 1
-# Send timeouts until the kernel gives up a client that does not acknowledge what it is sent. A phone that comes out of
-# a tunnel keeps its stream; by itself the kernel would try for some fifteen minutes.
+# After so many send timeouts the kernel gives up a client that does not acknowledge what it is sent. A phone that comes
+# out of a tunnel keeps its stream. By default the kernel would try for some fifteen minutes.
 _UNACKNOWLEDGED = 4
 
 
@@ -25,7 +25,7 @@ class Connection(DirectWriter):
 
     def __init__(self, environ: dict[str, Any]) -> None:
         super().__init__()
-        self._begun: tuple[dict[str, Any], Any] | None = (environ, None)  # environ and response, until shared
+        self._begun: tuple[dict[str, Any], Any] | None = (environ, None)  # environ and response, until `intern()`
         self._take_socket(gunicorn.socket_of(environ) or environ.get("werkzeug.socket"))
 
     def _take_socket(self, client: Any) -> None:
@@ -34,11 +34,11 @@ class Connection(DirectWriter):
     def response_started(self, write: Any, *, body: int, direct_write: bool | str, send_timeout: float) -> None:
         """Have the server close the connection after this response. `write` is what `start_response` returned.
 
-        Said before the headers leave, so that the client reads `Connection: close`: a stream ends only because it is to
-        end, and a client that keeps its connection would hold up the worker's exit.
+        This happens before the headers leave, so the client reads `Connection: close`. A client that keeps its
+        connection after the end of a stream would delay the worker's exit.
 
-        `direct_write` allows for writing past the generator, whose `id()` is `body`: True or "always", see
-        `DirectWriter.prepare()`. `send_timeout` is in seconds.
+        `direct_write` allows direct writes past the generator, whose `id()` is `body`. It is False, True or "always"
+        (see `DirectWriter.prepare()`). `send_timeout` is in seconds.
         """
         response: Any = getattr(write, "__self__", None)
         if hasattr(response, "force_close"):  # gunicorn
@@ -55,9 +55,9 @@ class Connection(DirectWriter):
         self._notice_silence(send_timeout)
 
     def _notice_silence(self, send_timeout: float) -> None:
-        """Have the kernel end the connection if the client's host has vanished, which heartbeats then find out.
+        """Have the kernel end the connection if the client's host has vanished. The next heartbeat then fails.
 
-        Linux has it (TCP_USER_TIMEOUT, RFC 5482; https://man7.org/linux/man-pages/man7/tcp.7.html).
+        Only Linux can do this (TCP_USER_TIMEOUT, RFC 5482; https://man7.org/linux/man-pages/man7/tcp.7.html).
         """
         if hasattr(socket, "TCP_USER_TIMEOUT") and isinstance(self._socket, _socket.socket):
             milliseconds = int(min(2**31 - 1, send_timeout * 1000 * _UNACKNOWLEDGED))
@@ -65,48 +65,49 @@ class Connection(DirectWriter):
                 _socket.socket.setsockopt(self._socket, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def intern(self) -> None:
-        """Let go of what gunicorn keeps of the request in as far as others have the same. The response has begun.
+        """Share with other streams what gunicorn keeps of the request. Called once the response has begun.
 
-        The way past the generator, if there is one, is open from here on.
+        Direct writes, if they are possible, are allowed from here on.
         """
         if self._begun is not None and self._begun[1] is not None:
-            self.lead_past(*self._begun)
-            # A gunicorn to come may keep it otherwise. It then stays as it is: the stream matters more.
+            self.allow_direct_writes(*self._begun)
+            # A later gunicorn may keep the request differently. Then nothing is shared, and the stream goes on.
             with contextlib.suppress(AttributeError, KeyError, TypeError):
                 gunicorn.intern_request(*self._begun)
         self._begun = None
 
     def stop_reading(self) -> None:
-        """Expect nothing more from the client, who may still read on.
+        """Stop receiving from the client, which may still read.
 
-        gunicorn's gthread worker lingers up to two seconds over each connection for the client to close it; and where
-        middleware hid the response from `response_started()`, this makes the server find the connection at its end.
+        gunicorn's gthread worker otherwise waits up to two seconds for the client to close the connection. And if
+        middleware hid the response from `response_started()`, this makes the server see the end of the connection.
         """
         self._shutdown(socket.SHUT_RD)
 
     def cut(self) -> None:
-        """End the connection at once; a send that waits for the client fails."""
+        """End the connection at once. A send that waits for the client fails."""
         self._shutdown(socket.SHUT_RDWR)
 
     def fileno(self) -> int:
-        """Return the socket's number; -1 where it is not known, or closed."""
+        """Return the socket's number; -1 if it is not known or closed."""
         return _socket.socket.fileno(self._socket) if isinstance(self._socket, _socket.socket) else -1
 
     def gone(self) -> bool:
-        """Tell whether the client has closed the connection, as far as can be seen without waiting or reading.
+        """Tell whether the client is known to have closed the connection, without waiting or reading.
 
-        Linux is asked for the connection's state: what the client has sent before it left (another request, the last
-        words of TLS) would hide its end from who only peeks.
+        On Linux the connection's state tells. A peek alone would not see the end behind unread bytes that the client
+        sent before it (another request, the close_notify of TLS).
         """
         if not isinstance(self._socket, _socket.socket):
             return False
-        # The base class's methods: those of an SSL socket refuse to peek.
+        # The base class's methods, because those of an SSL socket refuse to peek.
         if sys.platform == "linux":
-            with contextlib.suppress(OSError):  # a Unix socket, or one that has been closed here
+            with contextlib.suppress(OSError):  # a Unix socket, or one that has been closed in this process
                 state = _socket.socket.getsockopt(self._socket, socket.IPPROTO_TCP, socket.TCP_INFO, 1)
                 if state[0] == _ESTABLISHED:
                     return False
-                # Takes the error: gunicorn would log a traceback for "connection timed out", as not for a broken pipe.
+                # Clears the socket's error. For "connection timed out" gunicorn would log a traceback; for a broken
+                # pipe it does not.
                 _socket.socket.getsockopt(self._socket, socket.SOL_SOCKET, socket.SO_ERROR)
                 return True
         try:
@@ -118,6 +119,6 @@ class Connection(DirectWriter):
 
     def _shutdown(self, how: int) -> None:
         if isinstance(self._socket, _socket.socket):
-            with contextlib.suppress(OSError):  # the client has gone
-                # The base class's method: that of an SSL socket would also drop the encryption of what is still to go.
+            with contextlib.suppress(OSError):  # the client has disconnected
+                # The base class's method: an SSL socket's own would send the remaining bytes without encryption.
                 _socket.socket.shutdown(self._socket, how)

@@ -1,7 +1,8 @@
-"""The way to a client past its generator: one non-blocking send in place of waking a greenlet or a thread.
+"""Direct writes to a client, past its generator: one non-blocking send instead of waking a greenlet or a thread.
 
-Only under gunicorn, whose response is chunked (RFC 9112, section 7.1): whoever knows its socket and how much of the
-body it has sent can go on with the next chunk. The generator alone is always right; this only spares it the waking.
+They work only under gunicorn, whose response is chunked (RFC 9112, section 7.1). Its socket, and how much of the body
+has been sent, are all that is needed to send the next chunk. The generator alone is always correct; a direct write only
+saves waking it.
 """
 
 from __future__ import annotations
@@ -17,30 +18,31 @@ from .stall import ENOUGH_BYTES, SendProgress
 
 logger = logging.getLogger(__name__)
 
-# For `write()`.
+# The flag for `write()`.
 NOW = socket.MSG_DONTWAIT
-# Writes to a socket that `DirectWriter.way()` returned: `write(way, chunk, NOW)` returns the bytes that left. It is the
-# base class's method, because gevent's waits and wakes others. BlockingIOError says that there is no room; any other
-# error is left to the generator, which will meet it too.
+# Writes to a socket that `DirectWriter.way()` returned: `write(way, chunk, NOW)` returns how many bytes left. It is the
+# base class's method, because gevent's own method waits and wakes other greenlets. BlockingIOError means that the
+# socket is full. Any other error is left to the generator, which will meet it too.
 write = _socket.socket.send
 
 
 def frame(data: bytes) -> bytes:
-    """Return data as one chunk."""
+    """Return data as one HTTP/1.1 chunk."""
     return b"%X\r\n%b\r\n" % (len(data), data)
 
 
-class _Asked:
-    """Stands in the place of `wsgi.file_wrapper` (PEP 3333) until gunicorn has asked whether the body is one.
+class _FileWrapperProbe:
+    """Replaces `wsgi.file_wrapper` (PEP 3333) until gunicorn has checked whether the body is a file wrapper.
 
-    It asks of the very object that it then iterates over. If that is the generator, nobody stands between the two, who
-    would have to see all that leaves; lengths alone do not show who puts asterisks for the digits of a card.
+    gunicorn checks the very object that it then iterates over. If that is the generator, there is no middleware between
+    the two that must see all bytes. Comparing lengths would not be enough: middleware may replace the digits of a card
+    number by asterisks.
     """
 
     def __init__(self, wrapper: Any, body: int) -> None:
         self.wrapper = wrapper
-        self.of_the_body = False  # gunicorn is the last to ask: others may have, and then changed their minds
-        self._body = body  # the number of the object, which itself would keep the whole stream in a circle
+        self.of_the_body = False  # the last check counts, because gunicorn's comes after any middleware's
+        self._body = body  # the object's id(): a reference would keep the whole stream in a reference cycle
 
     def __call__(self, *args: Any) -> Any:
         return self.wrapper(*args)
@@ -48,39 +50,39 @@ class _Asked:
     def __instancecheck__(self, instance: object) -> bool:
         self.of_the_body = id(instance) == self._body
         if not self.of_the_body:
-            _say_who_stands_between(type(instance))  # type: ignore[arg-type]
+            _warn_about_middleware(type(instance))  # type: ignore[arg-type]
         return isinstance(instance, self.wrapper)
 
 
-@functools.cache  # once for each
-def _say_who_stands_between(kind: type) -> None:
+@functools.cache  # warns once for each type
+def _warn_about_middleware(kind: type) -> None:
     logger.warning(
-        "Streams go through their generators, which costs more: %s.%s iterates over them. If it changes nothing in "
-        'them, set SSE_DIRECT_WRITE to "always".',
+        "Streams go through their generators, which costs more: %s.%s iterates over them. If it does not change their "
+        'bytes, set SSE_DIRECT_WRITE to "always".',
         kind.__module__,
         kind.__qualname__,
     )
 
 
 class DirectWriter(SendProgress):
-    """A client's socket, how fast it takes what is sent and, where there is a way past the generator, gunicorn's
-    response on it.
+    """A client's socket, and how fast it takes what is sent. Direct writes go to it where they are possible.
 
-    The socket's own object is kept, never its number: that may be another client's by the time of a write.
+    The socket object is kept, never its number: by the time of a write, another client's socket may have that number.
     """
 
-    __slots__ = ("_beside", "_response", "_socket")
+    __slots__ = ("_response", "_socket", "_uncounted")
 
     def __init__(self) -> None:
         super().__init__()
-        self._socket: Any = None  # what lies below gevent's, which waits and wakes others in its methods
-        self._response: Any = None
-        self._beside = 0  # bytes of the body that gunicorn counts and `SendProgress` does not
+        self._socket: Any = None  # the plain socket below gevent's, whose methods wait and wake other greenlets
+        self._response: Any = None  # gunicorn's, once direct writes are allowed
+        self._uncounted = 0  # bytes of the body that gunicorn has counted and `SendProgress` has not
 
     def prepare(self, response: Any, environ: dict[str, Any], body: int, *, always: bool) -> None:
-        """Find out whether there is a way: whether gunicorn's response is on a plain socket and goes out as it is.
+        """Find out whether direct writes are possible: gunicorn sends the stream unchanged on a plain socket.
 
-        That is: if gunicorn itself iterates over the generator, whose `id()` is `body`; `always`: it, or whoever else.
+        They are possible if gunicorn itself iterates over the generator, whose `id()` is `body`. With `always`, they
+        are also possible if middleware iterates over it.
         """
         if type(response.sock) is not socket.socket:
             return
@@ -89,36 +91,37 @@ class DirectWriter(SendProgress):
         if always:
             self._response = response
         elif "wsgi.file_wrapper" in environ:
-            environ["wsgi.file_wrapper"] = _Asked(environ["wsgi.file_wrapper"], body)
+            environ["wsgi.file_wrapper"] = _FileWrapperProbe(environ["wsgi.file_wrapper"], body)
 
-    def lead_past(self, environ: dict[str, Any], response: Any) -> None:
-        """Open the way that was found, and leave the environ as it was. The response has begun."""
-        asked = environ.get("wsgi.file_wrapper")
-        if isinstance(asked, _Asked):
-            environ["wsgi.file_wrapper"] = asked.wrapper
-            if asked.of_the_body:
+    def allow_direct_writes(self, environ: dict[str, Any], response: Any) -> None:
+        """Allow direct writes if `prepare()` found them possible, and restore the environ. The response has begun."""
+        probe = environ.get("wsgi.file_wrapper")
+        if isinstance(probe, _FileWrapperProbe):
+            environ["wsgi.file_wrapper"] = probe.wrapper
+            if probe.of_the_body:
                 self._response = response
 
     def way(self) -> _socket.socket | None:
-        """Return the socket if the response now stands between two chunks, with all that the generator has yielded.
+        """Return the socket for direct writes, or None if the response is not between two chunks now.
 
-        It does not for HTTP/1.0, nor behind middleware that holds back what it is given, or changes its length.
+        It is between two chunks when it has sent all that the generator has yielded. It never is for HTTP/1.0, nor
+        behind middleware that holds bytes back or changes their number.
         """
         response = self._response
         if response is None or not (response.headers_sent and response.chunked):
             return None
-        between: bool = response.sent == self.bytes_sent + self._beside
+        between: bool = response.sent == self.bytes_sent + self._uncounted
         return self._socket if between else None
 
     def count(self, body_bytes: int) -> None:
-        """Tell gunicorn, whose access log says how much was sent."""
+        """Tell gunicorn how many bytes of the body were written directly. Its access log has the total."""
         self._response.sent += body_bytes
-        self._beside += body_bytes
+        self._uncounted += body_bytes
 
     def finish(self, rest: bytes) -> None:
-        """Send the rest of a chunk, however long it takes. Raises OSError; the chunk is then torn, and nothing follows.
+        """Send the rest of a chunk, however long it takes, in pieces that `SendProgress` can judge.
 
-        In pieces as small as `SendProgress` judges by.
+        Raises OSError. The chunk is then incomplete, and the connection is shut down so that nothing follows it.
         """
         view = memoryview(rest)
         try:
@@ -128,7 +131,7 @@ class DirectWriter(SendProgress):
                 self._response.sock.sendall(piece)
                 self.bytes_sent += len(piece)
                 self.in_flight = 0
-                self._beside -= len(piece)
+                self._uncounted -= len(piece)
         except BaseException:
             with contextlib.suppress(OSError):
                 _socket.socket.shutdown(self._socket, socket.SHUT_RDWR)

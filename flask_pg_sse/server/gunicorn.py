@@ -1,7 +1,7 @@
-"""All that the package knows of gunicorn's insides: names that another version may change stand here and nowhere else.
+"""Everything that the package knows of gunicorn's insides. Names that another version may change are used only here.
 
-Tried with gunicorn 23 to 27. Where something is not as expected, the stream goes on without it: through its generator,
-with the worker's own limits unknown.
+Tested with gunicorn 23 to 27. If something is not as expected, the stream goes on without it: through its generator,
+and without knowing the worker's limits.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from .interning import NO_INPUT, interned, interned_pairs, interned_values
 
 
 def worker_behind(handler: Any) -> Any:
-    """Return the worker whose method a signal handler is; None if it is no worker's."""
+    """Return the worker whose method a signal handler is; None if it is not a worker's method."""
     owner = getattr(handler, "__self__", None)
     workers = sys.modules.get("gunicorn.workers.base")
     return owner if workers is not None and isinstance(owner, workers.Worker) else None
 
 
 def is_running() -> bool:
-    """Tell whether this process may be a gunicorn worker: it has loaded what workers are made of."""
+    """Tell whether this process may be a gunicorn worker: it has loaded the module of gunicorn's workers."""
     return "gunicorn.workers.base" in sys.modules
 
 
 def is_arbiters(handler: Any) -> bool:
-    """Tell whether a signal handler is the arbiter's, which loads the app itself under --preload."""
+    """Tell whether a signal handler is the arbiter's. With --preload, the arbiter loads the app."""
     return hasattr(getattr(handler, "__self__", None), "spawn_workers")
 
 
 def threads_of(worker: Any) -> int | None:
-    """Return the threads of a gthread worker, each of which serves one request; None for other workers."""
+    """Return the number of a gthread worker's threads, each of which serves one request; None for other workers."""
     return int(worker.cfg.threads) if worker.cfg.worker_class_str == "gthread" else None
 
 
 def connections_of(worker: Any) -> int:
-    """Return how many connections a worker holds at once."""
+    """Return how many connections a worker can hold at once."""
     return int(worker.cfg.worker_connections)
 
 
@@ -56,9 +56,9 @@ _used_of_response = operator.attrgetter("chunked", "headers", "headers_sent", "r
 
 
 def response_behind(write: Any) -> Any:
-    """Return the response of gunicorn's whose method `write` is (`start_response` returned it); None if there is none.
+    """Return gunicorn's response, whose method `write` is; None if there is none. `start_response` returned `write`.
 
-    Only a response over HTTP/1 that has all that is used of it: a later gunicorn's may not.
+    Also None for HTTP/2, and for a response without an attribute that is used here, as a later gunicorn's may be.
     """
     response = getattr(write, "__self__", None)
     of = type(response)
@@ -72,7 +72,7 @@ def response_behind(write: Any) -> Any:
 
 
 def mask_token(response: Any) -> None:
-    """Keep the token out of gunicorn's log of a request that fails after all, in an app's teardown for example."""
+    """Keep the token out of gunicorn's log of a request that fails later, for example in an app's teardown."""
     for name in ("uri", "query"):
         text = getattr(response.req, name, None)
         if isinstance(text, str) and "token=" in text:
@@ -81,23 +81,23 @@ def mask_token(response: Any) -> None:
 
 _REQUEST_TEXTS = ("method", "uri", "path", "query", "fragment", "scheme")
 _texts_of = operator.attrgetter(*_REQUEST_TEXTS)
-# gunicorn makes new objects of these for each request, out of few numbers.
+# gunicorn makes new objects for these in each request, though the numbers are mostly the same.
 _REQUEST_NUMBERS = ("version", "max_buffer_headers")
 
 
 def intern_request(environ: dict[str, Any], response: Any) -> None:
-    """Make one object of all that a request has in common with others; its response has begun.
+    """Share the values that a request has in common with others. Call it once the response has begun.
 
-    gunicorn holds the request's environ and headers until the response has ended, for its access log. Raises
-    AttributeError, KeyError or TypeError where a version of gunicorn keeps the request otherwise.
+    gunicorn keeps the request's environ and headers for its access log until the response has ended. Raises
+    AttributeError, KeyError or TypeError if this version of gunicorn keeps the request differently.
     """
     request = response.req
     _intern_objects(environ, request)
     names, values = interned_values(environ), interned_values(environ.values())
-    environ.clear()  # a dict gives up its old names only so
+    environ.clear()  # otherwise the dict keeps its old name objects
     environ.update(zip(names, values, strict=True))
     for name, text in zip(_REQUEST_TEXTS, interned_values(_texts_of(request)), strict=True):
-        setattr(request, name, text)  # not by vars(), which makes a dict that the object has not had
+        setattr(request, name, text)  # not with vars(), which would create a dict for the object
     [response.status] = interned_values([response.status])
     for name in _REQUEST_NUMBERS:
         setattr(request, name, interned(getattr(request, name)))
@@ -114,9 +114,9 @@ def _intern_objects(environ: dict[str, Any], request: Any) -> None:
         environ["wsgi.input"] = NO_INPUT
     errors = environ["wsgi.errors"]
     streams = getattr(errors, "streams", None)
-    if isinstance(streams, list):  # others once the log's files have been opened again
+    if isinstance(streams, list):  # part of the key, because gunicorn replaces the streams when it reopens its logs
         environ["wsgi.errors"] = interned(("wsgi.errors", type(errors), *streams), errors)
 
 
 def _too_late(headers: object) -> None:
-    """Do what gunicorn's own `wsgi.early_hints` does once the response has begun: nothing."""
+    """Do nothing, as gunicorn's own `wsgi.early_hints` does once the response has begun."""

@@ -1,8 +1,7 @@
-"""Which clients have closed their connections, of many that are looked at with one system call.
+"""Find the clients that have closed their connections, with one system call for all of them.
 
-Linux' epoll says it of thousands of sockets at no cost while nothing happens (EPOLLRDHUP:
-https://man7.org/linux/man-pages/man2/epoll_ctl.2.html). Elsewhere a client that has left is noticed when a heartbeat
-cannot be sent.
+Linux' epoll reports this for thousands of sockets, at no cost while nothing happens (EPOLLRDHUP:
+https://man7.org/linux/man-pages/man2/epoll_ctl.2.html). On other systems it is noticed when a heartbeat cannot be sent.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 
 class Watched(Protocol):
-    """A stream: its connection, and the number that its socket is watched under (-1: it is not watched)."""
+    """A stream: its connection, and the number under which its socket is watched (-1: it is not watched)."""
 
     watched_as: int
 
@@ -26,14 +25,14 @@ class Watched(Protocol):
 _Stream = TypeVar("_Stream", bound=Watched)
 
 
-
 class Hangups(Generic[_Stream]):
-    """The streams that are watched, by the number of their sockets, between `start()` and `stop()`."""
+    """Watches the sockets of streams between `start()` and `stop()`."""
 
     def __init__(self) -> None:
         self._epoll: Any = None
         self._table = threading.Lock()
-        # By number, which is another connection's later. A list: descriptors are the lowest numbers that are free.
+        # By the socket's number, which another connection gets later. A list suffices, because the system always gives
+        # out the lowest free number.
         self._streams: list[_Stream | None] = []
 
     def start(self) -> None:
@@ -46,11 +45,11 @@ class Hangups(Generic[_Stream]):
             self._epoll.close()
 
     def fileno(self) -> int:
-        """Return what is readable when somebody has left; -1 where that is not known."""
+        """Return a descriptor that becomes readable when a client leaves; -1 if the system has none."""
         return -1 if self._epoll is None else int(self._epoll.fileno())
 
     def watch(self, subscription: _Stream) -> None:
-        """Begin with a stream, whose connection is known by now."""
+        """Begin to watch a stream. Its connection must be set."""
         if self._epoll is None or subscription.connection is None:
             return
         number = subscription.connection.fileno()
@@ -60,16 +59,16 @@ class Hangups(Generic[_Stream]):
             self._streams += [None] * (number + 1 - len(self._streams))
             self._streams[number] = subscription
         subscription.watched_as = number
-        # Said once: the socket stays readable while the stream takes its time to end.
+        # Edge-triggered, and so reported once: the event would otherwise persist until the stream has ended.
         events = select.EPOLLRDHUP | select.EPOLLET
-        with contextlib.suppress(OSError, ValueError):  # it has left already, or the ticker has
+        with contextlib.suppress(OSError, ValueError):  # the socket is closed already, or the epoll object is
             try:
                 self._epoll.register(number, events)
             except FileExistsError:
                 self._epoll.modify(number, events)
 
     def forget(self, subscription: _Stream) -> None:
-        """End with a stream, whose connection may have been closed long since."""
+        """Stop watching a stream. Its connection may have been closed long ago."""
         number = subscription.watched_as
         with self._table:
             if number >= 0 and self._streams[number] is subscription:
@@ -82,7 +81,7 @@ class Hangups(Generic[_Stream]):
         except (OSError, ValueError):
             return []
         found = [self._streams[number] for number in numbers]
-        # Asked again: with threads the number may be another's by now.
+        # gone() checks again: with threads, the number may be another connection's by now.
         return [stream for stream in found if stream is not None and stream.connection and stream.connection.gone()]
 
 
@@ -91,5 +90,5 @@ def _epoll() -> Any:
         return None
     if hasattr(select, "epoll"):
         return select.epoll
-    # gevent takes it away, because its wait stops all greenlets; here it never waits.
+    # gevent removes it, because waiting in it would stop all greenlets. Here it never waits.
     return importlib.import_module("gevent.monkey").get_original("select", "epoll")

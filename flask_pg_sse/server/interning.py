@@ -1,6 +1,6 @@
-"""One object for values that are equal in many streams: ten thousand streams of one page have nearly the same headers.
+"""Share one object for values that are equal in many streams: all streams of one page have nearly the same headers.
 
-Nothing is taken away: a reader finds equal values, and the same behaviour. It saves 4.5 kB a stream under gunicorn.
+No value changes, and no behaviour. It saves 4.5 kB for each stream under gunicorn.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import io
 from collections.abc import Collection
 from typing import Any
 
-# Values that are remembered, and the longest text among them, in characters: clients choose most of them, so that
-# together they must stay small. What is forgotten stays shared by the streams that have it.
+# The most values that are remembered, and the longest text among them, in characters. Clients choose most of the
+# values, so the memory for them must have a limit. A value that is forgotten stays shared by the streams that have it.
 _MOST = 4096
 _LONGEST = 256
 
@@ -18,13 +18,13 @@ _known: dict[Any, Any] = {}
 
 
 def interned(key: Any, value: Any = None) -> Any:
-    """Return what was first given for an equal key: `value`, or the key itself."""
+    """Return the first object that was given for an equal key: `value` or, without one, the key itself."""
     return _known_with_room(1).setdefault(key, key if value is None else value)
 
 
 def interned_values(values: Collection[Any]) -> list[Any]:
     """Return the values, with the first equal text that was seen for each text."""
-    # No call but one of C for each: there are fifty in a request, and a storm of reconnects has thousands of those.
+    # One C call for each value and no other: a request has fifty, and a storm of reconnects has thousands of requests.
     keep = _known_with_room(len(values)).setdefault
     return [keep(value, value) if type(value) is str and len(value) <= _LONGEST else value for value in values]
 
@@ -42,7 +42,7 @@ def _known_with_room(more: int) -> dict[Any, Any]:
 
 
 class _NoInput(io.RawIOBase):
-    """The body of requests that have none. Nobody can close it for the others."""
+    """The body of all requests that have none. `close()` does nothing, because the requests share it."""
 
     def readable(self) -> bool:
         return True

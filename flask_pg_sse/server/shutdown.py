@@ -1,12 +1,12 @@
-"""Learning that this worker is about to stop, so that its streams can end themselves first.
+"""Notice that this worker is about to stop, so that its streams can end first.
 
-gunicorn asks a worker to stop and then waits `graceful_timeout` (30 s) for its open requests; a stream never ends by
+gunicorn asks a worker to stop, and then waits `graceful_timeout` (30 s) for its open requests. A stream never ends by
 itself. gunicorn has no hook that an app could use without a configuration file, so two things are watched:
 
-- SIGTERM: a handler is put before the one that stands (gunicorn's, or the app's own), which is called next. Signals can
-  be set from the main thread only: under gevent that is any greenlet, under gthread only while the app is being loaded.
-- the worker object behind gunicorn's handler, whose `alive` turns false also where no signal comes (`max_requests`) or
-  where the handler could not be set (gthread with --preload). The ticker looks at it once a second.
+- SIGTERM: a handler is set that calls the previous one (gunicorn's, or the app's own) afterwards. A handler can be set
+  only in the main thread: under gevent that is any greenlet, under gthread only while the app is being loaded.
+- the worker object behind gunicorn's handler. Its `alive` also becomes false if no signal comes (`max_requests`) or if
+  the handler could not be set (gthread with --preload). The ticker checks it once a second.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from . import gunicorn
 
 _requested = False
 _worker: Any = None
-_watched_in = 0  # the process whose first stream has asked for it
-# Replaced, never changed: the signal handler may read it between any two bytecodes of whoever adds to it.
+_watched_in = 0  # the id of the process in which watch_here() has run
+# Replaced, never changed: the signal handler may read it between any two bytecodes of `subscribe()`.
 _wakeups: tuple[weakref.ref[Wakeup], ...] = ()
 
 
 class _Handler:
-    """A SIGTERM handler that remembers the one it stands before; an app's own may in turn stand before this one."""
+    """A SIGTERM handler that calls the previous one. An app may later set its own handler, which calls this one."""
 
     def __init__(self, previous: Any) -> None:
         self._previous = previous
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        # It may run in gevent's hub: nothing here waits or takes a lock.
+        # It may run in gevent's hub, so nothing here waits or takes a lock.
         global _requested
         _requested = True
         for ref in _wakeups:
@@ -46,9 +46,9 @@ class _Handler:
 
 
 def watch() -> None:
-    """Watch for the end of this worker, if this process is a gunicorn worker; call it as often as you like.
+    """Watch for the end of this worker, if this process is a gunicorn worker. Repeated calls are harmless.
 
-    Elsewhere (`flask run`, scripts) signals are left alone.
+    In other processes (`flask run`, scripts) signals are left alone.
     """
     global _worker
     if not gunicorn.is_running():
@@ -66,7 +66,10 @@ def watch() -> None:
 
 
 def watch_here() -> None:
-    """Watch, once in each process: under --preload, or beside a handler of the app's, it could not be done before."""
+    """Watch, once in each process, at its first stream.
+
+    Under --preload, or if the app sets its own handler, `watch()` could not do its work while the app was loaded.
+    """
     global _watched_in
     if _watched_in != os.getpid():
         watch()
@@ -84,6 +87,6 @@ def requested() -> bool:
 
 
 def subscribe(wakeup: Wakeup) -> None:
-    """Have `wakeup` set when the signal comes, for as long as it exists."""
+    """Set `wakeup` when the signal comes. Only a weak reference to it is kept."""
     global _wakeups
     _wakeups = (*(ref for ref in _wakeups if ref() is not None), weakref.ref(wakeup))

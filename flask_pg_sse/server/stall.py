@@ -1,30 +1,30 @@
-"""Whether a client takes what is sent to it. No I/O; times are given."""
+"""Decide whether a client takes what is sent to it (`SSE_SEND_TIMEOUT`). No I/O; the caller passes the time."""
 
 from __future__ import annotations
 
-# What a client has to take in the time that is allowed it. Pieces are no larger: one that is on its way for all that
-# time is then known to have been too slow.
+# The bytes that a client must take within the send timeout. No piece is larger, so a piece that is in flight for all of
+# that time shows that the client is too slow.
 ENOUGH_BYTES = 16384
 
 
 class SendProgress:
-    """What one stream has handed to its server, and how fast that went.
+    """How much one stream has handed to its server, and how fast that went.
 
-    The stream counts; `stalled()` is asked from time to time, and judges by what it saw then.
+    The stream counts. `stalled()` is called from time to time, and judges by the counts at those times.
     """
 
     __slots__ = ("bytes_sent", "in_flight", "judged")
 
     def __init__(self) -> None:
         self.in_flight = 0  # bytes of the piece that the server is sending
-        self.bytes_sent = 0  # bytes of all pieces before it
-        self.judged: _Judged | None = None  # while `stalled()` sees something in flight, which it seldom does
+        self.bytes_sent = 0  # bytes of all earlier pieces
+        self.judged: _Judged | None = None  # set while `stalled()` sees a piece in flight, which is rare
 
     def stalled(self, now: float, timeout: float) -> bool:
         """Tell whether the socket took less than `ENOUGH_BYTES` in `timeout` seconds while there was something to send.
 
-        How much of the piece in flight has gone is not known. In case of doubt the client gets more time, but never for
-        one piece more than `timeout`.
+        It is not known how much of the piece in flight has left. In case of doubt the client gets more time, but never
+        more than `timeout` for one piece.
         """
         sent, in_flight = self.bytes_sent, self.in_flight
         if not in_flight:
@@ -44,12 +44,12 @@ class SendProgress:
 
 
 class _Judged:
-    """What `stalled()` has seen of a piece that is on its way, and of those before it."""
+    """The counts that `stalled()` saw earlier."""
 
     __slots__ = ("moved_at", "seen", "since", "since_bytes")
 
     def __init__(self, sent: int, now: float) -> None:
         self.seen = sent
-        self.moved_at = now  # when the last piece was seen to have gone
-        self.since = now  # beginning of the time in which `ENOUGH_BYTES` are to go, and what had gone by then
-        self.since_bytes = sent
+        self.moved_at = now  # when the last finished piece was seen
+        self.since = now  # the start of the time in which `ENOUGH_BYTES` must leave
+        self.since_bytes = sent  # how many bytes had left by then
