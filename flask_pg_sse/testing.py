@@ -1,4 +1,4 @@
-"""For the tests of apps that use this package.
+"""Helpers for the tests of apps that use this package.
 
 def test_order_is_announced(app, client):
     with capture(app) as events:
@@ -31,7 +31,7 @@ __all__ = ["Captured", "Received", "capture", "parse", "stream"]
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """One event that the app sent: its channel and its fields, as they would have travelled."""
+    """One event that the app sent: its channel, and its fields as they would have been sent."""
 
     channel: str
     data: str
@@ -48,12 +48,12 @@ class Captured:
 
 @contextmanager
 def capture(app: Flask) -> Iterator[list[Captured]]:
-    """Collect what `notify()` would send, without any database.
+    """Collect the events that `notify()` would send, without a database.
 
-    The list grows while the block runs. Events are checked as ever, so that what cannot be sent fails here too: also
-    what is too large for NOTIFY, for nobody asks the database for its event log. Say `SSE_EVENT_LOG = True` in the
-    tests of an app that has one. An event that is given a `connection=` is collected at the call, whatever becomes of
-    the transaction. `disconnect()` does nothing, and `sse_cursor()` returns None.
+    The list grows while the block runs. Events are checked as usual, so an event that cannot be sent fails here too.
+    That includes an event too large for NOTIFY, because no database is asked whether there is an event log. In the
+    tests of an app that has one, set `SSE_EVENT_LOG = True`. An event with a `connection=` is collected at the call,
+    whether the transaction commits or not. `disconnect()` does nothing, and `sse_cursor()` returns None.
     """
     runtime = state_of(app).runtime
     capturing = _Capturing(logged=runtime.settings.event_log is True)
@@ -65,7 +65,7 @@ def capture(app: Flask) -> Iterator[list[Captured]]:
 
 
 class _Capturing(MemoryEngine):
-    """Keeps what is published as a test looks at it. `logged` says that events may be larger than a NOTIFY."""
+    """Keeps the events that are published, for a test to read. `logged` allows events larger than a NOTIFY."""
 
     def __init__(self, *, logged: bool) -> None:
         super().__init__(log=False)
@@ -84,7 +84,7 @@ class _Capturing(MemoryEngine):
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """One event as a browser would dispatch it; `id` is the last id that the stream has named, "" without one."""
+    """One event as a browser would dispatch it. `id` is the last id in the stream so far; "" if there was none."""
 
     event: str
     data: str
@@ -97,14 +97,16 @@ class Received:
 
 
 def stream(client: FlaskClient, url: str, timeout: float = 5.0) -> Generator[Received, None, None]:
-    """Open a stream with Flask's test client and yield its events; needs a database.
+    """Open a stream with Flask's test client, and yield its events. Needs a database.
 
-    The first is `sse-open`, and once it is there, nothing is missed; or `sse-end`, which says why not now. Waits
-    `timeout` seconds for each event, then raises TimeoutError; only a PostgreSQL that does not answer keeps the first
-    one waiting longer, until `sse-end` says so. A refused stream raises AssertionError with the status and the text.
-    Closing the iterator, or leaving the test, closes the stream.
+    The first event is `sse-open`; once it has come, no event is missed. Or it is `sse-end`, with the reason why the
+    stream cannot begin now. Closing the iterator, or leaving the test, ends the stream.
+
+    Raises TimeoutError if an event does not come within `timeout` seconds. Only the first one may take longer: if
+    PostgreSQL does not answer, it is an `sse-end` that says so. A refused stream raises AssertionError with the status
+    and the text.
     """
-    opened: list[Subscription] = []  # the view adds its subscription: the test client hands the app a copy of environ
+    opened: list[Subscription] = []  # the view appends its subscription; the test client gives it a copy of the environ
     response = client.get(url, environ_overrides={"flask_pg_sse.testing": opened})
     try:
         if response.status_code != 200:
@@ -124,9 +126,10 @@ def stream(client: FlaskClient, url: str, timeout: float = 5.0) -> Generator[Rec
 
 @contextmanager
 def _at_most(timeout: float, subscriptions: Iterable[Subscription]) -> Iterator[None]:
-    """Wait for the stream inside; TimeoutError once it has taken too long. Heartbeats do not count as an answer.
+    """End the streams, and raise TimeoutError, if the block takes longer than `timeout` seconds.
 
-    A stream that was told to come back later has no subscription, and ends by itself.
+    Heartbeats do not end the wait. A stream that was told to reconnect later has no subscription here, and ends by
+    itself.
     """
     too_late = threading.Event()
 
@@ -147,7 +150,7 @@ def _at_most(timeout: float, subscriptions: Iterable[Subscription]) -> Iterator[
 
 
 def parse(chunks: Iterable[bytes]) -> Iterator[Received]:
-    """Parse a stream as browsers do.
+    """Parse a stream as browsers do, and yield its events.
 
     https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
     """

@@ -21,10 +21,10 @@ from ..web.api import LONGEST, sse_url
 from ..web.blueprint import sse_bp
 from ..web.state import current_state
 
-# Seconds for one batch.
+# Seconds for one batch of events.
 _PRUNE_TIMEOUT = 60.0
 
-sse_bp.cli.help = "Server-Sent Events out of PostgreSQL: the event log, signed URLs."
+sse_bp.cli.help = "Server-Sent Events from PostgreSQL: manage the event log and sign URLs."
 sse_bp.cli.short_help = sse_bp.cli.help
 
 
@@ -34,12 +34,12 @@ sse_bp.cli.short_help = sse_bp.cli.help
     "--grant-to",
     multiple=True,
     metavar="ROLE",
-    help="Let a role use the event log, where the app runs as another role than this command; repeatable.",
+    help="Let this role use the event log, if the app runs as another role than this command. Repeatable.",
 )
 def _init(sql: bool, grant_to: tuple[str, ...]) -> None:
     """Install the event log in the app's database, or bring it up to date.
 
-    Harmless where it is installed already: a deploy may always run it.
+    Every deploy may run this: it changes nothing if the log is up to date.
     """
     try:
         script = schema.schema_sql(grant_to)
@@ -68,7 +68,7 @@ def _init(sql: bool, grant_to: tuple[str, ...]) -> None:
     "--max-age",
     type=click.FloatRange(min=0, max=LONGEST),
     metavar="SECONDS",
-    help="The age from which events are deleted; without it, the app's SSE_RETENTION.",
+    help="Delete events older than this. Default: the app's SSE_RETENTION.",
 )
 def _prune(max_age: float | None) -> None:
     """Delete the event log's old events now."""
@@ -79,45 +79,47 @@ def _prune(max_age: float | None) -> None:
         deleted, another = prune(lambda query, args: run(query, tuple(args)), max_age)
     click.echo(f"Deleted {deleted} event{'' if deleted == 1 else 's'} older than {max_age:g} s ({dsn}).")
     if another:
-        click.echo("Another session is pruning at this moment, and was left to it.")
+        click.echo("Another session is pruning the log at this moment, so this command stopped.")
 
 
 @sse_bp.cli.command("sign")
 @click.argument("channels", metavar="CHANNEL...", nargs=-1, required=True)
-@click.option("--expires", type=float, metavar="SECONDS", help="For how long the URL is good; else as long as the key.")
-@click.option("--subject", help="For whom the URL is, for disconnect() and the number of streams.")
+@click.option(
+    "--expires", type=float, metavar="SECONDS", help="How long the URL is valid. Default: as long as the secret key."
+)
+@click.option("--subject", help="The client that the URL is for: disconnect() finds it, and streams count for it.")
 def _sign(channels: tuple[str, ...], expires: float | None, subject: str | None) -> None:
-    """Print a URL that opens the channels, and no others, to whoever has it."""
+    """Print a URL that opens the channels, and no others, to everybody who has it."""
     try:
-        with current_app.test_request_context():  # a path can be built without knowing the site's name
+        with current_app.test_request_context():  # building a path does not need the site's host name
             click.echo(sse_url(channels, sign=True, expires=expires, subject=subject))
     except (PgSSEError, ValueError, BuildError) as error:
         raise click.ClickException(f"The URL was not signed: {error}") from None
 
 
 _RIGHTS = (
-    'Let a role do it that owns the schema or may create it, or hand the output of "flask sse init --sql --grant-to '
-    'ROLE" to who may.'
+    'Run it as a role that owns the schema or may create it, or give the output of "flask sse init --sql --grant-to '
+    'ROLE" to an administrator.'
 )
 _INIT_REMEDIES: dict[type[Exception], str] = {
     psycopg2.errors.InsufficientPrivilege: _RIGHTS,
     psycopg2.errors.UndefinedObject: "Create the role first, or correct --grant-to. Nothing has been changed.",
-    psycopg2.errors.ReadOnlySqlTransaction: "Name the primary server in the URL, and a database that takes writes.",
-    psycopg2.errors.DeadlockDetected: "Run it again; sessions that were using the log came between.",
-    psycopg2.errors.FeatureNotSupported: "Upgrade PostgreSQL; without the event log the older one serves.",
+    psycopg2.errors.ReadOnlySqlTransaction: "Use the URL of the primary server, and a database that accepts writes.",
+    psycopg2.errors.DeadlockDetected: "Run it again: it conflicted with sessions that were using the log.",
+    psycopg2.errors.FeatureNotSupported: "Upgrade PostgreSQL. Without the event log, the older version works too.",
 }
 _NOT_INSTALLED = 'It is not installed there: run "flask sse init".'
 _PRUNE_REMEDIES: dict[type[Exception], str] = {
     psycopg2.errors.InvalidSchemaName: _NOT_INSTALLED,
     psycopg2.errors.UndefinedFunction: _NOT_INSTALLED,
-    psycopg2.errors.InsufficientPrivilege: 'Let the role in with "flask sse init --grant-to ROLE".',
+    psycopg2.errors.InsufficientPrivilege: 'Give the role access with "flask sse init --grant-to ROLE".',
     psycopg2.errors.ReadOnlySqlTransaction: _INIT_REMEDIES[psycopg2.errors.ReadOnlySqlTransaction],
 }
 
 
 @contextmanager
 def _database(failed: str, remedies: dict[type[Exception], str]) -> Iterator[tuple[Any, Dsn]]:
-    """Connect to the app's database; any failure becomes one line that says what, why and the remedy."""
+    """Connect to the app's database. Any failure becomes one line that says what failed, why, and the remedy."""
     try:
         dsn, _ = current_state().runtime.databases()
     except PgSSEError as error:
@@ -132,10 +134,10 @@ def _database(failed: str, remedies: dict[type[Exception], str]) -> Iterator[tup
         raise click.ClickException(f"{failed}: {error}") from None
     except (TimeoutError, psycopg2.errors.QueryCanceled, psycopg2.errors.LockNotAvailable):
         raise click.ClickException(
-            f"{failed} ({dsn}): PostgreSQL did not finish in time. Look in pg_stat_activity for what holds it up."
+            f"{failed} ({dsn}): PostgreSQL did not finish in time. Look in pg_stat_activity for what blocks it."
         ) from None
     except psycopg2.Error as error:
-        # A server's message is one line, but in its translation or from an extension it need not be.
+        # A server's message is usually one line, but a translation or an extension may use several.
         why = " ".join((error.diag.message_primary or str(error)).split()).rstrip(".")
         remedy = next((text for kind, text in remedies.items() if isinstance(error, kind)), error.diag.message_hint)
         raise click.ClickException(f"{failed} ({dsn}): {why}. {remedy or ''}".rstrip()) from None

@@ -1,4 +1,4 @@
-"""What Flask developers call: `notify()` and its relatives, for the current app."""
+"""The functions that apps call, such as `notify()`. They work on the current app."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class CurrentApp:
-    """The calls, for the current app. The module's functions are this class's methods."""
+    """The calls for the current app. The module's functions are methods of this class."""
 
     def _runtime(self) -> Runtime:
         return current_state().runtime
@@ -44,28 +44,30 @@ class CurrentApp:
     ) -> int | None:
         """Send an event to every stream that listens to `channel`, in any process on any host.
 
-        data:        a `str` as it is, `bytes` as UTF-8, anything else as JSON through the app's JSON provider.
-        event:       the event's name in the browser; `message` without one.
-        id:          the event's id as the page sees it; without the event log also the browser's `Last-Event-ID`.
+        data:        a `str` is sent as it is, `bytes` as UTF-8, anything else as JSON by the app's JSON provider.
+        event:       the event's name in the browser; `message` by default.
+        id:          the event's id in the page. Without the event log it is also the browser's `Last-Event-ID`.
         retry:       the browser's reconnection time, in milliseconds.
         comment:     text that browsers ignore.
-        sse_payload: the five above as one dict, the call of sse_relay_server; alone or not at all.
-        durable:     whether the event goes to the event log, where there is one. One that does not reaches the streams
-                     that are open, and is in no order with those of the log that its transaction sends.
+        sse_payload: the five arguments above in one dict, as in sse_relay_server. Not together with them.
+        durable:     whether the event goes to the event log, if there is one. An event that does not reaches only the
+                     streams that are open, in no fixed order with events of the same transaction that are in the log.
         connection:  a psycopg2 or psycopg 3 connection, or an SQLAlchemy `Connection`, `Session` or `scoped_session`.
-                     The event then belongs to its transaction: it leaves on commit, and never after a rollback. Without
-                     it the event leaves at once, on a connection of the package's own.
+                     The event then belongs to its transaction: it is sent on commit, and never after a rollback.
+                     Without it, the event is sent at once, on one of the package's own connections.
 
-        Returns the event's id in the log; None where it goes to none, and with `connection`, where it gets one on
-        commit. Raises `InvalidChannel` and `InvalidEvent` (both `ValueError`) for what cannot be sent,
-        `PayloadTooLarge` for what does not fit PostgreSQL's NOTIFY and goes to no log, the JSON provider's own error
-        (TypeError as a rule) for data that it cannot write, `DatabaseUnavailable` (a `ConnectionError`),
-        `DatabaseNotConfigured`, and `EventLogMissing` where the configuration requires a log and there is none.
+        Returns the event's id in the log. Returns None if the event does not go to a log, and None with `connection`,
+        because the event then gets its id on commit.
+
+        Raises `InvalidChannel` and `InvalidEvent` (both `ValueError`) for a channel or an event that cannot be sent;
+        `PayloadTooLarge` for an event that does not fit PostgreSQL's NOTIFY and does not go to a log; the JSON
+        provider's error, usually TypeError, for data that it cannot write; `DatabaseUnavailable` (a `ConnectionError`);
+        `DatabaseNotConfigured`; and `EventLogMissing` if the configuration requires a log and there is none.
         """
         fields: Mapping[str, Any] = {"event": event, "id": id, "retry": retry, "comment": comment}
         if sse_payload is not None:
             if data is not None or any(value is not None for value in fields.values()):
-                raise TypeError("notify() takes sse_payload, or data, event, id, retry and comment; not both.")
+                raise TypeError("notify() takes either sse_payload or data, event, id, retry and comment, not both.")
             data, fields = _split_sse_payload(sse_payload)
         return self._runtime().notify(channel, [data], fields, connection, durable=durable)
 
@@ -80,9 +82,9 @@ class CurrentApp:
         durable: bool = True,
         connection: Any = None,
     ) -> None:
-        """Send one event for each of `items`, in order and in one transaction: all of them or none.
+        """Send one event for each of `items`, in their order and in one transaction: all of them or none.
 
-        An item is the data of its event; that and the rest are as in `notify()`.
+        Each item is the data of one event. The other arguments, and the errors, are those of `notify()`.
         """
         if isinstance(items, str | bytes | dict):
             raise TypeError(f"notify_many() takes a list of items; for one {type(items).__name__} call notify().")
@@ -90,24 +92,26 @@ class CurrentApp:
         self._runtime().notify(channel, list(items), fields, connection, durable=durable)
 
     def sse_cursor(self) -> int | None:
-        """Return the event log's head: whoever reads data after this call has all events up to it in them.
+        """Return the event log's head: data that are read after this call include all events up to it.
 
-        For `sse_url(…, cursor=…)`: the page's stream then begins where its data end. None without a log. Read on a
-        connection of the package's own. Raises `DatabaseUnavailable`, `DatabaseNotConfigured`, and `EventLogMissing`
-        where the configuration requires a log and there is none.
+        Pass it to `sse_url(…, cursor=…)`: the page's stream then begins where the page's data end. None without a log.
+        It is read on one of the package's own connections.
+
+        Raises `DatabaseUnavailable`, `DatabaseNotConfigured`, and `EventLogMissing` if the configuration requires a log
+        and there is none.
         """
         return self._runtime().cursor()
 
     def disconnect(self, *, subject: str | int | uuid.UUID | None = None, channel: str | None = None) -> None:
-        """End the streams of a subject, those on a channel, or with both those of that subject on that channel.
+        """End the streams of a subject or on a channel. With both arguments: of that subject on that channel.
 
-        In every worker on every host that has the same database and secret key, within a second; the browsers come
-        back, and are asked anew who they are. So take the right away first. A worker that has lost the database at that
-        moment obeys when it is back, if there is an event log, and otherwise not at all.
+        This reaches every worker on every host with the same database and secret key, within a second. The browsers
+        then reconnect, and permission is checked again, so take the right away first. A worker that has lost the
+        database at that moment obeys when it is connected again, if there is an event log; otherwise it never does.
 
-        Raises TypeError and ValueError for what is no subject, `InvalidChannel`, `ConfigurationError` without a secret
-        key (any role of the database could otherwise do the same), `DatabaseUnavailable`, `DatabaseNotConfigured`,
-        `EventLogMissing` as `sse_cursor()`.
+        Raises TypeError and ValueError for a value that cannot be a subject; `InvalidChannel`; `ConfigurationError`
+        without a secret key, because any role of the database could otherwise do the same; `DatabaseUnavailable`;
+        `DatabaseNotConfigured`; and `EventLogMissing` as `sse_cursor()` does.
         """
         if subject is None and channel is None:
             raise TypeError("disconnect() needs a subject, a channel, or both.")
@@ -125,18 +129,20 @@ class CurrentApp:
         cursor: int | str | None = None,
         external: bool = False,
     ) -> str:
-        """Return the URL of a stream on one channel or several.
+        """Return the URL of a stream on one or several channels.
 
-        sign:     open these channels, and no others, to whoever has the URL. `expires` and `subject` imply it.
-        expires:  for how long, in seconds or as a timedelta; a stream ends then too. Without it the URL is good for as
-                  long as the secret key.
-        subject:  for whom: `disconnect(subject=…)` ends what was opened with the URL, and the number of streams is
-                  counted by it. It can be read in the URL.
-        cursor:   what `sse_cursor()` gave: the stream begins with what came after it.
-        external: an absolute URL, not a path. Always absolute, under `SSE_SERVER_URL`, where that is set.
+        sign:     sign the URL: it then opens these channels, and no others, to everybody who has it. `expires` and
+                  `subject` imply it.
+        expires:  how long the URL is valid, in seconds or as a timedelta. Streams that it opened end then too. By
+                  default it is valid as long as the secret key.
+        subject:  the client that the URL is for. `disconnect(subject=…)` ends the streams that it opened, and they
+                  count for this client. The subject can be read in the URL.
+        cursor:   the result of `sse_cursor()`: the stream begins with the events after it.
+        external: return an absolute URL, not a path. If `SSE_SERVER_URL` is set, the URL is always absolute and begins
+                  with that.
 
-        Raises `InvalidChannel`, TypeError and ValueError for what no stream can have, and `ConfigurationError` if it is
-        to sign and there is no secret key.
+        Raises `InvalidChannel`, TypeError and ValueError for arguments that no stream can have, and
+        `ConfigurationError` if the URL must be signed and there is no secret key.
         """
         names = [channels] if isinstance(channels, str) else list(channels)
         if not names:
@@ -153,15 +159,15 @@ class CurrentApp:
             pairs.append(("token", sign_token(self._runtime().signing_keys("sse_url() that signs"), token)))
         query = urlencode(pairs)
         settings = self._runtime().settings
-        if settings.server_url is not None:  # whose limits are its own
+        if settings.server_url is not None:  # that server has its own limits
             return f"{settings.server_url}/?{query}"
         if (count := len(set(names))) > settings.max_channels:
-            raise ValueError(f"sse_url() got {count} channels, and one stream has {settings.max_channels} at the most.")
+            raise ValueError(f"sse_url() got {count} channels, and one stream has at most {settings.max_channels}.")
         path = url_for(f"{current_state().blueprint_name}.stream", _external=external)
-        return f"{path}{'&' if '?' in path else '?'}{query}"  # an app's url_defaults may stand in a query
+        return f"{path}{'&' if '?' in path else '?'}{query}"  # the path may have a query from the app's url_defaults
 
 
-# Seconds, some three hundred years: what is more, or no number, is a slip.
+# The longest time in seconds, some three hundred years. A longer one is a mistake.
 LONGEST = 1e10
 
 
@@ -169,7 +175,7 @@ def _positive_seconds(value: object) -> float:
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise TypeError(f"expires is a number of seconds or a timedelta, not {type(value).__name__}.")
-    if not 0 < seconds < LONGEST:  # the inequalities are false for NaN too
+    if not 0 < seconds < LONGEST:  # NaN fails this too
         raise ValueError(f"expires is a number of seconds from now, greater than 0, not {seconds!r}.")
     return float(seconds)
 
@@ -189,15 +195,16 @@ notify_many = _current_app.notify_many
 sse_url = _current_app.sse_url
 sse_cursor = _current_app.sse_cursor
 disconnect = _current_app.disconnect
-# The name of the call in sse_server_postgres_listen_notify.
+# The name of this function in sse_server_postgres_listen_notify.
 postgres_notify = notify
 
 
 class ServerUrl:
-    """What stands before `/?channel=…` in a stream's URL: the `sse_server_url` of the older projects' templates.
+    """The part of a stream's URL before `/?channel=…`: `sse_server_url` in the older projects' templates.
 
-    Worked out where a template uses it, because each template gets it, also where no URL can be built. Not werkzeug's
-    LocalProxy: that calls itself a `str`, and Jinja's `~` and `tojson` believe it.
+    The URL is built only when a template uses it, because every template gets this object, even where no URL can be
+    built. werkzeug's LocalProxy does not work here: it claims to be a `str`, and Jinja's `~` and `tojson` then treat it
+    as one.
     """
 
     def __str__(self) -> str:
@@ -206,7 +213,7 @@ class ServerUrl:
             return state.runtime.settings.server_url
         return url_for(f"{state.blueprint_name}.stream").partition("?")[0].rstrip("/")
 
-    def __html__(self) -> str:  # tojson takes this too
+    def __html__(self) -> str:  # Jinja's tojson uses this too
         return str(escape(str(self)))
 
     def __add__(self, text: str) -> str:

@@ -1,6 +1,6 @@
-"""Who may listen to which channel: public patterns, the app's hooks, and what a refused client is told.
+"""Decide which client may listen to which channel: public patterns, the app's hooks, and the text of a refusal.
 
-The hooks run in the request's own context, once a request.
+The hooks run in the request's context: the subject hook once, the authorizer once for each channel that needs it.
 """
 
 from __future__ import annotations
@@ -22,28 +22,30 @@ from ..tokens import Token
 logger = logging.getLogger(__name__)
 
 _SUBJECT_BYTES = 255
-_NOBODY = frozenset[str]()  # one object for all streams that are nobody's
+_NOBODY = frozenset[str]()  # one object for all streams without a subject
 
 Authorizer = Callable[[str], bool]
 SubjectOf = Callable[[], "str | int | None"]
 
 
 class HookFailed(Exception):
-    """A function of the app's raised what is no HTTP answer; it has been logged."""
+    """One of the app's hooks raised an exception that is not an HTTP answer. It has been logged."""
 
 
 def check_hook(function: object, name: str) -> None:
-    """Raise TypeError for what cannot be an authorizer or a function that names the subject."""
+    """Raise TypeError if `function` cannot be the hook `name`."""
     if not callable(function):
-        raise TypeError(f"{name} is to be a function, not {type(function).__name__}.")
+        raise TypeError(f"{name} must be a function, not {type(function).__name__}.")
     if inspect.iscoroutinefunction(function):
-        raise TypeError(f"{name} is to be an ordinary function; {name_of(function)} is a coroutine, always true.")
+        raise TypeError(
+            f"{name} must be an ordinary function. {name_of(function)} returns a coroutine, which is always true."
+        )
 
 
 def subjects_of(hook: SubjectOf | None, token: Token | None) -> frozenset[str] | None:
-    """Return whose a stream is, as the token and the app say; None where the app's answer cannot be used.
+    """Return a stream's subjects, from the token and from the app. Returns None if the app's answer is not a subject.
 
-    Raises `HookFailed`; HTTP exceptions pass.
+    Raises `HookFailed`. An HTTP exception of the hook is raised as it is.
     """
     subjects = {token.subject} if token is not None and token.subject is not None else set()
     if hook is not None:
@@ -58,14 +60,17 @@ def subjects_of(hook: SubjectOf | None, token: Token | None) -> frozenset[str] |
 
 
 def may_listen(hook: Authorizer | None, channel: str) -> bool:
-    """Tell whether the authorizer opens a channel. Raises `HookFailed`; HTTP exceptions pass."""
+    """Tell whether the authorizer opens a channel.
+
+    Raises `HookFailed`. An HTTP exception of the hook is raised as it is.
+    """
     if hook is None:
         return False
     answer = _call(hook, "authorize", channel)
     if answer is not True and answer is not False:
         logger.error(
             "Channel %r was refused: only True opens it, and the authorizer %s returned %s. (A decorator such as "
-            "login_required answers in its place; ask current_user.is_authenticated in the function.)",
+            "login_required replaces the function's answer. Check current_user.is_authenticated in the function.)",
             channel,
             name_of(hook),
             type(answer).__name__,
@@ -79,12 +84,15 @@ def _call(hook: Callable[..., Any], name: str, *args: str) -> Any:
     except HTTPException:
         raise
     except Exception as error:
-        logger.exception("%s %s failed; the client is told to come back later.", name, name_of(hook))
+        logger.exception("%s %s failed; the client is told to reconnect later.", name, name_of(hook))
         raise HookFailed from error
 
 
 def closed_text(channel: str, *, debug: bool, bad_token: bool, patterns: Sequence[str], asked: bool) -> str:
-    """Return why a channel is refused, in one line: which of the three ways would have opened it, and what to do."""
+    """Return why a channel is refused, in one line: the three ways to open it, why each failed, and what to do.
+
+    With `debug`, the text tells the developer how to open the channel. `asked` says that there is an authorizer.
+    """
     ways = [
         "it is not among the site's public channels (SSE_CHANNELS)" if patterns else "the site has no public channels",
         "the URL's token is not one of this site's" if bad_token else "the URL has no token that was signed for it",
@@ -92,12 +100,12 @@ def closed_text(channel: str, *, debug: bool, bad_token: bool, patterns: Sequenc
     ]
     text = f"Channel {channel!r} is not open to you: {ways[0]}, {ways[1]}, and {ways[2]}."
     if not debug:
-        return f"{text} Log in, load the page anew, or ask who runs the site to open it."
+        return f"{text} Log in, reload the page, or ask the site's operator to open it."
     name = quoted(channel)
     return (
-        f"{text} To open it to everybody: {how_to_open(channel)}; to who has the URL: sse_url({name}, "
-        f"sign=True, expires=3600); to whom you choose: @sse_bp.authorize on a function of the channel that returns "
-        "True for them."
+        f"{text} To open it to everybody: {how_to_open(channel)}; to everybody with a signed URL: sse_url({name}, "
+        f"sign=True, expires=3600); to clients of your choice: @sse_bp.authorize on a function of the channel that "
+        "returns True for them."
     )
 
 
@@ -106,29 +114,29 @@ def name_of(function: object) -> str:
 
 
 def is_public(channel: str, patterns: Sequence[str]) -> bool:
-    """Tell whether one of the patterns of `SSE_CHANNELS` opens `channel` to everybody; upper and lower case differ."""
+    """Tell whether one of the patterns of `SSE_CHANNELS` opens `channel` to everybody. Case matters."""
     return any(fnmatchcase(channel, pattern) for pattern in patterns)
 
 
 def how_to_open(channel: str) -> str:
-    """Return the line of configuration that opens `channel` and no other, for a developer to copy.
+    """Return a line of configuration that opens `channel` and no other, for the developer to copy.
 
-    The name comes from a URL, so that anybody chooses what stands in this line.
+    The channel's name comes from a URL, so anybody can choose it: the line must quote it safely.
     """
     pattern = re.sub(r"([*?[])", r"[\1]", channel)
     return f'app.config["SSE_CHANNELS"] = [{quoted(pattern)}]'
 
 
 def quoted(text: str) -> str:
-    """Return a text as a literal of Python, in one line."""
+    """Return a text as a Python literal, in one line."""
     return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)
 
 
 def to_subject(value: object) -> str:
-    """Return a subject as text: a string, or a user's id as databases give it, a whole number or a UUID.
+    """Return a subject as text. It may be a string, a whole number or a UUID, as databases use for a user's id.
 
-    Raises TypeError for other types, which may not have one text, and ValueError for text that is empty, longer than
-    255 bytes in UTF-8, or no Unicode.
+    Raises TypeError for other types, because their text may not be unique. Raises ValueError for text that is empty,
+    longer than 255 bytes in UTF-8, or not valid Unicode.
     """
     if isinstance(value, bool) or not isinstance(value, str | int | uuid.UUID):
         raise TypeError(f"A subject is a string, a whole number or a UUID, not {type(value).__name__}.")
@@ -143,16 +151,16 @@ def to_subject(value: object) -> str:
 
 
 def counted_under(subjects: Collection[str], address: str | None) -> tuple[str, ...]:
-    """Return what the streams of a client are counted under: its subjects or, where it has none, its address.
+    """Return the names under which a client's streams are counted: its subjects or, if it has none, its address.
 
-    Of an IPv6 address the first 64 bits count: the others are its owner's to choose.
+    Only the first 64 bits of an IPv6 address count, because its owner can choose the others.
     https://www.rfc-editor.org/rfc/rfc4291#section-2.5.4
     """
     if subjects:
         return tuple(f"subject {subject}" for subject in sorted(subjects))
     try:
         known = ipaddress.ip_address(address or "")
-    except ValueError:  # the peer of a Unix socket has none
+    except ValueError:  # the peer of a Unix socket has no IP address
         return (f"address {address or ''}",)
     if isinstance(known, ipaddress.IPv6Address):
         known = known.ipv4_mapped or ipaddress.IPv6Address(int(known) >> 64 << 64)

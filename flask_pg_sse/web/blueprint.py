@@ -1,4 +1,4 @@
-"""The blueprint: parse the request, ask who may listen, answer with a stream."""
+"""The blueprint: parse the request, check permission, answer with a stream."""
 
 from __future__ import annotations
 
@@ -41,32 +41,34 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class SSEBlueprint(Blueprint):
-    """The blueprint, with the two functions by which all apps of the process decide who may listen.
+    """The blueprint, with the two hooks that check permission for all apps of the process.
 
-    An app's own, given to `register_blueprint()` or to `PgSSE`, come before these.
+    The hooks that an app gives to `register_blueprint()` or to `PgSSE` take precedence in that app.
     """
 
     default_authorize: Authorizer | None = None
     default_subject: SubjectOf | None = None
 
     def authorize(self, function: _F) -> _F:
-        """Have `function(channel)` decide who may listen to the channels that are neither public nor signed for.
+        """Set `function(channel)` as the authorizer: it decides on channels that are neither public nor signed for.
 
-        It runs in the request's context, so that `session` and flask_login's `current_user` are there, once for each
-        such channel. Only `True` opens the channel; `False` refuses; an HTTP exception (`abort(401)`) is the answer. An
-        authorizer that fails refuses for the moment: the browser tries again.
+        It runs in the request's context, where `session` and flask_login's `current_user` work, once for each such
+        channel. `True` opens the channel, and `False` refuses it. An HTTP exception (`abort(401)`) becomes the answer.
+        If the function fails, the stream does not begin now, and the browser tries again.
 
-        Raises TypeError for what cannot be called so, and RuntimeError where another one was set before: it would
-        decide for all apps of the worker. An app's own is `register_blueprint(sse_bp, authorize=…)`.
+        Raises TypeError if `function` is not callable, or is a coroutine function. Raises RuntimeError if another
+        authorizer is set already, because it decides for all apps of the worker. For one app, use
+        `register_blueprint(sse_bp, authorize=…)`.
         """
         self.default_authorize = _only(self.default_authorize, function, "authorize")
         return function
 
     def subject(self, function: _F) -> _F:
-        """Have `function()` name the client: a string, a whole number or a UUID; None for a stranger.
+        """Set `function()` as the function that names the client: by a string, a whole number, a UUID or None.
 
-        A user's id, as a rule. `disconnect(subject=…)` finds the streams by it, and `SSE_MAX_STREAMS_PER_CLIENT` counts
-        by it. It runs in the request's context, for every stream. Raises as `authorize` does.
+        This is usually the user's id; None means that the client is not known. `disconnect(subject=…)` finds streams by
+        it, and `SSE_MAX_STREAMS_PER_CLIENT` counts by it. The function runs in the request's context, once for every
+        stream. Raises the same errors as `authorize`.
         """
         self.default_subject = _only(self.default_subject, function, "subject")
         return function
@@ -76,21 +78,21 @@ def _only(before: Any, function: _F, name: str) -> _F:
     check_hook(function, name)
     if before is not None and before is not function:
         raise RuntimeError(
-            f"@sse_bp.{name} was set before, to {name_of(before)}, and is one for all apps of the worker. Give each "
-            f"app its own: register_blueprint(sse_bp, {name}=…)."
+            f"@sse_bp.{name} was set before, to {name_of(before)}, and all apps of the worker share it. Give each app "
+            f"its own: register_blueprint(sse_bp, {name}=…)."
         )
     return function
 
 
-# Whatever the blueprint's name in an app, its commands (cli.py) are `flask sse …`.
+# The commands (`cli/commands.py`) are `flask sse …`, even if an app gives the blueprint another name.
 sse_bp = SSEBlueprint("sse", __name__, url_prefix="/sse", cli_group="sse")
 
 
 @sse_bp.record
 def _set_up(registration: BlueprintSetupState) -> None:
     app: Any = registration.app
-    registration.url_prefix = registration.url_prefix or "/"  # Flask itself takes no ""
-    # A wrong value is said at once, and read again at first use.
+    registration.url_prefix = registration.url_prefix or "/"  # Flask itself does not accept ""
+    # A wrong value fails here already. The settings are read again at first use.
     secret_keys(Settings.from_config(app.config), app.config)
     unknown = registration.options.keys() - _BLUEPRINT_OPTIONS
     if unknown:
@@ -100,11 +102,10 @@ def _set_up(registration: BlueprintSetupState) -> None:
         app.extensions[EXTENSION] = State(app, name)
         app.context_processor(lambda: {"sse_url": sse_url, "sse_cursor": sse_cursor, "sse_server_url": ServerUrl()})
     app.extensions[EXTENSION].set_hooks(registration.options.get("authorize"), registration.options.get("subject"))
-    shutdown.watch()  # here already, because under gthread only this runs in the main thread
+    shutdown.watch()  # here already, because under gthread only this code runs in the main thread
 
 
-# What Flask itself takes, and our own. Anything else is refused: a misspelt option about who may listen must not go
-# unnoticed.
+# Flask's options and the package's own. Any other option is refused: a misspelt hook must not go unnoticed.
 _BLUEPRINT_OPTIONS = frozenset(
     {"url_prefix", "subdomain", "url_defaults", "name", "name_prefix", "cli_group", "authorize", "subject"}
 )
@@ -112,11 +113,12 @@ _BLUEPRINT_OPTIONS = frozenset(
 
 @sse_bp.app_url_value_preprocessor
 def _mask_token(endpoint: str | None, values: dict[str, Any] | None) -> None:
-    """Keep tokens out of access logs: gunicorn writes the request's line from these when the response has ended.
+    """Keep tokens out of access logs: gunicorn logs the request's line from the environ when the response has ended.
 
-    Flask calls this before any `before_request`, which may answer in the view's place, and also where no view will be
-    asked: for a CORS preflight, for one of our URLs with another method, or with a slip in it. But the query of what no
-    rule at all is for stays: an app may pass that on to another, whose token it is.
+    Flask calls this before any `before_request` function, which may answer instead of the view. It also calls this if
+    no view will run: for a CORS preflight, or for a URL of the blueprint with another method or a typing error. But
+    QUERY_STRING stays as it is if no rule matches the URL: the app may pass the request on to another app, and the
+    token may be that app's.
     """
     environ = request.environ
     if "token=" not in environ.get("QUERY_STRING", ""):
@@ -124,13 +126,13 @@ def _mask_token(endpoint: str | None, values: dict[str, Any] | None) -> None:
     if endpoint is None or current_app.blueprints.get(request.blueprint or "") is sse_bp:
         names = ["RAW_URI", "REQUEST_URI"]
         if not isinstance(request.routing_exception, NotFound):
-            names.append("QUERY_STRING")  # Flask's request has its own copy
+            names.append("QUERY_STRING")  # Flask's request object has its own copy
         for name in names:
             if name in environ:
                 environ[name] = without_token(environ[name])
 
 
-# `others` are an app's: parts of its url_prefix, or its url_defaults.
+# `others` come from the app: the variable parts of its url_prefix, or its url_defaults.
 @sse_bp.get("", endpoint="stream", strict_slashes=False)
 def _stream(**others: object) -> ResponseReturnValue:
     return _answer([])
@@ -140,41 +142,41 @@ def _stream(**others: object) -> ResponseReturnValue:
 def _channel(channel: str, **others: object) -> ResponseReturnValue:
     try:
         request.environ["PATH_INFO"].encode("latin-1").decode()
-    except UnicodeDecodeError:  # werkzeug has put U+FFFD for it; here too it becomes what no channel's name may hold
+    except UnicodeDecodeError:  # werkzeug has put U+FFFD for it; make it a character that no channel's name may have
         channel = channel.replace("\ufffd", "\udcff")
     return _answer([channel])
 
 
 def _answer(names: list[str]) -> ResponseReturnValue:
-    # The object itself: each look through Flask's proxy takes its time.
-    here: Request = request._get_current_object()  # type: ignore[attr-defined]
-    environ = here.environ
+    # The object itself, because every access through Flask's proxy takes time.
+    current: Request = request._get_current_object()  # type: ignore[attr-defined]
+    environ = current.environ
     state = current_state()
     runtime, settings = state.runtime, state.runtime.settings
-    worker = runtime.worker  # which has found out what worker it is in
+    worker = runtime.worker  # its creation has found gunicorn's worker, which the next line needs
     reason = why_no_stream(environ, shutdown.gunicorn_worker())
     if reason is not None:
         logger.error("%s", reason)
         return refusal(500, reason)
     try:
-        query = parse_query(here.query_string, settings.max_channels)
+        query = parse_query(current.query_string, settings.max_channels)
         channels = tuple(dict.fromkeys(check_channel(name) for name in names + query.get("channel", [])))
     except InvalidChannel as error:
         return refusal(400, str(error))
     except ValueError as error:
         return refusal(414, str(error))
     if not channels:
-        return refusal(400, "The URL names no channel: add ?channel=NAME, once for each.")
+        return refusal(400, "The URL names no channel: add ?channel=NAME, once for each channel.")
     if len(channels) > settings.max_channels:
         most = settings.max_channels
-        return refusal(400, f"The URL names {len(channels)} channels, and one stream has {most} at the most.")
+        return refusal(400, f"The URL names {len(channels)} channels, and one stream has at most {most}.")
 
-    # Last-Event-ID of an EventSource that reconnects; the query is for clients that cannot set a header.
+    # An EventSource that reconnects sends the header. The parameter is for clients that cannot set a header.
     last_event_id = environ.get("HTTP_LAST_EVENT_ID") or query.get("last_event_id", [""])[0]
     connection = Connection(environ)
     try:
-        subscription = _admitted(here, state, worker, connection, channels, query.get("token", [""])[0])
-        if here.method == "HEAD":
+        subscription = _admitted(current, state, worker, connection, channels, query.get("token", [""])[0])
+        if current.method == "HEAD":
             return stream_response(Blocks(connection), connection, settings)
         hub, replay = worker.streams
     except _Refused as refused:
@@ -191,13 +193,13 @@ def _answer(names: list[str]) -> ResponseReturnValue:
 
 
 class _Refused(Exception):
-    """This client may not have this stream; the text says why."""
+    """The client may not have this stream. The message says why."""
 
 
 def _admitted(
-    here: Request, state: State, worker: Worker, connection: Connection, channels: Collection[str], signed: str
+    current: Request, state: State, worker: Worker, connection: Connection, channels: Collection[str], signed: str
 ) -> Subscription:
-    """Return the stream that the client may have. Raises `_Refused`, `TryLater`, and HTTP errors of the app's."""
+    """Return the subscription if the client may have it. Raises `_Refused`, `TryLater`, and the hooks' HTTP errors."""
     asked_at = time.monotonic()
     runtime, settings = state.runtime, state.runtime.settings
     token = read_token(runtime.keys(), signed) if signed else None
@@ -215,12 +217,14 @@ def _admitted(
         with worker.admission.place(subscription):
             subjects = authorize.subjects_of(state.subject or sse_bp.default_subject, token)
             if subjects is None:
-                raise _Refused("This site cannot tell whose stream this would be. Ask who runs it to look at its log.")
+                raise _Refused(
+                    "This site cannot tell whose stream this would be. Ask the site's operator to look at its log."
+                )
             each = settings.max_streams_per_client is not None
-            clients = authorize.counted_under(subjects, here.remote_addr) if each else ()
+            clients = authorize.counted_under(subjects, current.remote_addr) if each else ()
             terms = Terms(subjects, clients, asked_at, *_end_of(token, settings.max_age))
             worker.admission.count_for(subscription, terms)
-            worker.wait_until_decidable(asks=bool(to_ask) and here.method != "HEAD")
+            worker.wait_until_decidable(asks=bool(to_ask) and current.method != "HEAD")
             for channel in to_ask:
                 if not authorize.may_listen(authorizer, channel):
                     raise _Refused(closed(channel))
@@ -230,9 +234,9 @@ def _admitted(
 
 
 def _end_of(token: Token | None, max_age: float | None) -> tuple[float, str]:
-    """Return the monotonic time at which a stream has to end, and why."""
+    """Return the monotonic time at which a stream must end, and the reason."""
     ends = [(math.inf, "")]
-    if max_age is not None:  # not all at once that were opened at once, as after a deploy
+    if max_age is not None:  # random, because streams that began together, as after a deploy, must not end together
         ends.append((time.monotonic() + max_age * random.uniform(0.9, 1.0), "max_age"))
     if token is not None and token.expires_at is not None:
         ends.append((time.monotonic() + token.expires_at - time.time(), "expired"))
@@ -240,7 +244,7 @@ def _end_of(token: Token | None, max_age: float | None) -> tuple[float, str]:
 
 
 def _closed(channel: str, state: State, *, asked: bool, bad_token: bool) -> str:
-    """Return why a channel is refused; say it loudly where nothing at all has been opened."""
+    """Return why a channel is refused. Log a warning, once, if the app has opened no channel at all."""
     patterns = state.runtime.settings.channels
     if not patterns and not asked and not state.warned_closed:
         state.warned_closed = True

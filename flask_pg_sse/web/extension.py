@@ -1,4 +1,4 @@
-"""`PgSSE`: for those who prefer an extension object, and for use without an app."""
+"""`PgSSE`: the package as an extension object, with or without an app."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from .state import EXTENSION, State, current_state, state_of
 class PgSSE(CurrentApp):
     """The package as an extension object, for one app, for several, or for none.
 
-    database_url: beats what the app's config says; without an app and without it, the environment's `DATABASE_URL`.
-    url_prefix, name: of the blueprint, which `init_app` registers.
-    authorize, subject: the functions that decide who may listen, as `sse_bp.authorize` and `sse_bp.subject` say.
+    database_url:       takes precedence over the app's config. Without an app, the default is the environment variable
+                        `DATABASE_URL`.
+    url_prefix, name:   the prefix and the name with which `init_app()` registers the blueprint.
+    authorize, subject: the app's hooks, as described at `sse_bp.authorize` and `sse_bp.subject`.
 
-    Within an app context the methods work on the current app, as the module's functions do; elsewhere on the one app
-    that this object was given, or without any app on a runtime of its own, which has no secret key: it can neither sign
-    nor `disconnect()`. `sse_url()` needs an app context, unless `SSE_SERVER_URL` says where the streams are.
+    In an app context, the methods work on the current app, like the module's functions. Outside, they work on the one
+    app that this object was given. Without any app, they work on a separate runtime, which has no secret key: it can
+    neither sign nor `disconnect()`. `sse_url()` needs an app context, unless `SSE_SERVER_URL` says where the streams
+    are.
     """
 
     def __init__(
@@ -43,14 +45,14 @@ class PgSSE(CurrentApp):
         self._url_prefix = url_prefix
         self._name = name
         self._own = Runtime({"SSE_DATABASE_URL": database_url}, json.dumps)
-        self._states: weakref.WeakSet[State] = weakref.WeakSet()  # of the apps that init_app() got
+        self._states: weakref.WeakSet[State] = weakref.WeakSet()  # of the apps that were given to init_app()
         if app is not None:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
         """Register the blueprint under this object's name and prefix."""
         if not isinstance(app, Flask):
-            raise TypeError(f"PgSSE() takes a Flask app, not {type(app).__name__}; for a URL say database_url=….")
+            raise TypeError(f"PgSSE() takes a Flask app, not {type(app).__name__}; pass a URL as database_url=….")
         if self._database_url is not None:
             app.config["SSE_DATABASE_URL"] = self._database_url
         app.register_blueprint(sse_bp, url_prefix=self._url_prefix, name=self._name, **self._hooks)
@@ -62,12 +64,12 @@ class PgSSE(CurrentApp):
         states = list(self._states)
         if len(states) > 1:
             raise RuntimeError(
-                "This PgSSE serves several apps, and here none is the current one: call it within app.app_context()."
+                "This PgSSE serves several apps, and none of them is the current app: call it in app.app_context()."
             )
         return states[0].runtime if states else self._own
 
     cursor = CurrentApp.sse_cursor
 
     def close(self) -> None:
-        """End the streams, threads and connections that the methods have started; the next use starts anew."""
+        """End the streams, threads and connections that the methods have started. The next call starts them again."""
         self._runtime().close()

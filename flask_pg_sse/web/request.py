@@ -1,27 +1,28 @@
-"""What a request for a stream says: its query, taken apart with care."""
+"""Parse the query of a request for a stream, with limits on its size."""
 
 from __future__ import annotations
 
 from urllib.parse import unquote_to_bytes
 
-# Bytes of a query beside its channels, and for each channel: its name with every byte as %XX, and again in the token.
+# The most bytes of a query: a base, and an addition for each channel. A channel's name stands in the query with every
+# byte as %XX, and again in the token.
 _QUERY_BYTES = 16384
 _QUERY_BYTES_EACH = 1200
-# Parameters that are none of ours: a site may add some to every URL.
+# The most parameters besides the channels: a site may add some of its own to every URL.
 _OTHER_PARAMETERS = 100
 
 
 def parse_query(raw: bytes, max_channels: int) -> dict[str, list[str]]:
-    """Return the parameters of a query. ValueError where it is larger than any that could be answered.
+    """Return the parameters of a query. Raises ValueError if it is larger than any valid query.
 
-    Looked at before it is taken apart, which for a million parameters takes a second.
+    The size is checked before parsing, because parsing a million parameters takes a second.
     """
     most = _QUERY_BYTES + max_channels * _QUERY_BYTES_EACH
     if len(raw) > most:
-        raise ValueError(f"The URL's query has {len(raw)} bytes, and {most} at the most are read.")
+        raise ValueError(f"The URL's query has {len(raw)} bytes, and at most {most} are read.")
     if raw.count(b"&") >= max_channels + _OTHER_PARAMETERS:
         raise ValueError(
-            f"The URL's query has {raw.count(b'&') + 1} parameters; one stream has {max_channels} channels."
+            f"The URL's query has {raw.count(b'&') + 1} parameters, and one stream has at most {max_channels} channels."
         )
     found: dict[str, list[str]] = {}
     for parameter in raw.split(b"&"):
@@ -31,5 +32,5 @@ def parse_query(raw: bytes, max_channels: int) -> dict[str, list[str]]:
 
 
 def _unquoted(raw: bytes) -> str:
-    """Return a name or a value. Bytes that are not UTF-8 become lone surrogates, which no channel's name may hold."""
+    """Decode a name or a value. Bytes that are not UTF-8 become lone surrogates, which no channel's name may have."""
     return unquote_to_bytes(raw).decode("utf-8", "surrogateescape")

@@ -1,4 +1,4 @@
-"""A stream as a response of Flask's: its headers, and what becomes of it in the server."""
+"""A stream as a Flask response: its headers, and how the server begins and ends it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .state import current_state
 
 _HEADERS = (
     ("Content-Type", "text/event-stream; charset=utf-8"),
-    # "no-transform" and nginx's own header keep proxies from collecting what should flow.
+    # "no-transform" and nginx's own header keep proxies from buffering the stream.
     ("Cache-Control", "no-cache, no-transform"),
     ("X-Accel-Buffering", "no"),
 )
 
 
 class _Begins:
-    """Mixed into a class of responses: tells the connection when the server has begun with this one."""
+    """Mixin for a response class: tells the connection when the server has begun to send the response."""
 
     def __init__(self, body: Iterable[bytes], begin: Callable[[Any], None]) -> None:
-        """Make a response as Flask would. `begin` gets what `start_response` has returned."""
+        """Make a response as Flask does. `begin` is called with the return value of `start_response`."""
         super().__init__(body, headers=_HEADERS)  # type: ignore[call-arg]
-        # What reads a whole body (a log, a compressor) fails or passes on, and does not wait for the end of a stream.
+        # Code that wants the whole body (a log, a compressor) then fails or skips it, and does not wait for its end.
         self.direct_passthrough = True
         self._pg_sse_begin = begin
 
@@ -44,13 +44,13 @@ class _Begins:
 
 class _StreamResponse(_Begins, Response):
     def get_wsgi_headers(self, environ: Any) -> Headers:
-        """Return the headers as they are. Werkzeug would copy them, for what it may have to do to those of others."""
+        """Return the headers as they are. Werkzeug would copy them first, for changes that a stream does not need."""
         return self.headers
 
 
 @functools.cache
 def _response_class(apps: type[Response]) -> type[Any]:
-    """Return the class for an app's streams. Of the app's own `response_class` Flask would make it that one."""
+    """Return the class for an app's streams. It is a subclass of the app's own, or Flask would convert the response."""
     return _StreamResponse if apps is Response else type("StreamResponse", (_Begins, apps), {})
 
 
@@ -65,7 +65,7 @@ def stream_response(
 
 
 class Blocks:
-    """The body of a stream that ends at once. (Of a tuple werkzeug would say the length.)"""
+    """The body of a stream that ends at once. (For a tuple, werkzeug would set Content-Length.)"""
 
     def __init__(self, connection: Connection, *blocks: bytes) -> None:
         self._connection = connection
@@ -74,7 +74,7 @@ class Blocks:
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._blocks)
 
-    def close(self) -> None:  # werkzeug iterates over nothing for HEAD, and closes even so
+    def close(self) -> None:  # werkzeug does not iterate for HEAD, but it does close
         self._connection.stop_reading()
 
 
@@ -83,9 +83,9 @@ def refusal(status: int, text: str) -> Response:
 
 
 def ended(reason: str, last_event_id: str) -> Response:
-    """Refuse for the moment: a browser's EventSource comes back after this, and never after an error status.
+    """Refuse a stream for now. After this answer a browser's EventSource reconnects; after an error status it does not.
 
-    The client's position goes back to it as the event's id: a page that fetches a new URL can go on from there.
+    The client gets its position back as the event's id: a page that fetches a new URL can continue from there.
     """
     settings = current_state().runtime.settings
     block = event.end_block(reason, settings.retry, id=event.to_log_id(last_event_id))

@@ -1,4 +1,4 @@
-"""What an app keeps of this package: `app.extensions["pg_sse"]`."""
+"""The package's state in an app: `app.extensions["pg_sse"]`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ EXTENSION = "pg_sse"
 
 
 class State:
-    """What `app.extensions["pg_sse"]` holds: the app's runtime, and the blueprint's name in that app."""
+    """The value of `app.extensions["pg_sse"]`: the app's runtime and hooks, and the blueprint's name in that app."""
 
     def __init__(self, app: Flask, blueprint_name: str) -> None:
         self.runtime = Runtime(app.config, lambda data: app.json.dumps(data))
         self.blueprint_name = blueprint_name
-        self.warned_closed = False  # the warning that no channel is open is given once
+        self.warned_closed = False  # whether the warning that no channel is open has been logged
         self.authorize: Authorizer | None = None
         self.subject: SubjectOf | None = None
 
     def set_hooks(self, authorize: Any, subject: Any) -> None:
-        """Set the functions that decide who may listen in this app, where they are given."""
+        """Set the app's hooks; None leaves one as it is. Raises RuntimeError if another one is set already."""
         for name, function in (("authorize", authorize), ("subject", subject)):
             if function is None:
                 continue
@@ -39,7 +39,7 @@ class State:
 
 
 def state_of(app: Flask) -> State:
-    """Return the state of an app; RuntimeError with the remedy where the blueprint is not registered."""
+    """Return the state of an app. Raises RuntimeError, with the remedy, if the blueprint is not registered."""
     state: State | None = app.extensions.get(EXTENSION)
     if state is None:
         raise RuntimeError(

@@ -260,9 +260,9 @@ def test_on_the_extension_object(database_url: str) -> None:
 @pytest.mark.parametrize("hook", ["authorize", "subject"])
 @pytest.mark.parametrize("wrong", ["may_listen", True, 5, {"a": True}])
 def test_what_is_no_function(hook: str, wrong: Any) -> None:
-    with pytest.raises(TypeError, match=f"{hook} is to be a function, not"):
+    with pytest.raises(TypeError, match=f"{hook} must be a function, not"):
         Flask("tests").register_blueprint(sse_bp, **{hook: wrong})
-    with pytest.raises(TypeError, match=f"{hook} is to be a function, not"):
+    with pytest.raises(TypeError, match=f"{hook} must be a function, not"):
         getattr(SSEBlueprint("x", __name__), hook)(wrong)
 
 

@@ -224,7 +224,7 @@ def test_an_old_postgresql_and_a_standby_are_refused(
     with monkeypatch.context() as patch:
         patch.setattr(schema, "OLDEST", 990000)
         line = failure(make_app(database_url), "init")
-    assert "needs PostgreSQL 99 or newer, and this is 1" in line and line.endswith("the older one serves.")
+    assert "needs PostgreSQL 99 or newer, and this is 1" in line and line.endswith("the older version works too.")
     line = failure(make_app(f"{database_url}?options=-c%20default_transaction_read_only%3Don"), "init")
     assert "read-only transaction" in line and "primary" in line
 
@@ -269,7 +269,7 @@ def test_prune_leaves_it_to_another_one(database_url: str, make_app: MakeApp) ->
         first, second = ok(app, "prune").splitlines()
         cursor.execute("COMMIT")
     assert first.startswith("Deleted 0 events older than 86400 s")
-    assert second == "Another session is pruning at this moment, and was left to it."
+    assert second == "Another session is pruning the log at this moment, so this command stopped."
     assert ok(app, "prune").startswith("Deleted 1 event ")
 
 
@@ -280,7 +280,7 @@ def test_prune_says_that_there_is_no_log(database_url: str, make_app: MakeApp, r
     assert failure(app, "prune").endswith('It is not installed there: run "flask sse init".')
     ok(app, "init")
     line = failure(make_app(as_role(database_url, role)), "prune")
-    assert line.endswith('Let the role in with "flask sse init --grant-to ROLE".')
+    assert line.endswith('Give the role access with "flask sse init --grant-to ROLE".')
 
 
 # --- the README
