@@ -118,7 +118,7 @@ class Hub:
             subscribers = self._sets[subscription.channels]
             before = subscribers.position
             if before.accepted != position:  # a common position for new streams, even if no event has an id
-                # The old times stay: heartbeats of the streams that have been there since then are due by them.
+                # Keep the old times: they say when the set's earlier streams are due for a heartbeat.
                 subscribers.position = Position(position, position, before.told_at, before.active_at, shared=True)
                 subscribers.scattered = True
             subscription.go_live(position, Block(b""), now, like=subscribers.position)
@@ -269,7 +269,7 @@ class Hub:
                         self._fall_behind(subscription)
 
     def beat(self) -> None:
-        """Send a heartbeat on every stream that has been quiet for that long, and end the streams whose time is up.
+        """Send a heartbeat on every stream that has been quiet for too long, and end the streams that must end now.
 
         Also cut the connection of a client that does not take what is sent. Otherwise it could hold memory and a place
         for as long as it likes.

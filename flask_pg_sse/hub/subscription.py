@@ -115,7 +115,7 @@ class Subscription:
         self.connection: Connection | None = None  # once the stream has begun
         self.awake: set[Subscription] = set()  # has this stream while its generator is not parked; once open, the hub's
         self.watched_as = -1  # the number of its socket while `Hangups` watches that; -1: it does not
-        # Monotonic time at which the stream must end. Once it has ended: at which its connection is cut, if still open.
+        # Monotonic time at which the stream must end. After `end()`: at which its connection is cut, if still open.
         self.due = terms.ends_at
         self.ticket: Ticket | None = None  # while the stream is in the hub's tables
         self._buffer: Buffer | None = None  # made when something has to wait, which for most streams never happens

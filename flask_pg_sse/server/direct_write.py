@@ -121,7 +121,7 @@ class DirectWriter(SendProgress):
     def finish(self, rest: bytes) -> None:
         """Send the rest of a chunk, however long it takes, in pieces that `SendProgress` can judge.
 
-        Raises OSError. The chunk is then incomplete, and the connection is shut down so that nothing follows it.
+        Raises OSError. The chunk is then incomplete, and the connection is shut down: nothing may follow it.
         """
         view = memoryview(rest)
         try:

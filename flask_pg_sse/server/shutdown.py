@@ -1,4 +1,4 @@
-"""Notice that this worker is about to stop, so that its streams can end first.
+"""Notice that this worker is about to stop, to let its streams end first.
 
 gunicorn asks a worker to stop, and then waits `graceful_timeout` (30 s) for its open requests. A stream never ends by
 itself. gunicorn has no hook that an app could use without a configuration file, so two things are watched:

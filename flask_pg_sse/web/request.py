@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from urllib.parse import unquote_to_bytes
 
-# The most bytes of a query: a base, and an addition for each channel. A channel's name stands in the query with every
-# byte as %XX, and again in the token.
+# The most bytes of a query: a base, and an addition for each channel. The query may have the channel's name twice: with
+# every byte as %XX, and in the token.
 _QUERY_BYTES = 16384
 _QUERY_BYTES_EACH = 1200
 # The most parameters besides the channels: a site may add some of its own to every URL.
