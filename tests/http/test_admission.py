@@ -152,7 +152,7 @@ def test_a_log_that_is_missing_is_said_before_anybody_is_asked(app_with: Callabl
 def test_who_waits_is_told_in_time_that_it_is_in_vain(
     away: str, app_with: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch, config: dict[str, bool]
 ) -> None:
-    monkeypatch.setattr("flask_pg_sse.hub.hub.admission.OPEN_TIMEOUT", 0.5)
+    monkeypatch.setattr("flask_pg_sse.hub.admission.OPEN_TIMEOUT", 0.5)
     app = app_with(lambda channel: True, SSE_DATABASE_URL=away, **config)
     for method in ("GET", "HEAD", "GET"):
         begun = time.monotonic()

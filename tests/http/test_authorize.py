@@ -401,7 +401,7 @@ def test_a_driver_that_stops_the_whole_worker_is_warned_about(
     server = start_server(url, "-k", worker, "--threads", "4", app="tests.support.apps.members:app")
     server.post("/notify/a", b'{"data": 1}')
     server.post("/notify/a", b'{"data": 2}')
-    assert server.log().count("SQLALCHEMY_DATABASE_URI is for psycopg2") == warned
+    assert server.log().count("SQLALCHEMY_DATABASE_URI uses psycopg2") == warned
 
 
 def test_the_same_under_gunicorn(database_url: str, start_server: Start) -> None:
