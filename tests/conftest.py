@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 from flask import Flask
 
@@ -14,6 +15,11 @@ from flask_pg_sse import sse_bp
 from tests.support.client import eventually
 
 pytest_plugins = ["tests.support.browsers", "tests.support.postgres", "tests.support.servers"]
+# A busy machine is no bug: a test that says how long something may take measures that itself.
+hypothesis.settings.register_profile(
+    "busy machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy machine")
 COLLECTED = pytest.StashKey[list[pytest.Item]]()  # before any are left out
 
 

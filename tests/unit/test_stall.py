@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_pg_sse.server.stall import ENOUGH_BYTES, SendProgress
@@ -39,21 +39,18 @@ PIECES = st.integers(1, ENOUGH_BYTES)
 LOOKS = st.sampled_from([0.1, 0.25, 0.5, 1.0])
 
 
-@settings(deadline=None)
 @given(PIECES, LOOKS, st.floats(1, 10))
 def test_who_takes_nothing_is_cut_soon(piece: int, look: float, timeout: float) -> None:
     cut = Client(timeout, piece, look).cut_after(3 * timeout + 5, lambda now: 0)
     assert cut is not None and timeout <= cut <= timeout + 3 * look
 
 
-@settings(deadline=None)
 @given(PIECES, LOOKS, st.floats(1, 10), st.floats(0, 0.45))
 def test_who_takes_less_than_half_is_cut(piece: int, look: float, timeout: float, share: float) -> None:
     pace = share * ENOUGH_BYTES / timeout
     assert Client(timeout, piece, look).cut_after(10 * timeout, lambda now: pace) is not None
 
 
-@settings(deadline=None)
 @given(PIECES, LOOKS, st.floats(2, 10), st.floats(2.2, 50))
 def test_who_takes_twice_as_much_is_not(piece: int, look: float, timeout: float, share: float) -> None:
     pace = share * ENOUGH_BYTES / timeout

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_pg_sse import concurrency as wakeup
@@ -101,7 +101,6 @@ def test_the_limit_counts_what_waits_and_what_is_in_flight() -> None:
     assert subscription.waiting == 40
 
 
-@settings(deadline=None)  # a busy machine is no bug
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 500), st.randoms(use_true_random=False))
 def test_whatever_the_sizes_order_is_kept_and_the_limit_holds(
     sizes: list[int], limit: int, chooser: random.Random
