@@ -27,7 +27,7 @@ from .hub.replay import Replay
 from .hub.ticker import Ticker
 from .server import shutdown
 from .server.capacity import room_for_streams
-from .settings import Settings, secret_keys
+from .settings import Settings, secret_keys, unknown_keys
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,21 @@ class Runtime:
         self._locks: dict[int, threading.Lock] = {}
         self._worker: Worker | None = None
         self.captured_by: Engine | None = None  # in tests: the engine that events go to instead of the app's own
+        self._warned_of: set[str] = set()
 
     @property
     def settings(self) -> Settings:
         if self._settings is None:
+            self.warn_of_unknown_keys()
             self._settings = Settings.from_config(self._config)
         return self._settings
+
+    def warn_of_unknown_keys(self) -> None:
+        """Log a warning for each `SSE_` key of the config that is no setting, once."""
+        for key, text in unknown_keys(self._config).items():
+            if key not in self._warned_of:
+                self._warned_of.add(key)
+                logger.warning("%s", text)
 
     def notify(
         self,

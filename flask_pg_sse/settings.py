@@ -7,6 +7,7 @@ table in the README all come from it.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -227,6 +228,26 @@ def _shown(value: object, kind: Kind) -> str:
 def key_of(field_name: str) -> str:
     """Return the config key of a field of `Settings`."""
     return "SSE_" + field_name.upper()
+
+
+# Keys of other packages: flask-sse and invenio-sse have SSE_REDIS_URL, and flask-sse's forks more of this prefix.
+_OTHERS = "SSE_REDIS_"
+
+
+def unknown_keys(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the `SSE_` keys that are no settings, each with a sentence that names the setting that was meant.
+
+    Only names are looked at, because the values may be secrets.
+    """
+    known = [key_of(entry.name) for entry in dataclasses.fields(Settings)]
+    found = {}
+    for key in config:
+        name = str(key).upper()
+        if name.startswith("SSE_") and key not in known and not name.startswith(_OTHERS):
+            [meant] = difflib.get_close_matches(name, known, n=1) or [""]
+            advice = f"Did you mean {meant}?" if meant else "The README has a table of all settings."
+            found[key] = f"{key!r} is not a setting of flask_pg_sse, and changes nothing. {advice}"
+    return found
 
 
 def table() -> Iterator[tuple[str, str, Any, str]]:

@@ -103,6 +103,7 @@ def _set_up(registration: BlueprintSetupState) -> None:
         app.context_processor(lambda: {"sse_url": sse_url, "sse_cursor": sse_cursor, "sse_server_url": ServerUrl()})
     app.extensions[EXTENSION].set_hooks(registration.options.get("authorize"), registration.options.get("subject"))
     shutdown.watch()  # here already, because under gthread only this code runs in the main thread
+    app.extensions[EXTENSION].runtime.warn_of_unknown_keys()
 
 
 # Flask's options and the package's own. Any other option is refused: a misspelt hook must not go unnoticed.

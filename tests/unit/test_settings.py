@@ -325,3 +325,57 @@ def test_a_pattern_in_a_string_opens_no_other_channel(make_app: Callable[..., Fl
     assert client.head("/sse?channel=news-today").status_code == 200
     for channel in ("orders", "n", "*", "s"):
         assert client.head(f"/sse?channel={channel}").status_code == 403
+
+
+# -- keys that are no settings
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("SSE_CHANEL", "SSE_CHANNELS"), ("SSE_CHANNEL", "SSE_CHANNELS"), ("sse_channels", "SSE_CHANNELS"),
+        ("SSE_HEART_BEAT", "SSE_HEARTBEAT"), ("SSE_HEARTBEAT_INTERVAL", "SSE_HEARTBEAT"),
+        ("SSE_DB_URL", "SSE_DATABASE_URL"), ("SSE_EVENTLOG", "SSE_EVENT_LOG"), ("SSE_SECRET", "SSE_SECRET_KEY"),
+        ("SSE_MAX_STREAM", "SSE_MAX_STREAMS"), ("SSE_ALLOW_ORIGINS", "SSE_ALLOWED_ORIGINS"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_key_is_warned_about_with_the_one_that_was_meant(
+    caplog: pytest.LogCaptureFixture, key: str, meant: str
+) -> None:
+    app = Flask("tests")
+    app.config[key] = "hunter2"
+    app.register_blueprint(sse_bp)
+    [warning] = caplog.records
+    assert (warning.levelname, repr(key) in caplog.text) == ("WARNING", True)
+    assert warning.getMessage().endswith(f"Did you mean {meant}?")
+    assert "hunter2" not in caplog.text
+
+
+def test_a_key_that_is_like_no_other_is_warned_about_too(caplog: pytest.LogCaptureFixture) -> None:
+    app = Flask("tests")
+    app.config["SSE_QWXYZ"] = 1
+    app.register_blueprint(sse_bp)
+    assert ["'SSE_QWXYZ' is not a setting" in text for text in caplog.messages] == [True]
+
+
+def test_settings_and_keys_of_other_packages_are_not_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    app = Flask("tests")
+    app.config.update({key: default for key, _, default, _ in table()})
+    # flask-sse and invenio-sse have the first, forks of flask-sse the others.
+    app.config.update(SSE_REDIS_URL="redis://", SSE_REDIS_TIMEOUT=10, SSE_REDIS_CHANNEL_KEY_PREFIX="", REDIS_URL="")
+    app.register_blueprint(sse_bp)
+    assert not caplog.records
+
+
+def test_a_key_that_is_set_after_the_registration_is_warned_about_at_first_use_and_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = Flask("tests")
+    app.config["SSE_CHANEL"] = "a"
+    app.register_blueprint(sse_bp)
+    app.register_blueprint(sse_bp, name="again", url_prefix="/again")
+    app.config.from_mapping(SSE_HEART_BEAT=5)
+    for _ in range(2):
+        with app.test_request_context():
+            sse_url("a")
+    assert [text.split("'")[1] for text in caplog.messages] == ["SSE_CHANEL", "SSE_HEART_BEAT"]
