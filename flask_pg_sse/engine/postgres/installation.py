@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import EventLogMissing
+from ...repeats import Repeats, times
 from .schema import SCHEMA, VERSION
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class InstallationLookup:
         self._found: Installation | None = None
         self._look_at = 0.0
         self._said = ""
+        self._repeats = Repeats()
 
     @property
     def found(self) -> bool:
@@ -67,12 +69,19 @@ class InstallationLookup:
         self._look_at = 0.0
 
     def _say(self, wrong: str | None) -> None:
-        """Log whether the event log is on, if that has changed."""
-        text = "The event log is on." if self._found else f"The event log is off: {wrong or _MISSING}."
-        if text != self._said:
-            self._said = text
-            expected = self._found is not None or (self._setting == "auto" and wrong is None)
-            logger.log(logging.INFO if expected else logging.ERROR, "%s", text)
+        """Log whether the event log is on, if that has changed; and again, rarely, while it is off and should be on."""
+        text = "The event log is on" if self._found else f"The event log is off: {wrong or _MISSING}"
+        now = time.monotonic()
+        if self._found is None and (self._setting is True or wrong is not None):
+            if number := self._repeats.count(text, now):
+                logger.error("%s%s.", text, times(number))
+        else:
+            ended = self._repeats.over(now)
+            if ended is not None and self._found is not None:
+                logger.warning("%s, after %s without it.", text, ended)
+            elif text != self._said:
+                logger.info("%s.", text)
+        self._said = text
 
 
 # The query reads the catalog, which every role may read. To name a function that does not exist, or that this role may

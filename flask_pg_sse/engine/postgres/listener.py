@@ -24,7 +24,6 @@ from psycopg2.extensions import quote_ident
 
 from ...concurrency import Wakeup, checkpoint
 from ...errors import DatabaseUnavailable, EventLogMissing, PgSSEError
-from ..backoff import Backoff
 from ..base import Item, Page, Readiness, Sink, Status
 from . import codec, control
 from .codec import Decoder
@@ -34,6 +33,7 @@ from .dsn import Dsn
 from .history import LONGEST_READ, read_page
 from .installation import InstallationLookup
 from .listens import ListenTable, ListenTicket
+from .outage import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,6 @@ _READ_WITHIN = 30.0
 _PAUSE = 0.005
 # Seconds between two reads of the log while LISTEN is deaf.
 _DEAF_PACE = 1.0
-_BACKOFF_FIRST = 0.1
-_BACKOFF_MOST = 5.0
 
 # The server's limits for idle sessions and transactions are not meant for this session. Not every version has them.
 _SETUP = """
@@ -110,7 +108,7 @@ class Listener:
         self._lost_one = False  # a connection was lost on which a LISTEN may have been active
         self._stopping = False
         self._wakeup = Wakeup()
-        self._backoff = Backoff(_BACKOFF_FIRST, _BACKOFF_MOST)
+        self._outage = Outage(dsn)
         self._thread = threading.Thread(target=self._run, name="pg-sse-listener", daemon=True)
 
     # -- called by other threads
@@ -165,8 +163,7 @@ class Listener:
             except (psycopg2.Error, OSError) as error:
                 failure = error
             except Exception as error:  # if the listener died, streams would get no more events
-                logger.exception("The listener failed; it will reconnect.")
-                failure = error
+                what, failure = "The listener failed", error
             finally:
                 if connection is not None:
                     self._lost_one = True
@@ -182,9 +179,7 @@ class Listener:
         self._sink.ready(readiness)
 
     def _pause(self, what: str, error: Exception) -> None:
-        delay = self._backoff.next()
-        reason = " ".join(str(error).split()).rstrip(".?") or type(error).__name__
-        logger.warning("%s: %s. Next attempt in %.1f s; open streams stay open.", what, reason, delay)
+        delay = self._outage.failed(what, error)
         self._wakeup.clear()
         deadline = time.monotonic() + delay
         # New streams wake the thread too, and must not shorten the pause.
@@ -213,7 +208,7 @@ class Listener:
         self._recover(connection)
         for names, heard in confirmed:
             self._listens.confirm(names, heard)
-        self._backoff.reset()
+        self._outage.over()
 
         self._wakeup.watch(connection.fileno())
         while not self._stopping:
@@ -345,7 +340,7 @@ class Listener:
         self._position = self._read(connection, [], 0).head if self._log_is_on else 0
         self._ready(Readiness.READY)
         if lost_one:
-            logger.warning("Listening again to %s. Events since the connection broke may be lost.", self._dsn)
+            logger.warning("Events since the connection to %s broke may be lost.", self._dsn)
             self._sink.gap("reconnected", self._position)
         else:
             logger.info("Listening to PostgreSQL at %s.", self._dsn)
@@ -392,7 +387,7 @@ class Listener:
             self._listens.confirm(begun, set(begun))
             while self._hand_over(connection) and not self._stopping:
                 pass
-            self._backoff.reset()
+            self._outage.over()
             self._wakeup.wait(_DEAF_PACE)
 
 
