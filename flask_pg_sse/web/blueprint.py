@@ -16,10 +16,11 @@ from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import NotFound
 
 from ..channels import check_channel
-from ..errors import EventLogMissing, InvalidChannel
+from ..errors import ConfigurationError, EventLogMissing, InvalidChannel
 from ..hub.admission import TryLater
 from ..hub.stream import stream
 from ..hub.subscription import Subscription, Terms
+from ..repeats import times
 from ..runtime import Worker
 from ..server import shutdown
 from ..server.capacity import why_no_stream
@@ -102,8 +103,8 @@ def _set_up(registration: BlueprintSetupState) -> None:
         app.extensions[EXTENSION] = State(app, name)
         app.context_processor(lambda: {"sse_url": sse_url, "sse_cursor": sse_cursor, "sse_server_url": ServerUrl()})
     app.extensions[EXTENSION].set_hooks(registration.options.get("authorize"), registration.options.get("subject"))
-    shutdown.watch()  # here already, because under gthread only this code runs in the main thread
     app.extensions[EXTENSION].runtime.warn_of_unknown_keys()
+    shutdown.watch()  # here already, because under gthread only this code runs in the main thread
 
 
 # Flask's options and the package's own. Any other option is refused: a misspelt hook must not go unnoticed.
@@ -149,16 +150,29 @@ def _channel(channel: str, **others: object) -> ResponseReturnValue:
 
 
 def _answer(names: list[str]) -> ResponseReturnValue:
+    state = current_state()
+    try:
+        return _stream_or_refusal(names, state)
+    except ConfigurationError as error:  # at first use: no database, or a value that was changed after registration
+        return _cannot_serve(state, str(error))
+
+
+def _cannot_serve(state: State, reason: str) -> ResponseReturnValue:
+    """Refuse a stream that cannot be served until the app or its server is changed. Log it, at most once a minute."""
+    if number := state.refusals.count(reason, time.monotonic()):
+        logger.error("%s%s", reason, times(number))
+    return refusal(500, reason)
+
+
+def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
     # The object itself, because every access through Flask's proxy takes time.
     current: Request = request._get_current_object()  # type: ignore[attr-defined]
     environ = current.environ
-    state = current_state()
     runtime, settings = state.runtime, state.runtime.settings
     worker = runtime.worker  # its creation has found gunicorn's worker, which the next line needs
     reason = why_no_stream(environ, shutdown.gunicorn_worker())
     if reason is not None:
-        logger.error("%s", reason)
-        return refusal(500, reason)
+        return _cannot_serve(state, reason)
     try:
         query = parse_query(current.query_string, settings.max_channels)
         channels = tuple(dict.fromkeys(check_channel(name) for name in names + query.get("channel", [])))

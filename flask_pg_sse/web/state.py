@@ -6,6 +6,7 @@ from typing import Any
 
 from flask import Flask, current_app
 
+from ..repeats import Repeats
 from ..runtime import Runtime
 from .authorize import Authorizer, SubjectOf, check_hook
 
@@ -19,6 +20,7 @@ class State:
         self.runtime = Runtime(app.config, lambda data: app.json.dumps(data))
         self.blueprint_name = blueprint_name
         self.warned_closed = False  # whether the warning that no channel is open has been logged
+        self.refusals = Repeats(60, 60)  # the streams that this app or its server cannot serve at all
         self.authorize: Authorizer | None = None
         self.subject: SubjectOf | None = None
 

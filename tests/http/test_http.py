@@ -12,7 +12,7 @@ import pytest
 from flask import Blueprint, Flask, render_template_string, url_for
 from werkzeug.test import TestResponse
 
-from flask_pg_sse import DatabaseNotConfigured, DatabaseUnavailable, PgSSE, notify, sse_bp, sse_url
+from flask_pg_sse import DatabaseUnavailable, PgSSE, notify, sse_bp, sse_url
 from flask_pg_sse.errors import InvalidChannel
 from flask_pg_sse.server.capacity import why_no_stream
 from flask_pg_sse.testing import Received, stream
@@ -312,12 +312,33 @@ def test_the_line_to_write_opens_the_channel_that_was_asked_for_and_no_other(
 # -- databases that are missing
 
 
-def test_without_a_database_the_app_starts_and_the_first_stream_says_so(make_app: MakeApp) -> None:
-    app = make_app()
-    with pytest.raises(DatabaseNotConfigured, match="SSE_DATABASE_URL"):
-        app.test_client().get("/sse?channel=orders")
-    app.testing = False
-    assert app.test_client().get("/sse?channel=orders").status_code == 500
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [
+        ({}, "Set SSE_DATABASE_URL"),
+        ({"SSE_DATABASE_URL": "sqlite:///app.db"}, "set SSE_DATABASE_URL"),
+        ({"SQLALCHEMY_DATABASE_URI": "sqlite:///app.db"}, "Set SSE_DATABASE_URL"),
+        ({"SSE_DATABASE_URL": "postgresql://u:hunter2@h:port/d"}, "percent-encoded"),
+        ({"SSE_DATABASE_URL": "postgresql://u@h/d", "SSE_LISTEN_URL": "http://u:hunter2@h"}, "SSE_LISTEN_URL"),
+        ({"SSE_RETRY": "soon"}, "a whole number"),
+        ({"SSE_ALLOWED_ORIGINS": ["example.com"]}, "a list of origins"),
+        ({"SECRET_KEY_FALLBACKS": "hunter2"}, "a list of keys"),
+    ],
+)
+@pytest.mark.parametrize("testing", [True, False])
+def test_a_wrong_configuration_at_first_use_is_a_line_with_the_remedy(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture, config: dict[str, Any], remedy: str, testing: bool
+) -> None:
+    app = make_app(TESTING=testing, DEBUG=not testing)
+    app.config.update(config)  # after the registration
+    for _ in range(3):
+        with app.test_client().get("/sse?channel=orders&token=x") as response:
+            assert (response.status_code, response.mimetype) == (500, "text/plain")
+            text = response.get_data(as_text=True)
+        assert remedy in text and len(text.splitlines()) == 1
+        assert "hunter2" not in text
+    errors = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [(remedy in record.getMessage(), record.exc_info) for record in errors] == [(True, None)]
 
 
 def test_a_database_that_is_away_does_not_stop_the_app_from_starting(make_app: MakeApp) -> None:
