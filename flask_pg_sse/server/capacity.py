@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +14,20 @@ from . import gunicorn
 _STREAMS = 1000
 
 
-def why_no_stream(environ: Mapping[str, Any], worker: Any = None) -> str | None:
+def why_no_stream(environ: Mapping[str, Any], worker: Any = None, *, limited: bool = False) -> str | None:
     """Return why a stream would freeze this server, and the remedy; None if it would not.
 
-    `worker` is gunicorn's worker, if it is known. A stream occupies the thread or process that serves it for hours. A
-    server that handles one request at a time would then never answer another one.
+    `worker` is gunicorn's worker, if it is known. `limited` says that `SSE_MAX_STREAMS` is set.
+
+    A stream occupies the thread or process that serves it for hours. A server that handles one request at a time would
+    then never answer another one, and a server with a few threads would not after a few streams. So the servers below
+    serve streams. Another one does if `SSE_MAX_STREAMS` says how many it can take.
     """
+    if _is_patched_by_eventlet():
+        return (
+            "Streams cannot be served in a process that eventlet has patched: the connection that listens to "
+            "PostgreSQL cannot wait there. Run gunicorn -k gevent (or -k gthread with --threads)."
+        )
     under_gunicorn = gunicorn.socket_of(environ) is not None
     if under_gunicorn and environ.get("SERVER_PROTOCOL") == "HTTP/2.0":
         return (
@@ -30,20 +40,45 @@ def why_no_stream(environ: Mapping[str, Any], worker: Any = None) -> str | None:
             "Streams cannot be served by gunicorn's gthread worker with one thread, which this one would occupy. Run "
             "gunicorn -k gevent, or give it more --threads than streams."
         )
-    if environ.get("wsgi.multithread"):
+    software = environ.get("SERVER_SOFTWARE", "")
+    if is_patched() and (limited or software.startswith("gevent/")):  # pywsgi, also as gunicorn's worker
         return None
+    if environ.get("wsgi.multithread"):
+        if under_gunicorn or limited or software.startswith("Werkzeug/"):
+            return None
+        return (
+            f"Streams cannot be served by this server ({software or 'it does not say its name'}): it is not known how "
+            "many threads it has, and a few streams could occupy them all and stop the app. Run gunicorn -k gevent. Or "
+            "set SSE_MAX_STREAMS to a smaller number than it has threads. It may notice late, or never, that a client "
+            "has left."
+        )
     if under_gunicorn:
         return (
             "Streams cannot be served by gunicorn's sync worker, which handles one request at a time: this stream "
             "would block all others. Run gunicorn -k gevent (or -k gthread with --threads)."
         )
-    if is_patched() or "SERVER_SOFTWARE" not in environ:  # greenlets, or Flask's test client without a server
+    if _is_test_client(environ):
         return None
     return (
         "Streams cannot be served by this server, which handles one request at a time: this stream would block all "
         "others. Run gunicorn -k gevent. With gevent's pywsgi, call gevent.monkey.patch_all() before any other import. "
         "With flask run, omit --without-threads."
     )
+
+
+def _is_test_client(environ: Mapping[str, Any]) -> bool:
+    """Tell whether the request comes from Flask's test client or its like: from no server, with a body in memory.
+
+    uWSGI does not give its name either, but it reads the body from the connection.
+    """
+    if "SERVER_SOFTWARE" in environ or environ.get("wsgi.multithread") or environ.get("wsgi.multiprocess"):
+        return False
+    return isinstance(environ.get("wsgi.input"), io.BytesIO | None)
+
+
+def _is_patched_by_eventlet() -> bool:
+    patcher: Any = sys.modules.get("eventlet.patcher")
+    return patcher is not None and any(map(patcher.is_monkey_patched, ("socket", "select", "thread")))
 
 
 def room_for_streams(worker: Any) -> tuple[int, int | None]:

@@ -170,7 +170,7 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
     environ = current.environ
     runtime, settings = state.runtime, state.runtime.settings
     worker = runtime.worker  # its creation has found gunicorn's worker, which the next line needs
-    reason = why_no_stream(environ, shutdown.gunicorn_worker())
+    reason = why_no_stream(environ, shutdown.gunicorn_worker(), limited=settings.max_streams is not None)
     if reason is not None:
         return _cannot_serve(state, reason)
     try:
