@@ -25,11 +25,15 @@ _NONE: set[Subscription] = set()
 
 
 class TryLater(Exception):
-    """The stream cannot begin now, and its client should reconnect. `sse-end` carries `reason`."""
+    """The stream cannot begin now, and its client should reconnect. `sse-end` carries `reason`.
 
-    def __init__(self, reason: str) -> None:
+    `since` is for how many seconds the reason holds already, if it will hold at every further attempt too.
+    """
+
+    def __init__(self, reason: str, *, since: float = 0.0) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.since = since
 
 
 class StreamLimiter:

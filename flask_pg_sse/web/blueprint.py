@@ -199,7 +199,7 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
     except EventLogMissing as error:
         return refusal(500, str(error))
     except TryLater as later:
-        return ended(later.reason, last_event_id)
+        return ended(later.reason, last_event_id, since=later.since)
     body = stream(hub, replay, subscription, last_event_id, connection)
     response = stream_response(body, connection, settings, direct_write=settings.direct_write)
     if "flask_pg_sse.testing" in environ:
@@ -219,7 +219,7 @@ def _admitted(
     runtime, settings = state.runtime, state.runtime.settings
     token = read_token(runtime.keys(), signed) if signed else None
     if token is not None and token.expires_at is not None and token.expires_at <= time.time():
-        raise TryLater("expired")
+        raise TryLater("expired", since=time.time() - token.expires_at)
     authorizer = state.authorize or sse_bp.default_authorize
     opened = token.channels if token is not None else frozenset[str]()
     to_ask = [name for name in channels if name not in opened and not authorize.is_public(name, settings.channels)]

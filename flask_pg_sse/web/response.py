@@ -82,12 +82,20 @@ def refusal(status: int, text: str) -> Response:
     return current_app.response_class(text + "\n", status, mimetype="text/plain")
 
 
-def ended(reason: str, last_event_id: str) -> Response:
+# The longest retry that grows by itself, in milliseconds. With the random spread of an `sse-end` it is an hour.
+_LONGEST_RETRY = 2_400_000
+
+
+def ended(reason: str, last_event_id: str, *, since: float = 0.0) -> Response:
     """Refuse a stream for now. After this answer a browser's EventSource reconnects; after an error status it does not.
 
     The client gets its position back as the event's id: a page that fetches a new URL can continue from there.
+
+    `since` is for how many seconds the reason holds already, if it cannot get better by itself. The client then comes
+    back after as long again, so each wait is about twice the one before, and nothing is remembered of the client.
     """
     settings = current_state().runtime.settings
-    block = event.end_block(reason, settings.retry, id=event.to_log_id(last_event_id))
+    retry = max(settings.retry, min(_LONGEST_RETRY, int(since * 1000)))
+    block = event.end_block(reason, retry, id=event.to_log_id(last_event_id))
     connection = Connection(request.environ)
     return stream_response(Blocks(connection, *() if request.method == "HEAD" else (block,)), connection, settings)

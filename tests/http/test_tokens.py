@@ -172,6 +172,40 @@ def test_the_position_comes_back_with_the_end(app: Flask) -> None:
         assert ids == ([f"id: {expected}"] if expected else [])
 
 
+def retry_of(app: Flask, expired_for: float) -> float:
+    """Return the seconds after which a client comes back whose token expired so many seconds ago."""
+    token = sign_token([KEY], Token(frozenset("a"), time.time() - expired_for))
+    with app.test_client().get("/sse", query_string={"channel": "a", "token": token}) as response:
+        lines = response.get_data(as_text=True).split("\n")
+    assert 'data: {"reason": "expired"}' in lines
+    return int(lines[0].removeprefix("retry: ")) / 1000
+
+
+@pytest.mark.parametrize(
+    ("expired_for", "least", "most"), [(0.01, 1.5, 4.5), (60, 30, 91), (2000, 1000, 3001), (10**8, 1200, 3600)]
+)
+def test_the_longer_ago_a_token_expired_the_later_its_client_comes_back(
+    app: Flask, expired_for: float, least: float, most: float
+) -> None:
+    retries = [retry_of(app, expired_for) for _ in range(20)]
+    assert all(least <= retry <= most for retry in retries)
+    assert max(retries) - min(retries) > (most - least) / 10, "clients that expired together do not come together"
+
+
+def test_a_page_that_ignores_expired_asks_a_few_times_a_day(app: Flask) -> None:
+    """Such a page comes back with the same URL each time, and nobody remembers it."""
+    now = attempts = 0.0
+    while now < 86400:
+        now += retry_of(app, now + 0.01)
+        attempts += 1
+    assert attempts < 100
+
+
+def test_a_retry_that_is_longer_already_is_kept(app: Flask) -> None:
+    app.config["SSE_RETRY"] = 86_400_000
+    assert retry_of(app, 10**8) >= 43_200
+
+
 def test_a_stream_ends_when_its_token_expires(app: Flask) -> None:
     events = stream(app.test_client(), make_url(app, "a", expires=1.5))
     began = time.monotonic()
