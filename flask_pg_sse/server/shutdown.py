@@ -56,7 +56,8 @@ def watch() -> None:
     handler = signal.getsignal(signal.SIGTERM)
     if isinstance(handler, _Handler) or not callable(handler):
         return
-    worker = gunicorn.worker_behind(handler)
+    # The app may have its own handler for SIGTERM. It hardly has one for SIGABRT, for which gunicorn sets another.
+    worker = gunicorn.worker_behind(handler) or gunicorn.worker_behind(signal.getsignal(signal.SIGABRT))
     if worker is not None:
         _worker = worker
     elif gunicorn.is_arbiters(handler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Callable
@@ -83,3 +84,19 @@ def test_a_process_that_eventlet_has_patched_refuses_streams_in_words(database_u
         assert server.get("/ping") == "pong"
         assert server.log().count("Streams cannot be served in a process that eventlet has patched") == 1
         assert "Traceback" not in server.log()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", ["", "1"])
+def test_gthreads_threads_are_counted_also_where_the_app_has_its_own_sigterm_handler(
+    database_url: str, start_server: Start, late: str
+) -> None:
+    options = ("-k", "gthread", "--threads", "4")
+    server = start_server(database_url, *options, app="tests.support.apps.own_sigterm:app", SET_LATE=late)
+    with contextlib.ExitStack() as streams:
+        for _ in range(3):
+            streams.enter_context(open_stream(server.port, "orders"))
+        for _ in range(4):
+            with request(server.port, "/sse?channel=orders") as response:
+                assert response.next().json == {"reason": "capacity"}
+        assert server.get("/ping") == "pong"
