@@ -28,12 +28,13 @@ def stream(
     holds no request, no other generator and no piece.
     """
     try:
+        connection.release_request()
         for piece in _opening(hub, replay, subscription, last_event_id):
             connection.in_flight = len(piece)
             yield piece
             connection.bytes_sent += connection.in_flight
             connection.in_flight = 0
-        connection.intern()
+            connection.release_response()
         subscription.terms = _settled(subscription.terms)
         while (taken := subscription.take()) is not None:
             # An empty piece means that the stream has fallen behind.

@@ -8,8 +8,9 @@ import socket
 import sys
 from typing import Any
 
-from . import gunicorn
+from . import gunicorn, pywsgi
 from .direct_write import DirectWriter
+from .release import release_environ
 
 # A state in the first byte of Linux' struct tcp_info (include/net/tcp_states.h).
 _ESTABLISHED = 1
@@ -21,11 +22,12 @@ _UNACKNOWLEDGED = 4
 class Connection(DirectWriter):
     """The client's connection, as far as the server shows it."""
 
-    __slots__ = ("_begun",)
+    __slots__ = ("_answer", "_environ")
 
     def __init__(self, environ: dict[str, Any]) -> None:
         super().__init__()
-        self._begun: tuple[dict[str, Any], Any] | None = (environ, None)  # environ and response, until `intern()`
+        self._environ: dict[str, Any] | None = environ  # until `release_request()`
+        self._answer: Any = None  # gunicorn's response or pywsgi's handler, until `release_response()`
         self._take_socket(gunicorn.socket_of(environ) or environ.get("werkzeug.socket"))
 
     def _take_socket(self, client: Any) -> None:
@@ -44,14 +46,13 @@ class Connection(DirectWriter):
         if hasattr(response, "force_close"):  # gunicorn
             response.force_close()
             gunicorn.mask_token(response)
-            known = gunicorn.response_behind(write)
-            if self._begun is not None and known is not None:
-                self._begun = (self._begun[0], known)
-                if direct_write:
-                    self.prepare(known, self._begun[0], body, always=direct_write == "always")
+            known = self._answer = gunicorn.response_behind(write)
+            if self._environ is not None and known is not None and direct_write:
+                self.prepare(known, self._environ, body, always=direct_write == "always")
         elif hasattr(response, "close_connection"):  # gevent's pywsgi
             response.close_connection = True
             self._take_socket(response.socket)
+            self._answer = response
         self._notice_silence(send_timeout)
 
     def _notice_silence(self, send_timeout: float) -> None:
@@ -64,17 +65,33 @@ class Connection(DirectWriter):
             with contextlib.suppress(OSError):  # a Unix socket has none
                 _socket.socket.setsockopt(self._socket, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
-    def intern(self) -> None:
-        """Share with other streams what gunicorn keeps of the request. Called once the response has begun.
+    def release_request(self) -> None:
+        """Let go of what the stream no longer needs of its request, and share the rest with other streams.
 
-        Direct writes, if they are possible, are allowed from here on.
+        Called once the app has answered, before the stream waits for anything. Direct writes, if they are possible, are
+        allowed from here on.
         """
-        if self._begun is not None and self._begun[1] is not None:
-            self.allow_direct_writes(*self._begun)
-            # A later gunicorn may keep the request differently. Then nothing is shared, and the stream goes on.
-            with contextlib.suppress(AttributeError, KeyError, TypeError):
-                gunicorn.intern_request(*self._begun)
-        self._begun = None
+        environ, self._environ = self._environ, None
+        if environ is None:
+            return
+        answer = self._answer
+        # A later server may keep the request differently. Then it keeps it, and the stream goes on.
+        with contextlib.suppress(AttributeError, KeyError, TypeError):
+            if answer is None:
+                release_environ(environ)
+            elif hasattr(answer, "close_connection"):
+                pywsgi.release_request(answer)
+            else:
+                self.allow_direct_writes(environ, answer)
+                gunicorn.release_request(environ, answer)
+                gunicorn.intern_request(environ, answer)
+
+    def release_response(self) -> None:
+        """Let go of the response's headers, which have been sent."""
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            with contextlib.suppress(AttributeError, TypeError):
+                (pywsgi if hasattr(answer, "close_connection") else gunicorn).release_response(answer)
 
     def stop_reading(self) -> None:
         """Stop receiving from the client, which may still read.

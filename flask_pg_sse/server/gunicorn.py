@@ -6,13 +6,18 @@ and without knowing the worker's limits.
 
 from __future__ import annotations
 
+import functools
+import io
 import operator
+import re
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..tokens import without_token
 from .interning import NO_INPUT, interned, interned_pairs, interned_values
+from .release import LOGGED_BY_DEFAULT, release_environ, shortened, within_room
 
 # -- the worker
 
@@ -79,6 +84,63 @@ def mask_token(response: Any) -> None:
             setattr(response.req, name, without_token(text))
 
 
+def release_request(environ: dict[str, Any], response: Any) -> None:
+    """Let go of what the access log does not name of a request. Call it once the app has answered.
+
+    Raises AttributeError or TypeError if this version of gunicorn keeps the request differently.
+    """
+    request, log = response.req, access_log(response.cfg)
+    release_environ(environ, log.environ)
+    request.headers[:] = within_room(request.headers, log.request)
+    request.trailers = []
+    uri = environ.get("RAW_URI")
+    request.uri = uri if request.uri == uri else shortened(request.uri)
+    for name in ("path", "query", "fragment"):
+        setattr(request, name, shortened(getattr(request, name)))
+    request.unreader.buf = io.BytesIO()  # what the client sent after the request; the connection will be closed
+
+
+def release_response(response: Any) -> None:
+    """Let go of what the access log does not name of a response's headers. They have been sent."""
+    response.headers[:] = within_room(response.headers, access_log(response.cfg).response)
+
+
+@dataclass(frozen=True, slots=True)
+class AccessLog:
+    """The names in an access log's format, in upper case: of the environ, and of the headers both ways."""
+
+    environ: frozenset[str]
+    request: frozenset[str]
+    response: frozenset[str]
+
+
+_OFF = AccessLog(frozenset(), frozenset(), frozenset())
+LOG_OF_ANOTHER_SERVER = AccessLog(LOGGED_BY_DEFAULT, frozenset(), frozenset())
+# The environ's variables behind the atoms of one letter, where a client chooses how long they are.
+_ATOMS = {
+    "a": "HTTP_USER_AGENT", "f": "HTTP_REFERER", "q": "QUERY_STRING", "r": "RAW_URI", "u": "HTTP_AUTHORIZATION",
+    "U": "PATH_INFO",
+}  # fmt: skip
+_ATOM = re.compile(r"%\((?:\{([^}]*)\}([ieo])|(.))\)")
+
+
+def access_log(cfg: Any) -> AccessLog:
+    """Return what the access log names. A logger of the app's own is assumed to name what gunicorn's does."""
+    own = cfg.logger_class.__module__ != "gunicorn.glogging"
+    syslog = cfg.syslog and not cfg.disable_redirect_access_to_syslog
+    on = cfg.accesslog or cfg.logconfig or cfg.logconfig_dict or getattr(cfg, "logconfig_json", None) or syslog
+    return _names_in(cfg.access_log_format, by_default=own) if own or on else _OFF
+
+
+@functools.cache
+def _names_in(log_format: str, *, by_default: bool) -> AccessLog:
+    found = _ATOM.findall(log_format)
+    names = {kind: frozenset(name.upper() for name, of, _ in found if of == kind) for kind in "ieo"}
+    environ = {_ATOMS[letter] for _, _, letter in found if letter in _ATOMS} | names["e"]
+    environ |= LOGGED_BY_DEFAULT if by_default else frozenset()
+    return AccessLog(frozenset(environ), names["i"], names["o"])
+
+
 _REQUEST_TEXTS = ("method", "uri", "path", "query", "fragment", "scheme")
 _texts_of = operator.attrgetter(*_REQUEST_TEXTS)
 # gunicorn makes new objects for these in each request, though the numbers are mostly the same.
@@ -86,7 +148,7 @@ _REQUEST_NUMBERS = ("version", "max_buffer_headers")
 
 
 def intern_request(environ: dict[str, Any], response: Any) -> None:
-    """Share the values that a request has in common with others. Call it once the response has begun.
+    """Share the values that a request has in common with others. Call it once the app has answered.
 
     gunicorn keeps the request's environ and headers for its access log until the response has ended. Raises
     AttributeError, KeyError or TypeError if this version of gunicorn keeps the request differently.

@@ -22,6 +22,8 @@ from ..tokens import Token
 logger = logging.getLogger(__name__)
 
 _SUBJECT_BYTES = 255
+# A longer address is none, but what the client wrote in a header that the app trusts. Streams keep it.
+_ADDRESS = 64
 _NOBODY = frozenset[str]()  # one object for all streams without a subject
 
 Authorizer = Callable[[str], bool]
@@ -161,7 +163,7 @@ def counted_under(subjects: Collection[str], address: str | None) -> tuple[str, 
     try:
         known = ipaddress.ip_address(address or "")
     except ValueError:  # the peer of a Unix socket has no IP address
-        return (f"address {address or ''}",)
+        return (f"address {(address or '')[:_ADDRESS]}",)
     if isinstance(known, ipaddress.IPv6Address):
         known = known.ipv4_mapped or ipaddress.IPv6Address(int(known) >> 64 << 64)
     return (f"address {known}",)

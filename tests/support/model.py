@@ -134,7 +134,10 @@ class Connection(SendProgress):
     def cut(self) -> None:
         pass
 
-    def intern(self) -> None:
+    def release_request(self) -> None:
+        pass
+
+    def release_response(self) -> None:
         pass
 
     def stop_reading(self) -> None:

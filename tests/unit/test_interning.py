@@ -104,7 +104,7 @@ def test_a_gunicorn_that_lacks_some_of_it_keeps_the_rest() -> None:
     del request.fragment
     connection = Connection(environ)
     connection.response_started(response.write, body=1, direct_write=True, send_timeout=1)
-    connection.intern()
+    connection.release_request()
     assert request.method == "GET" and before["HTTP_COOKIE"] == environ["HTTP_COOKIE"] == "session=a"
     assert list(environ) == list(before)
 
@@ -121,7 +121,7 @@ def test_a_gunicorn_whose_response_lacks_some_of_it_sends_by_itself(lacks: str) 
         body = iter(())
         connection.response_started(response.write, body=id(body), direct_write=True, send_timeout=1)
         assert not isinstance(body, environ["wsgi.file_wrapper"])  # as gunicorn asks
-        connection.intern()
+        connection.release_request()
         assert environ["wsgi.file_wrapper"] is FileWrapper
         ways.append(connection.way())
     assert ways[0] is not None and ways[1] is None

@@ -1,0 +1,31 @@
+"""What is known of gevent's pywsgi, alone or as gunicorn's worker class: its handler keeps one request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .gunicorn import LOG_OF_ANOTHER_SERVER, AccessLog, access_log
+from .release import release_environ, shortened, within_room
+
+
+def release_request(handler: Any) -> None:
+    """Let go of what the access log does not name of a request. Its log has the request's line, which stays.
+
+    Raises AttributeError or TypeError if this version of gevent keeps the request differently.
+    """
+    log = _access_log(handler)
+    release_environ(handler.environ, log.environ)
+    handler.path = shortened(handler.path)
+    kept = {name.lower() for name, _ in within_room(handler.headers.items(), log.request)}
+    for name in {name.lower() for name in handler.headers.keys()} - kept:  # noqa: SIM118  # it is no dict
+        del handler.headers[name]
+
+
+def release_response(handler: Any) -> None:
+    """Let go of what the access log does not name of a response's headers. They have been sent."""
+    handler.response_headers[:] = within_room(handler.response_headers, _access_log(handler).response)
+
+
+def _access_log(handler: Any) -> AccessLog:
+    cfg = getattr(handler.server.log, "cfg", None)  # gunicorn's
+    return LOG_OF_ANOTHER_SERVER if cfg is None else access_log(cfg)
