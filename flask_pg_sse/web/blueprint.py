@@ -31,7 +31,7 @@ from . import authorize
 from .api import ServerUrl, sse_cursor, sse_url
 from .authorize import Authorizer, SubjectOf, check_hook, name_of
 from .cors import cross_origin_headers
-from .request import parse_query
+from .request import parse_query, position_of
 from .response import Blocks, ended, refusal, stream_response
 from .state import EXTENSION, State, current_state
 
@@ -186,8 +186,7 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
         most = settings.max_channels
         return refusal(400, f"The URL names {len(channels)} channels, and one stream has at most {most}.")
 
-    # An EventSource that reconnects sends the header. The parameter is for clients that cannot set a header.
-    last_event_id = environ.get("HTTP_LAST_EVENT_ID") or query.get("last_event_id", [""])[0]
+    last_event_id = position_of(environ.get("HTTP_LAST_EVENT_ID", ""), query)
     connection = Connection(environ)
     try:
         subscription = _admitted(current, state, worker, connection, channels, query.get("token", [""])[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from urllib.parse import unquote_to_bytes
 
 # The most bytes of a query: a base, and an addition for each channel. The query may have the channel's name twice: with
@@ -10,6 +11,11 @@ _QUERY_BYTES = 16384
 _QUERY_BYTES_EACH = 1200
 # The most parameters besides the channels: a site may add some of its own to every URL.
 _OTHER_PARAMETERS = 100
+# The parameters that mean the same as the header Last-Event-ID, the first one first. event-source-polyfill and
+# reconnecting-eventsource send `lastEventId`, other clients the header's name.
+_POSITIONS = ("lastEventId", "Last-Event-ID", "last_event_id")
+# An id of the log has at most 19 digits. More of an unknown one would be kept with the stream for nothing.
+_POSITION_CHARACTERS = 20
 
 
 def parse_query(raw: bytes, max_channels: int) -> dict[str, list[str]]:
@@ -29,6 +35,16 @@ def parse_query(raw: bytes, max_channels: int) -> dict[str, list[str]]:
         name, _, value = parameter.replace(b"+", b" ").partition(b"=")
         found.setdefault(_unquoted(name), []).append(_unquoted(value))
     return found
+
+
+def position_of(header: str, query: Mapping[str, Sequence[str]]) -> str:
+    """Return the position from which a client resumes, as it gives it; "" if it gives none.
+
+    An EventSource that reconnects sends the header. A client that cannot set one appends a parameter of its own to the
+    URL, in which the page may have put `last_event_id` when it was made: that one is older, and counts last.
+    """
+    given = [header, *(value for name in _POSITIONS for value in reversed(query.get(name, ())))]
+    return next(filter(None, given), "")[:_POSITION_CHARACTERS]
 
 
 def _unquoted(raw: bytes) -> str:

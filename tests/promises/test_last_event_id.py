@@ -90,6 +90,35 @@ def test_no_last_event_id_is_an_error(url: str, start_server: Start) -> None:
         assert reset_of(stream).json == {"reason": "unknown-id"}
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        "lastEventId={}",
+        "Last-Event-ID={}",
+        "last_event_id=&lastEventId={}",
+        "last_event_id={0}&Last-Event-ID=",
+        # The page's URL has its own cursor, and what the client adds behind it is newer.
+        "last_event_id=0&lastEventId={}",
+        "lastEventId={}&last_event_id=0",
+        "last_event_id=0&Last-Event-ID={}",
+        "lastEventId=0&lastEventId={}",
+        "last_event_id=0&last_event_id={}",
+    ],
+)
+def test_a_client_that_cannot_set_the_header_resumes_by_any_of_the_parameters(
+    url: str, start_server: Start, query: str
+) -> None:
+    server = start_server(url)
+    publish(url, "a", "seen")
+    seen = publish(url, "a", "seen too")
+    missed = publish(url, "a", "missed")
+    with open_stream(server.port, "a", path=f"/sse/a?{query.format(seen)}&") as stream:
+        assert logged_event(stream) == (missed, "missed")
+    headers = {"Last-Event-ID": str(missed)}
+    with open_stream(server.port, "a", path=f"/sse/a?{query.format(seen)}&", headers=headers) as stream:
+        assert logged_id_after(stream, url), "the header beats them all"
+
+
 def test_an_empty_last_event_id_is_none(url: str, start_server: Start) -> None:
     server = start_server(url)
     publish(url, "a", "before")
