@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from flask import url_for
+from flask import has_app_context, has_request_context, url_for
 from markupsafe import escape
 
 from ..channels import check_channel
@@ -141,8 +141,9 @@ class CurrentApp:
         external: return an absolute URL, not a path. If `SSE_SERVER_URL` is set, the URL is always absolute and begins
                   with that.
 
-        Raises `InvalidChannel`, TypeError and ValueError for arguments that no stream can have, and
-        `ConfigurationError` if the URL must be signed and there is no secret key.
+        Raises `InvalidChannel`, TypeError and ValueError for arguments that no stream can have, `ConfigurationError` if
+        the URL must be signed and there is no secret key, and RuntimeError outside a request without `SSE_SERVER_URL`
+        or `SERVER_NAME`.
         """
         names = [channels] if isinstance(channels, str) else list(channels)
         if not names:
@@ -163,8 +164,29 @@ class CurrentApp:
             return f"{settings.server_url}/?{query}"
         if (count := len(set(names))) > settings.max_channels:
             raise ValueError(f"sse_url() got {count} channels, and one stream has at most {settings.max_channels}.")
-        path = url_for(f"{current_state().blueprint_name}.stream", _external=external)
+        path = _url_of_the_streams("sse_url()", external=external)
         return f"{path}{'&' if '?' in path else '?'}{query}"  # the path may have a query from the app's url_defaults
+
+
+# Python names a function so where a call does not fit it: "notify() got an unexpected keyword argument".
+for _function in vars(CurrentApp).values():
+    if callable(_function):
+        _function.__qualname__ = _function.__name__
+
+
+def _url_of_the_streams(what: str, *, external: bool = False) -> str:
+    """Return where the app has its streams. Raises RuntimeError, which names `what`, where Flask cannot know it."""
+    if has_app_context():
+        endpoint = f"{current_state().blueprint_name}.stream"
+        try:
+            return url_for(endpoint, _external=external)
+        except RuntimeError:
+            if has_request_context():
+                raise
+    raise RuntimeError(
+        f"{what} was called outside a request, where the site's address is not known. Set SSE_SERVER_URL to where the "
+        "streams are; or set SERVER_NAME to the site's host and port, and make the call in app.app_context()."
+    )
 
 
 # The longest time in seconds, some three hundred years. A longer one is a mistake.
@@ -211,7 +233,7 @@ class ServerUrl:
         state = current_state()
         if state.runtime.settings.server_url is not None:
             return state.runtime.settings.server_url
-        return url_for(f"{state.blueprint_name}.stream").partition("?")[0].rstrip("/")
+        return _url_of_the_streams("sse_server_url").partition("?")[0].rstrip("/")
 
     def __html__(self) -> str:  # Jinja's tojson uses this too
         return str(escape(str(self)))

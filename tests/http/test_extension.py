@@ -10,6 +10,7 @@ import sqlalchemy
 from flask import Flask, Response, render_template_string
 from sqlalchemy.orm import Session
 
+import flask_pg_sse
 from flask_pg_sse import DatabaseNotConfigured, PgSSE, notify, notify_many, sse_bp, sse_url
 from flask_pg_sse.testing import capture, stream
 
@@ -43,6 +44,36 @@ def test_pgsse_with_several_apps_wants_to_know_which(database_url: str) -> None:
         with app.app_context():
             sse.notify("orders", "x")
             sse.close()
+
+
+def test_sse_url_outside_a_request_says_what_is_missing() -> None:
+    app = Flask("app")
+    sse = PgSSE(app)
+    for url in (sse.sse_url, sse_url):
+        with app.app_context(), pytest.raises(RuntimeError, match=r"^sse_url\(\) .*SSE_SERVER_URL.*SERVER_NAME"):
+            url("orders")
+    with app.app_context(), pytest.raises(RuntimeError, match=r"^sse_server_url .*SSE_SERVER_URL.*SERVER_NAME"):
+        render_template_string("{{ sse_server_url }}")
+    with pytest.raises(RuntimeError, match=r"^sse_url\(\) .*SERVER_NAME.*app_context"):
+        sse.sse_url("orders")
+    app.config["SERVER_NAME"] = "example.org"
+    with app.app_context():
+        assert sse_url("orders", external=True) == "http://example.org/sse?channel=orders"
+        assert sse_url("orders") == "/sse?channel=orders"
+    elsewhere = Flask("elsewhere")
+    elsewhere.config["SSE_SERVER_URL"] = "https://sse.example.org"
+    with elsewhere.app_context():
+        assert PgSSE(elsewhere).sse_url("orders") == "https://sse.example.org/?channel=orders"
+
+
+@pytest.mark.parametrize("name", ["notify", "notify_many", "sse_url", "sse_cursor", "disconnect", "postgres_notify"])
+def test_a_misspelt_argument_is_said_of_the_function_as_it_is_called(name: str) -> None:
+    said = f"^{name.removeprefix('postgres_')}\\(\\) got an unexpected keyword argument 'chanel'$"
+    with pytest.raises(TypeError, match=said):
+        getattr(flask_pg_sse, name)(chanel="orders")
+    if name != "postgres_notify":
+        with pytest.raises(TypeError, match=said):
+            getattr(PgSSE(), name)(chanel="orders")
 
 
 def test_an_empty_url_prefix_is_the_root(database_url: str) -> None:
