@@ -85,9 +85,12 @@ class _Piece:
             blocks.append(data[end + 2 : end + 2 + size])
             at = end + size + 4
         *whole, rest = b"".join(blocks).split(b"\n\n")
+        self.signs = self.torn = 0
+        for index, one in enumerate(whole):
+            whole[index] = self._after_heartbeats(one)
+        rest = self._after_heartbeats(rest)
         self.rest = (rest, data[at:]) if rest or at < len(data) else None
         self.numbers: list[int] = []
-        self.signs = self.torn = 0
         self.at = 0.0  # when the first event was published
         for one in whole:
             found = event.fullmatch(one)
@@ -103,6 +106,13 @@ class _Piece:
         self.last = self.first + self.events - 1
         if self.torn or self.numbers != list(range(self.first, self.last + 1)):
             self.first = -1  # never the expected number, so the events are checked one by one
+
+    def _after_heartbeats(self, block: bytes) -> bytes:
+        """Count the heartbeats before a block, which are comment lines without a blank line; return the block."""
+        while block.startswith(b": heartbeat\n"):
+            self.signs += 1
+            block = block.removeprefix(b": heartbeat\n")
+        return block
 
 
 class Crowd:

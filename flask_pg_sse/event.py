@@ -11,7 +11,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from .errors import InvalidEvent
@@ -34,6 +34,7 @@ class Event:
     id:      the id that the page sees. Without the event log it is also the browser's `Last-Event-ID`.
     retry:   the browser's reconnection time in milliseconds.
     comment: text that browsers ignore.
+    silent:  whether clients dispatch nothing. Only other programs send such events: they have no data at all.
 
     Raises `InvalidEvent` if the format cannot carry a value: line ends or NUL in `event` or `id`, text that is not
     valid Unicode, or a `retry` that is not a whole number from 0 to 2**63 - 1. Names that begin with `sse-` are
@@ -45,6 +46,7 @@ class Event:
     id: str | None = None
     retry: int | None = None
     comment: str | None = None
+    silent: bool = False
 
     def __post_init__(self) -> None:
         for field in ("data", "event", "id", "comment"):
@@ -127,23 +129,23 @@ def refuse_constant(name: str) -> NoReturn:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The lines before an event's data, split where the `id:` line goes. Most events of one sender share it."""
+    """The lines before an event's data, apart from the `id:` line, which is the last one. Most events share it."""
 
     before: str
     id: str | None
-    after: str
 
     @classmethod
     def of(cls, event: Event) -> Head:
         comment = "" if event.comment is None else _lines("", event.comment)
+        retry = "" if event.retry is None else f"retry: {event.retry}\n"
         name = "" if event.event is None else f"event: {event.event}\n"
-        return cls(comment + name, event.id, "" if event.retry is None else f"retry: {event.retry}\n")
+        return cls(comment + retry + name, event.id)
 
     def encode(self, data: str, log_id: int | None = None) -> bytes:
         """Return the block of the event with this head and `data`."""
         shown = log_id if self.id is None else self.id
         id_line = "" if shown is None else f"id: {shown}\n"
-        block = f"{self.before}{id_line}{self.after}{_lines('data', data)}\n".encode()
+        block = f"{self.before}{id_line}{_lines('data', data)}\n".encode()
         if self.id is not None and log_id is not None:
             block += control_block("cursor", {}, id=log_id)
         return block
@@ -159,14 +161,21 @@ def _lines(field: str, value: str) -> str:
 def encode(event: Event, log_id: int | None = None) -> bytes:
     """Return the event as a block of bytes for a stream. `log_id` is its id in the event log, if it has one.
 
-    Lines end with LF. There is always a `data:` line, because browsers do not dispatch an event without one. An id
-    that the sender chose is sent unchanged. An `sse-cursor` event with the log's id follows it: the browser resumes
-    from that one.
+    Lines end with LF and come in the order comment, `retry`, `event`, `id`, `data`. Empty data is a `data:` line too,
+    because browsers do not dispatch an event without one. An id that the sender chose is sent unchanged. An
+    `sse-cursor` event with the log's id follows it: the browser resumes from that one.
+
+    A silent event is only its comment, `retry` and `id`, without a blank line (see `HEARTBEAT`). It may have none.
     """
+    if event.silent:
+        head = Head.of(replace(event, event=None))
+        return (head.before + ("" if head.id is None else f"id: {head.id}\n")).encode()
     return Head.of(event).encode(event.data, log_id)
 
 
-HEARTBEAT = b": heartbeat\n\n"
+# No blank line follows: fetch-event-source, httpx-sse and others dispatch an empty message at each one. The comment is
+# then the first line of the next block.
+HEARTBEAT = b": heartbeat\n"
 
 
 def control_block(name: str, data: Mapping[str, object], *, id: int | None = None, retry: int | None = None) -> bytes:

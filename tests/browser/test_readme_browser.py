@@ -12,7 +12,7 @@ from playwright.sync_api import Page, Route, expect
 
 from tests.browser.test_demo_browser import HIDE
 from tests.docs.test_readme import example
-from tests.support.client import request
+from tests.support.client import eventually, open_stream, request
 from tests.support.postgres import execute
 from tests.support.servers import ROOT, WebServer
 
@@ -36,6 +36,54 @@ def test_eventsource(page: Page, database_url: str, start_server: Start, tmp_pat
     with page.expect_console_message():
         server.post("/notify/orders", b'{"data": {"id": 7}, "event": "created"}')
     assert said == ["hello", "7"]
+
+
+DISPATCHED = """
+<script>
+  window.all = [];
+  const source = new EventSource("/sse?channel=orders");
+  for (const name of ["message", "created", ""]) {
+    source.addEventListener(name, (event) => all.push([event.type, event.data, event.lastEventId]));
+  }
+</script>"""
+# htmx swaps an empty message in, where it takes one for an event.
+SWAPPED = {
+    2: '<ul hx-ext="sse" sse-connect="/sse?channel=orders" sse-swap="message" hx-swap="beforeend"><li>first</li></ul>',
+    4: '<ul hx-sse:connect="/sse?channel=orders" hx-swap="beforeend"><li>first</li></ul>',
+}
+
+
+def test_heartbeats_and_comments_dispatch_nothing(
+    page: Page, database_url: str, start_server: Start, tmp_path: Path
+) -> None:
+    """Neither in EventSource nor in htmx 2 and 4; and an event directly behind them is whole."""
+    pages = {"EventSource": DISPATCHED} | {f"htmx {number}": scripts(number) + SWAPPED[number] for number in SWAPPED}
+    for name, body in pages.items():
+        (tmp_path / "page.html").write_text(body)
+        server = start_server(
+            database_url,
+            app="tests.support.apps.pages:app",
+            PAGE=str(tmp_path / "page.html"),
+            FLASK_SSE_HEARTBEAT="0.1",
+        )
+        with page.expect_response("**/sse?channel=orders"):
+            page.goto(f"http://127.0.0.1:{server.port}/")
+        eventually(lambda: '"streams":1' in server.get("/state"))  # noqa: B023
+        with open_stream(server.port, "orders") as stream:
+            for number in range(3):
+                for _ in range(2):
+                    assert stream.next().comments == ["heartbeat"]
+                execute(database_url, """SELECT pg_notify('orders', '{"comment": "no event", "event": "created"}')""")
+                execute(database_url, "SELECT pg_notify('orders', %s)", (f"<li>{number}</li>",))
+                while stream.next().data != f"<li>{number}</li>":
+                    pass
+        if name == "EventSource":
+            page.wait_for_function("all.length >= 3")
+            assert page.evaluate("all") == [["message", f"<li>{number}</li>", ""] for number in range(3)]
+        else:
+            expect(page.locator("li")).to_have_text(["first", "0", "1", "2"])
+            assert page.locator("ul").inner_html().strip() == "<li>first</li><li>0</li><li>1</li><li>2</li>"
+        server.stop()
 
 
 def test_a_signed_url(page: Page, database_url: str, start_server: Start, tmp_path: Path) -> None:

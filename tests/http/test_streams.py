@@ -100,6 +100,32 @@ def test_nothing_is_missed_after_the_first_block(database_url: str, start_server
         publisher.join()
 
 
+def test_what_has_no_data_dispatches_nothing(database_url: str, start_server: Start) -> None:
+    """Neither a heartbeat nor a NOTIFY of the older projects: there is no blank line, and the next event is whole."""
+    server = start_server(database_url, FLASK_SSE_HEARTBEAT="0.2")
+    with open_stream(server.port, "orders") as stream:
+        for payload in ('{"event": "created"}', '{"comment": "a\nb"}', '{"id": 7, "retry": 5000, "sep": "\r"}'):
+            execute(
+                database_url, "SELECT pg_notify('orders', %s)", (payload.replace("\n", "\\n").replace("\r", "\\r"),)
+            )
+        execute(database_url, "NOTIFY orders, 'hello'")
+        said = b""
+        message = stream.next()
+        while message.data is None:  # heartbeats
+            message = stream.next()
+        assert (message.event, message.data, message.id, message.retry) == ("message", "hello", "7", 5000)
+        assert [line for line in message.comments if line != "heartbeat"] == ["a", "b"]
+        while said.count(b"heartbeat") < 3:
+            stream._read_more()
+            said, stream.body = said + stream.body, b""
+        assert said == b": heartbeat\n" * said.count(b"heartbeat")
+        server.post("/notify/orders", b'{"comment": "only this"}')
+        message = stream.next()
+        while message.data is None:
+            message = stream.next()
+        assert (message.data, message.comments[-1:]) == ("", ["only this"]), "notify() dispatches what has no data, too"
+
+
 @WORKERS
 def test_quiet_streams_get_heartbeats_and_busy_ones_do_not(
     database_url: str, start_server: Start, options: tuple[str, ...]

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
+HEARTBEAT = b": heartbeat\n"
+
 
 @dataclass
 class Message:
@@ -88,12 +90,16 @@ class Response:
         return body
 
     def next(self) -> Message:
-        """Return the next block of the stream, whatever it is; EOFError at the stream's end."""
-        while b"\n\n" not in self.body:
+        """Return the next block of the stream, or a heartbeat, a line alone; EOFError at the stream's end."""
+        while b"\n\n" not in self.body and not self.body.startswith(HEARTBEAT):
             if self.finished:
                 raise EOFError(f"the stream ended, with {self.body!r} left over")
             self._read_more()
+        if self.body.startswith(HEARTBEAT):
+            self.body = self.body[len(HEARTBEAT) :]
+            return Message(comments=["heartbeat"])
         block, self.body = self.body.split(b"\n\n", 1)
+        assert block[:1] != b"\n", "a blank line that ends no block: some clients dispatch an empty message there"
         message = Message()
         data: list[str] = []
         for line in block.decode().split("\n"):

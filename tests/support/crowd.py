@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from flask_pg_sse.engine.postgres.schema import schema_sql
+from tests.support.client import HEARTBEAT
 from tests.support.postgres import connect, execute
 from tests.support.servers import WebServer
 
@@ -104,6 +105,9 @@ class Reader:
             self._block(self._body[at:block_end].decode())
             at = block_end + 2
         del self._body[:at]
+        while self._body.startswith(HEARTBEAT):  # no blank line follows, so it need not wait for the next block
+            self.comments += 1
+            del self._body[: len(HEARTBEAT)]
         self._searched = max(0, len(self._body) - 1)
 
     def _block(self, block: str) -> None:

@@ -196,8 +196,24 @@ def test_an_event_leaves_nothing_to_the_next_but_its_id(first: Event, second: Ev
 
 def test_frames_are_written_exactly_so() -> None:
     event = Event("a\nb", event="created", id="7", retry=100, comment="c\nd")
-    assert encode(event) == b": c\n: d\nevent: created\nid: 7\nretry: 100\ndata: a\ndata: b\n\n"
+    assert encode(event) == b": c\n: d\nretry: 100\nevent: created\nid: 7\ndata: a\ndata: b\n\n"
     assert encode(Event()) == b"data: \n\n"
+
+
+@given(st.lists(st.one_of(events, events.map(lambda event: replace(event, silent=True)), st.none()), max_size=6))
+def test_what_dispatches_nothing_leaves_no_blank_line_and_does_not_reach_the_next_event(
+    sent: list[Event | None],
+) -> None:
+    """None stands for a heartbeat. Some clients dispatch an empty message at a blank line that ends no event."""
+    stream = b"".join(HEARTBEAT if event is None else encode(event) for event in sent)
+    source = read(stream)
+    dispatched = [event for event in sent if event is not None and not event.silent]
+    assert [(event.type, event.data) for event in source.events] == [
+        (event.event or "message", as_browsers_have_it(event.data)) for event in dispatched
+    ]
+    assert stream.count(b"\n\n") == len(dispatched)
+    ids = [event.id for event in sent if event is not None and event.id is not None]
+    assert read(stream + encode(Event("last"))).events[-1].last_event_id == (ids[-1] if ids else "")
 
 
 def test_control_blocks_are_events_of_the_reserved_names() -> None:
@@ -482,12 +498,16 @@ def test_other_payloads_are_data_verbatim(payload: str) -> None:
             '{"event": "created", "data": "x", "id": "1", "retry": 5, "comment": "c"}',
             Event("x", "created", "1", 5, "c"),
         ),
-        ('{"event": "ping"}', Event("", "ping")),
+        ('{"event": "ping"}', Event("", "ping", silent=True)),
         ('{"id": 1, "data": 2}', Event("2", id="1")),
-        ('{"id": 1.5}', Event(id="1.5")),
-        ('{"event": 404}', Event(event="404")),
+        ('{"id": 1.5}', Event(id="1.5", silent=True)),
+        ('{"event": 404}', Event(event="404", silent=True)),
+        ('{"data": "", "event": "created"}', Event("", "created")),
         ('{"event": "", "data": "x"}', Event("x")),
-        ('{"event": null, "id": null, "data": null, "retry": null, "comment": null}', Event()),
+        ('{"event": null, "id": null, "data": null, "retry": null, "comment": null}', Event(silent=True)),
+        ('{"data": "x", "sep": "\\r", "ping": 15}', Event("x")),
+        ('{"data": "x", "sep": null, "event": "created"}', Event("x", "created")),
+        ('{"ping": "2024"}', Event(silent=True)),
         ('{"data": {"a": [1, null, true]}}', Event('{"a": [1, null, true]}')),
         ('{"data": [1, 2]}', Event("[1, 2]")),
         ('{"data": true}', Event("true")),
@@ -529,6 +549,21 @@ def test_sse_fields_that_are_no_legal_event_are_refused(payload: str) -> None:
         event_of(payload)
 
 
+@pytest.mark.parametrize(
+    ("payload", "lines"),
+    [
+        ('{"comment": "are you\\nthere?"}', b": are you\n: there?\n"),
+        ('{"retry": 5000, "event": "created", "id": 7}', b"retry: 5000\nid: 7\n"),
+        ('{"event": "created"}', None),
+        ('{"sep": "\\n", "ping": 15}', None),
+    ],
+)
+def test_an_event_without_data_is_what_means_something_without_it(payload: str, lines: bytes | None) -> None:
+    known = decoder()
+    assert known.decode(payload) == (0, lines)
+    assert known.dropped.count == 0
+
+
 @pytest.mark.parametrize("opening", ["[", '{"data":', '{"data":[', '{"data":{"a":', '{"a":', '{"event":['])
 @pytest.mark.parametrize("closed", [True, False])
 @pytest.mark.parametrize("marked", [True, False])
@@ -544,8 +579,8 @@ def _is_legal_or_refused(payload: str) -> None:
         event = event_of(payload)
     except InvalidEvent:
         return
-    # An event that is let through is one for browsers too.
-    assert len(read(encode(event)).events) == 1
+    # An event that is let through is one for browsers too, and one without data is none.
+    assert len(read(encode(event) + encode(Event("next"))).events) == 2 - event.silent
     assert not (event.event or "").startswith("sse-")
 
 

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...channels import RESERVED_PREFIX
@@ -117,16 +117,18 @@ class Message:
 def from_payload(payload: str) -> Message:
     """Read a NOTIFY payload of any sender.
 
-    The wire form is recognised by its first character. A JSON object with no keys but event, id, data, retry and
-    comment is read as those fields; senders written for sse_relay_server use that form. Any other payload is data.
-    Raises `InvalidEvent` if the result is not a legal event.
+    The wire form is recognised by its first character. A JSON object with no keys but event, id, data, retry, comment,
+    sep and ping is read as those fields; senders written for sse_relay_server use that form. There, sep and ping change
+    nothing that a browser sees, and an event without data dispatches nothing. Any other payload is data. Raises
+    `InvalidEvent` if the result is not a legal event.
     """
     if payload.startswith(_WIRE_MARK):
         return _from_wire(payload)
     if payload.lstrip(" \t\r\n").startswith("{"):
         fields = _load_object(payload)
-        if fields and fields.keys() <= FIELDS:
-            return Message(_from_fields(fields))
+        if fields and fields.keys() <= FIELDS | {"sep", "ping"}:
+            event = _from_fields(fields)
+            return Message(event if fields.get("data") is not None else replace(event, silent=True))
     return Message(Event(payload))
 
 
@@ -268,7 +270,7 @@ class Decoder:
             elif log_id:
                 self._check(log_id, message.signature)
             if message.event is not None:
-                return log_id, encode(message.event, log_id or None)
+                return log_id, encode(message.event, log_id or None) or None
             if log_id:
                 return log_id, None
             raise InvalidEvent("It is too large for NOTIFY, and this process does not use the event log.")
