@@ -26,6 +26,9 @@ _EVERY = 60.0
 # make_interval() is named with its schema. A make_interval(numeric) that another role made in `public` would match
 # better, and would run with our rights.
 _PRUNE = "SELECT flask_pg_sse.prune_v1(pg_catalog.make_interval(secs => %s), %s)"
+_HOLDERS = "SELECT flask_pg_sse.holders_v1('pruning')"
+# Seconds without a completed round of this process until that is logged, and between two such messages.
+_LATE = 600.0
 
 
 def prune(execute: Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]], max_age: float) -> tuple[int, bool]:
@@ -57,6 +60,8 @@ class Pruner:
         self._retention = retention
         self._wakeup = Wakeup()
         self._stopping = False
+        self._done_at = 0.0  # monotonic time of the last completed round
+        self._late = 0.0  # for how many seconds no round has been completed, when that was logged
         self._thread = threading.Thread(target=self._run, name="pg-sse-pruner", daemon=True)
 
     def start(self) -> None:
@@ -71,6 +76,7 @@ class Pruner:
             self._wakeup.close()
 
     def _run(self) -> None:
+        self._done_at = time.monotonic()
         try:
             while not self._stopping:
                 # A random pause, because processes that started together should not prune together.
@@ -83,9 +89,28 @@ class Pruner:
     def _round(self) -> None:
         started = time.monotonic()
         try:
-            deleted, _ = prune(self._pool.execute, self._retention)
+            deleted, busy = prune(self._pool.execute, self._retention)
+            if busy:  # by another process, as it should be, or by a session that does not go on
+                self._say_if_late()
+                return
         except PgSSEError as error:  # the next round may succeed
             logger.warning("The event log could not be pruned: %s", error)
-        else:
-            if deleted:
-                logger.debug("Pruned %d events from the log in %.1f s.", deleted, time.monotonic() - started)
+            return
+        if self._late:
+            logger.info("The event log is pruned again, after %.0f minutes.", self._late / 60)
+        self._done_at, self._late = time.monotonic(), 0.0
+        if deleted:
+            logger.debug("Pruned %d events from the log in %.1f s.", deleted, time.monotonic() - started)
+
+    def _say_if_late(self) -> None:
+        since = time.monotonic() - self._done_at
+        if since < self._late + _LATE:
+            return
+        [(holders,)] = self._pool.execute(_HOLDERS)
+        self._late = since
+        logger.warning(
+            "For %.0f minutes this process could not prune the event log, and the log may be growing. The lock for "
+            "that is held by %s.",
+            since / 60,
+            holders,
+        )

@@ -39,6 +39,7 @@ DECLARE
     own_role pg_catalog.text := pg_catalog.current_setting('role');
     own_path pg_catalog.text := pg_catalog.current_setting('search_path');
     owner pg_catalog.text;
+    created boolean := false;
     installed integer := 0;
     found integer;
     old pg_catalog.oid[];  -- the objects that exist already
@@ -53,20 +54,29 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'feature_not_supported', MESSAGE = concat(
             'the event log needs PostgreSQL {oldest_major} or newer, and this is ', current_setting('server_version'));
     END IF;
-    -- If two installations run at once, the second waits here, and then finds everything done.
-    PERFORM pg_advisory_xact_lock(7380381037705062261);
-    old := ARRAY(
-        SELECT c.oid FROM pg_class c WHERE c.relnamespace = to_regnamespace('{schema}')
-        UNION ALL SELECT p.oid FROM pg_proc p WHERE p.pronamespace = to_regnamespace('{schema}')
-        UNION ALL SELECT n.oid FROM pg_namespace n WHERE n.nspname = '{schema}');
+    -- If two installations run at once, the second waits here, or at the lock below, and then finds everything done.
+    IF to_regnamespace('{schema}') IS NULL THEN
+        BEGIN
+            CREATE SCHEMA {schema};
+            created := true;
+        EXCEPTION WHEN duplicate_schema OR unique_violation THEN
+            NULL;  -- the other one was faster
+        END;
+    END IF;
     SELECT r.rolname INTO owner FROM pg_namespace n JOIN pg_roles r ON r.oid = n.nspowner WHERE n.nspname = '{schema}';
-    IF owner IS NULL THEN
-        CREATE SCHEMA {schema};
-    ELSIF owner <> current_user THEN
+    IF owner <> current_user THEN
         -- Everything in the schema belongs to one role, and its functions run as that role. If that role is hostile and
         -- has put traps here, they run with its own rights and not with ours.
         PERFORM set_config('role', owner, true);
     END IF;
+    -- This changes nothing, and takes a lock that only the schema's owner can take. Every role that can connect could
+    -- hold an advisory lock.
+    EXECUTE concat('COMMENT ON SCHEMA {schema} IS ',
+        coalesce(quote_literal(obj_description(to_regnamespace('{schema}'), 'pg_namespace')), 'NULL'));
+    old := ARRAY(
+        SELECT c.oid FROM pg_class c WHERE c.relnamespace = to_regnamespace('{schema}')
+        UNION ALL SELECT p.oid FROM pg_proc p WHERE p.pronamespace = to_regnamespace('{schema}')
+        UNION ALL SELECT n.oid FROM pg_namespace n WHERE n.nspname = '{schema}' AND NOT created);
 
     -- EXECUTE, because a step that is not needed may name objects that do not exist yet, or no longer exist.
     IF to_regclass('{schema}.installation') IS NOT NULL THEN

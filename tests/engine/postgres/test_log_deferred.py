@@ -55,7 +55,7 @@ WORK = {
     "and one more": "INSERT INTO more_indirect DEFAULT VALUES",
 }
 LOCKS = (
-    "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = %s "
+    "SELECT count(*) FROM pg_locks WHERE relation = 'flask_pg_sse.numbering'::regclass AND pid = %s "
     "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
 )
 

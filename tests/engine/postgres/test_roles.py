@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -17,9 +18,10 @@ import pytest
 from flask import Flask
 
 from flask_pg_sse import notify, schema_sql
-from flask_pg_sse.engine.postgres import schema
+from flask_pg_sse.engine.postgres import pool, retention, schema
 from flask_pg_sse.testing import stream
 from tests.docs.test_readme import example
+from tests.support.client import eventually
 from tests.support.documents import Document
 from tests.support.log import ENQUEUE, NOTIFY, PUBLISH, listening, logged, pending, run
 from tests.support.postgres import connect, execute, fresh_database
@@ -32,8 +34,8 @@ SECURITY = Document("docs/security.md")  # there the database is `shop`
 
 SENDER_MAY = {"notify"}
 APP_MAY = {
-    "beat_v1", "enqueue_v1", "head_v1", "installed_v1", "notify", "number_v1", "page_v1", "prune_v1", "publish_v1",
-    "server_v1", "tail_v1", "version_v1",
+    "beat_v1", "enqueue_v1", "head_v1", "holders_v1", "installed_v1", "notify", "number_v1", "page_v1", "prune_v1",
+    "publish_v1", "server_v1", "tail_v1", "version_v1",
 }  # fmt: skip
 TRIGGER_FUNCTIONS = {"publish_pending_v1"}
 
@@ -79,7 +81,8 @@ def things(url: str) -> list[Thing]:
     query = """
         SELECT n.oid, 'schema', n.nspname::text, n.nspname::text FROM pg_namespace n WHERE n.nspname = 'flask_pg_sse'
         UNION ALL
-        SELECT c.oid, CASE c.relkind WHEN 'S' THEN 'sequence' ELSE 'table' END, 'flask_pg_sse.' || c.relname, c.relname
+        SELECT c.oid, CASE c.relkind WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view' ELSE 'table' END,
+            'flask_pg_sse.' || c.relname, c.relname
         FROM pg_class c WHERE c.relnamespace = 'flask_pg_sse'::regnamespace AND c.relkind NOT IN ('i', 'I', 't', 'c')
         UNION ALL
         SELECT p.oid, 'function', p.oid::regprocedure::text, p.proname
@@ -87,7 +90,7 @@ def things(url: str) -> list[Thing]:
         ORDER BY 2, 3
     """
     found = [Thing(*row) for row in execute(url, query)]
-    assert {thing.kind for thing in found} == {"schema", "table", "sequence", "function"}
+    assert {thing.kind for thing in found} == {"schema", "table", "view", "sequence", "function"}
     return found
 
 
@@ -98,6 +101,7 @@ def privileges(url: str) -> dict[str, list[str]]:
     return {
         "schema": ["USAGE", "CREATE"],
         "table": tables,
+        "view": tables,
         "sequence": ["USAGE", "SELECT", "UPDATE"],
         "function": ["EXECUTE"],
     }
@@ -109,9 +113,10 @@ def rights(url: str, role: str) -> set[tuple[str, str]]:
     with closing(connect(url)) as connection:
         for thing in things(url):
             for privilege in privileges(url)[thing.kind]:
-                query = f"SELECT has_{thing.kind}_privilege(%s, %s::oid, %s)"
+                kind = "table" if thing.kind == "view" else thing.kind
+                query = f"SELECT has_{kind}_privilege(%s, %s::oid, %s)"
                 [(may,)] = run(connection, query, (role, thing.oid, privilege))
-                if thing.kind == "table" and privilege in ("SELECT", "INSERT", "UPDATE", "REFERENCES"):
+                if kind == "table" and privilege in ("SELECT", "INSERT", "UPDATE", "REFERENCES"):
                     query = "SELECT has_any_column_privilege(%s, %s::oid, %s)"
                     may = may or run(connection, query, (role, thing.oid, privilege)) == [(True,)]
                 if may:
@@ -167,6 +172,13 @@ ON_TABLES = [
     "COMMENT ON TABLE {} IS 'x'", "ALTER TABLE {} OWNER TO CURRENT_USER",
     "CREATE TRIGGER t AFTER INSERT ON {} EXECUTE FUNCTION suppress_redundant_updates_trigger()",
 ]  # fmt: skip
+ON_VIEWS = [
+    "SELECT * FROM {}", "BEGIN; LOCK TABLE {}", "BEGIN; LOCK TABLE {} IN ACCESS SHARE MODE",
+    "BEGIN; LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE", "BEGIN; LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE NOWAIT",
+    "COMMENT ON VIEW {} IS 'x'", "CREATE OR REPLACE VIEW {} AS SELECT false AS locked", "DROP VIEW {}",
+    "ALTER VIEW {} RENAME TO theirs", "ALTER VIEW {} OWNER TO CURRENT_USER",
+    "CREATE RULE r AS ON INSERT TO {} DO INSTEAD NOTHING",
+]  # fmt: skip
 ON_SEQUENCES = [
     "SELECT * FROM {}", "SELECT nextval('{}')", "SELECT setval('{}', 1)",
     "ALTER SEQUENCE {} RESTART", "DROP SEQUENCE {}",
@@ -200,6 +212,9 @@ def test_what_is_not_granted_is_refused_when_it_is_tried(place: Place) -> None:
                         assert_denied(connection, f"SELECT flask_pg_sse.{thing.simple}({nothing})")
                     elif thing.kind == "table":
                         for statement in ON_TABLES:
+                            assert_denied(connection, statement.format(thing.name))
+                    elif thing.kind == "view":
+                        for statement in ON_VIEWS:
                             assert_denied(connection, statement.format(thing.name))
                     elif thing.kind == "sequence":
                         for statement in ON_SEQUENCES:
@@ -409,6 +424,7 @@ def use_all_of_it(connection: Any, *, only_notify: bool = False, install: bool =
     run(connection, f"SELECT * FROM flask_pg_sse.tail_v1(ARRAY['orders']{text}[], ARRAY[9]::pg_catalog.int8[], 65536)")
     run(connection, "SELECT flask_pg_sse.beat_v1('x'), flask_pg_sse.head_v1(), flask_pg_sse.server_v1()")
     run(connection, "SELECT * FROM flask_pg_sse.installed_v1()")
+    run(connection, "SELECT flask_pg_sse.holders_v1('pruning')")
     run(connection, "SELECT flask_pg_sse.prune_v1('0 s'::pg_catalog.interval, 1)")
     if install:
         run(connection, schema_sql(["app"]))
@@ -543,14 +559,100 @@ def test_who_may_not_connect_hears_nothing(place: Place) -> None:
         connect(place.stranger)
 
 
-def test_any_role_that_can_connect_can_hold_publishing_up(place: Place) -> None:
-    """As it can by filling NOTIFY's queue: advisory locks are everybody's. It learns and changes nothing thereby."""
+def test_no_role_that_can_only_connect_can_hold_anything_up(place: Place, make_app: MakeApp) -> None:
+    """Neither publishers nor pruning nor an installation, by whatever lock it can take.
+
+    Advisory locks are everybody's, so nothing here may take one.
+    """
+    taken = "SELECT classid, objid FROM pg_locks WHERE locktype = 'advisory'"
+    works = [
+        (place.app, "SELECT flask_pg_sse.notify('orders', 'deferred')"),
+        (place.app, "SELECT flask_pg_sse.publish_v1('orders', ARRAY['{}'::json], ARRAY['at once'])"),
+        (place.app, "SELECT flask_pg_sse.prune_v1('1 hour', 100)"),
+        (place.owner, schema_sql(["app"])),
+        (place.superuser, schema_sql(["app"])),
+    ]
     with closing(connect(place.stranger)) as stranger:
-        run(stranger, "SELECT pg_advisory_lock(7380381037705062259)")
-        with pytest.raises(psycopg2.errors.LockNotAvailable):
-            execute(place.app, "SET lock_timeout = '100ms'; SELECT flask_pg_sse.notify('orders', 'x')")
-    execute(place.app, NOTIFY, ("orders", "y"))
-    assert [row[3] for row in logged(place.superuser)] == ["y"]
+        run(stranger, "BEGIN")
+        run(stranger, "SELECT pg_advisory_lock(7380381037705062258 + n) FROM generate_series(1, 3) AS n")  # as before
+        # It asks for every lock that there is a name for, and gets none that stays.
+        for thing in things(place.superuser):
+            for statement in (f"LOCK TABLE {thing.name} IN SHARE UPDATE EXCLUSIVE MODE", f"DROP SCHEMA {thing.name}",
+                f"COMMENT ON SCHEMA {thing.name} IS 'x'", f"COMMENT ON VIEW {thing.name} IS 'x'"):  # fmt: skip
+                run(stranger, "SAVEPOINT here")
+                with pytest.raises(psycopg2.Error):
+                    run(stranger, statement)
+                run(stranger, "ROLLBACK TO SAVEPOINT here")
+        for url, work in works:
+            with closing(connect(url)) as worker:
+                run(worker, "SET lock_timeout = '2s'")
+                assert run(worker, f"BEGIN; {work}; {taken} AND pid = pg_backend_pid()") == [], "it takes such a lock"
+                run(worker, "COMMIT")
+        assert execute(place.app, "SELECT flask_pg_sse.prune_v1('0 s', 100)") == [(2,)], "it is not busy"
+    app = make_app(place.app)
+    with app.app_context():
+        assert notify("orders", "x") is not None
+
+
+def test_who_holds_the_lock_is_named(place: Place, make_app: MakeApp) -> None:
+    """The wait is bounded, also at the commit of a caller's transaction; then the error says who holds it."""
+    app = make_app(place.app)
+    holder = psycopg2.connect(place.app, application_name="a slow job")
+    with app.app_context(), closing(holder), closing(connect(place.app)) as publisher:
+        run(holder, "SELECT flask_pg_sse.publish_v1('orders', ARRAY['{}'::json], ARRAY['holds it'])")
+        named = rf'session {holder.info.backend_pid} of role "app" \(application_name "a slow job", '
+        run(publisher, "SET lock_timeout = '100ms'")
+        run(publisher, "BEGIN")
+        run(publisher, NOTIFY, ("orders", "late"))
+        with pytest.raises(psycopg2.errors.LockNotAvailable, match=named + "state not visible to sse_owner"):
+            run(publisher, "COMMIT")
+        execute(place.superuser, "GRANT pg_read_all_stats TO sse_owner")
+        with pytest.raises(psycopg2.errors.LockNotAvailable, match=named + "idle in transaction"):
+            run(publisher, "SELECT flask_pg_sse.publish_v1('orders', ARRAY['{}'::json], ARRAY['late'])")
+        assert run(publisher, "SHOW lock_timeout") == [("100ms",)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pool, "TIMEOUT", 0.5)
+            with pytest.raises(ConnectionError, match=named):
+                notify("orders", "late")
+        holder.rollback()
+        run(publisher, "BEGIN; SET LOCAL lock_timeout = 0")
+        run(publisher, "SELECT flask_pg_sse.publish_v1('orders', ARRAY['{}'::json], ARRAY['in time'])")
+        assert run(publisher, "SHOW lock_timeout") == [("0",)], "and the caller's own limit is as it was"
+        run(publisher, "COMMIT")
+    assert [row[3] for row in logged(place.superuser)] == ["in time"]
+
+
+@pytest.mark.slow
+def test_the_wait_at_a_commit_is_bounded_without_a_limit_of_ones_own(place: Place) -> None:
+    with closing(psycopg2.connect(place.app)) as holder, closing(connect(place.app)) as publisher:
+        run(holder, "SELECT flask_pg_sse.publish_v1('orders', ARRAY['{}'::json], ARRAY['holds it'])")
+        run(publisher, "BEGIN")
+        run(publisher, NOTIFY, ("orders", "late"))
+        begun = time.monotonic()
+        with pytest.raises(psycopg2.errors.LockNotAvailable, match=f"session {holder.info.backend_pid} "):
+            run(publisher, "COMMIT")
+        assert 7 < time.monotonic() - begun < 12
+
+
+def test_pruning_that_does_not_happen_is_said(
+    place: Place, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "flask_pg_sse.engine.postgres.retention")
+    monkeypatch.setattr(retention, "_EVERY", 0.05)
+    monkeypatch.setattr(retention, "_LATE", 0.3)
+    holder = psycopg2.connect(place.app, application_name="a slow job")
+    with closing(holder):
+        run(holder, "SELECT flask_pg_sse.prune_v1('1 hour', 100)")
+        app = make_app(place.app)
+        events = stream(app.test_client(), "/sse?channel=orders")
+        assert next(events).event == "sse-open"
+        named = f'is held by session {holder.info.backend_pid} of role "app" (application_name "a slow job", '
+        eventually(lambda: len(caplog.messages) >= 2)
+        assert all(record.levelname == "WARNING" and named in record.message for record in caplog.records)
+        assert len(caplog.messages) < 4, "it is not said with every attempt"
+        holder.rollback()
+        eventually(lambda: "is pruned again" in caplog.messages[-1])
+    events.close()
 
 
 def test_the_readme_has_the_same_grants() -> None:

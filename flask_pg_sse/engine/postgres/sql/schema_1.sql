@@ -42,6 +42,12 @@ CREATE TABLE flask_pg_sse.retention (pruned_through bigint NOT NULL);
 ALTER TABLE flask_pg_sse.installation REPLICA IDENTITY FULL;
 ALTER TABLE flask_pg_sse.retention REPLICA IDENTITY FULL;
 
+-- Two locks that only these functions can take. An advisory lock is open to every role that can connect. A lock on a view
+-- needs a right on the view, and no role has one. It is not a lock on a table: an open transaction with an ANALYZE, a
+-- COMMENT or a CREATE INDEX for that table would hold it too.
+CREATE VIEW flask_pg_sse.numbering AS SELECT true AS locked;
+CREATE VIEW flask_pg_sse.pruning AS SELECT true AS locked;
+
 CREATE SEQUENCE flask_pg_sse.event_id;
 -- The server and database that numbered the last event. It is a sequence, because setval() is visible to all at once and
 -- causes no serialization failure.
@@ -54,6 +60,20 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f
     SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint + d.oid::bigint
         + 'flask_pg_sse.event'::regclass::oid::bigint
     FROM pg_database d WHERE d.datname = current_database()
+$function$;
+
+-- The sessions that hold one of the two locks, in words. A role without pg_read_all_stats does not see the state of other
+-- roles' sessions.
+CREATE FUNCTION flask_pg_sse.holders_v1(name text) RETURNS text
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT coalesce(string_agg(concat(
+        'session ', l.pid, ' of role "', a.usename, '" (application_name "', a.application_name, '", ',
+        coalesce(a.state, 'state not visible to ' || quote_ident(current_user)), ')'), ', '), 'no session any more')
+    FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+    WHERE l.locktype = 'relation' AND l.granted AND l.mode = 'ShareUpdateExclusiveLock'
+        AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+        AND l.relation = (SELECT c.oid FROM pg_class c
+            WHERE c.relname = $1 AND c.relnamespace = 'flask_pg_sse'::regnamespace)
 $function$;
 
 -- Number an event, write it to the log and notify. Call it last in a transaction, because other publishers wait for the
@@ -76,8 +96,25 @@ BEGIN
         PERFORM convert_to(concat(channel, fields, data), 'UTF8');
     END IF;
     -- From here to the end of the transaction no other transaction can number events. So ids are in the order of commits.
-    -- The key is the text "flaskpgs" as a number.
-    PERFORM pg_advisory_xact_lock(7380381037705062259);
+    -- The first attempt does not wait, because to set a timeout and to set it back takes longer than all the rest.
+    BEGIN
+        LOCK TABLE flask_pg_sse.numbering IN SHARE UPDATE EXCLUSIVE MODE NOWAIT;
+    EXCEPTION WHEN lock_not_available THEN
+        DECLARE
+            own_timeout text := current_setting('lock_timeout');
+        BEGIN
+            IF own_timeout::interval NOT BETWEEN '1 ms' AND '8 s' THEN
+                PERFORM set_config('lock_timeout', '8s', true);
+            END IF;
+            LOCK TABLE flask_pg_sse.numbering IN SHARE UPDATE EXCLUSIVE MODE;
+            PERFORM set_config('lock_timeout', own_timeout, true);
+        EXCEPTION WHEN lock_not_available THEN
+            RAISE EXCEPTION USING ERRCODE = 'lock_not_available', MESSAGE = concat(
+                'The event log could not number an event in time. Transactions that publish commit one after the other, ',
+                'and the lock for that is held by ', flask_pg_sse.holders_v1('numbering'), '.'),
+                HINT = 'Try again. If that session does not go on, end it with pg_terminate_backend().';
+        END;
+    END;
     -- Listeners receive an event after its commit. A crash must not lose it after that.
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
@@ -321,9 +358,11 @@ DECLARE
     last bigint;
     deleted integer := 0;
 BEGIN
-    IF NOT pg_try_advisory_xact_lock(7380381037705062260) THEN
+    BEGIN
+        LOCK TABLE flask_pg_sse.pruning IN SHARE UPDATE EXCLUSIVE MODE NOWAIT;
+    EXCEPTION WHEN lock_not_available THEN
         RETURN NULL;
-    END IF;
+    END;
     -- Lock `pending` first, because publishers lock `pending` and then `event`. With the other order an upgrade, which
     -- locks both, would deadlock.
     LOCK TABLE flask_pg_sse.pending IN ROW EXCLUSIVE MODE;
