@@ -75,9 +75,10 @@ def joined(mark: str, head: dict[str, Any], data: str | None) -> str:
 
 
 def forgeries(genuine: str) -> Iterator[tuple[str, str]]:
-    mark, head, _ = parts(genuine)
+    mark, head, data = parts(genuine)
     yield "the same again", genuine
     yield "other data under a spent id", joined(mark, head, "forged")
+    yield "other fields under a spent id", joined(mark, {**head, "event": "forged"}, data)
     for name, log_id in (("far ahead", FAR_AHEAD), ("the next", head["i"] + 1), ("an older one", head["i"] - 1)):
         yield f"id {name}", joined(mark, {**head, "i": log_id}, "forged")
         yield f"id {name}, without signature", joined(mark, {"i": log_id}, "forged")
@@ -131,19 +132,29 @@ def test_forged_events_and_beats_move_no_position_and_keep_nothing_away(
         assert logged_event(stream) == (last, "last")
 
 
-def test_a_spent_signature_on_a_channel_where_it_is_new_costs_no_event(
-    url: str, nobody_special: Any, start_server: Start
+@pytest.mark.parametrize("size", [3, 9000], ids=["small", "large"])
+def test_a_spent_signature_on_a_channel_where_it_is_new_is_no_event_of_the_log(
+    url: str, nobody_special: Any, start_server: Start, size: int
 ) -> None:
-    """A worker that listens to b alone has never heard of an event on a, so its id is news there."""
+    """A worker that listens to b alone has never heard of an event on a, so its id is news there.
+
+    Nobody gets it, with or without its text, neither the stream that is open nor one that comes back and is served from
+    the worker's memory.
+    """
     server = start_server(url)
     with open_stream(server.port, "b") as on_b:
         first = publish(url, "b", "first")
         assert logged_event(on_b) == (first, "first")
-        publish(url, "a", "on a")
-        mark, head, _ = parts(heard(nobody_special))
-        between = publish(url, "b", "between")
-        for forged in (joined(mark, head, "forged"), joined(mark, {**head, "f": True}, None)):
+        on_a = "x" * size
+        publish(url, "a", on_a)
+        genuine = heard(nobody_special)
+        mark, head, data = parts(genuine)
+        assert data == ("" if size > 7999 else on_a)
+        for forged in (genuine, joined(mark, head, "forged"), joined(mark, {**head, "f": True}, None)):
             run(nobody_special, "SELECT pg_notify('b', %s)", forged)
         last = publish(url, "b", "last")
-        assert logged_event(on_b) == (between, "between")
         assert logged_event(on_b) == (last, "last")
+    with open_stream(server.port, "b", headers={"Last-Event-ID": first}) as again:
+        assert logged_event(again) == (last, "last")
+    with open_stream(server.port, "a", headers={"Last-Event-ID": first}) as again:
+        assert logged_event(again)[1] == on_a

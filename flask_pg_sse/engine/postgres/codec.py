@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import hmac
 import itertools
 import json
 import logging
@@ -32,13 +33,16 @@ MAX_PAYLOAD_BYTES = 7999
 # - the version;
 # - the head: one line of JSON with every field but data;
 # - after the first line end, the data as it is, because JSON would make it longer.
-# For events of the log, SQL (postgres/sql) writes the wire form. Its head also has `i`, the id in the log, and `s`, the
-# signature of the id. It has `f` if the event is too large for NOTIFY and must be fetched.
+# For events of the log, SQL (postgres/sql) writes the wire form. Its head begins with `i`, the id in the log, and `s`,
+# the signature of the id, the channel and all that follows. It has `f` if the event is too large for NOTIFY and must be
+# fetched.
 _WIRE_MARK = "\x1e"
 _WIRE_VERSION = "1"
 _LOGGED = _WIRE_MARK + _WIRE_VERSION + '{"i":'
-# The wire form of the log's events, except the large ones: id, signature, the other fields, and then the data.
-_LOGGED_FORM = re.compile(re.escape(_LOGGED) + r'([1-9][0-9]{0,18}),"s":"([0-9a-f]{16})"(|,".*)\}\n', re.ASCII)
+# The beginning of the log's events: id and signature. What follows is signed.
+_LOGGED_FORM = re.compile(re.escape(_LOGGED) + r'([1-9][0-9]{0,18}),"s":"([0-9a-f]{16})"', re.ASCII)
+# What follows in nearly all of them: the other fields, and then the data.
+_USUAL_REST = re.compile(r'(|,".*)\}\n')
 # PostgreSQL sends equal payloads of one transaction only once. This number makes each payload different from those
 # before. It is unique only in this process, which is enough: a transaction does not span processes. It always has
 # twelve digits, so the room for data is always the same.
@@ -104,14 +108,13 @@ def _from_head(fields: dict[str, Any], data: str | None) -> Event:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """The content of one NOTIFY: an event. If it comes from the log it also has an id and the signature of the id.
+    """The content of one NOTIFY: an event. If it comes from the log, or claims to, it also has an id.
 
     `event` is None if it must be fetched from the log.
     """
 
     event: Event | None
     log_id: int | None = None
-    signature: str = ""
 
 
 def from_payload(payload: str) -> Message:
@@ -137,22 +140,9 @@ def is_logged(payload: str) -> bool:
     return payload.startswith(_LOGGED)
 
 
-def from_log(payload: str) -> tuple[int, str, str, str] | None:
-    """Split a payload of the log into id, signature, JSON of the other fields, and data. Return None for others.
-
-    The caller must check the signature before it trusts the id. `from_payload()` reads these payloads too, and all
-    those for which this returns None.
-    """
-    found = _LOGGED_FORM.match(payload)
-    if found is None:
-        return None
-    log_id, signed, fields = found.groups()
-    return int(log_id), signed, fields, payload[found.end() :]
-
-
 @functools.lru_cache(maxsize=256)  # nearly all events share their fields; only ids and data differ
 def head_of(fields: str) -> Head:
-    """Return the head of events with these fields, as returned by `from_log()`. Raises `InvalidEvent`."""
+    """Return the head of events with these fields, JSON without its braces. Raises `InvalidEvent`."""
     return Head.of(from_row("{" + fields.removeprefix(",") + "}", ""))
 
 
@@ -170,21 +160,28 @@ def _from_wire(payload: str) -> Message:
     if large:
         if log_id is None or line_end:
             raise _not_ours()
-        return Message(None, log_id, signature)
-    return Message(_from_head(fields, data if line_end else None), log_id, signature or "")
+        return Message(None, log_id)
+    return Message(_from_head(fields, data if line_end else None), log_id)
 
 
 def _not_ours() -> InvalidEvent:
     return InvalidEvent("It is not in the wire form of this package: damaged or forged.")
 
 
-def signature(key: bytes, log_id: int) -> str:
-    """Return the signature that the log's NOTIFY carries with an id.
+def _forged() -> InvalidEvent:
+    return InvalidEvent("It claims an id of the event log, but has no valid signature: damaged or forged.")
 
-    Any role of a database can send any NOTIFY. A stream that accepted a forged id would drop every later event with a
-    smaller id.
+
+def signature(key: bytes, log_id: int, channel: str, rest: str) -> str:
+    """Return the signature that the log's NOTIFY carries. `rest` is what follows it in the payload.
+
+    Any role of a database can send any NOTIFY, also one that it has heard, on another channel or with other data. A
+    stream that accepted a forged id would drop every later event with a smaller id. number_v1() in sql/schema_1.sql
+    says why this hash is enough.
     """
-    return hashlib.sha256(key + log_id.to_bytes(8, "big")).hexdigest()[:16]
+    name = channel.encode()
+    signed = b"".join((key, log_id.to_bytes(8, "big"), len(name).to_bytes(4, "big"), name, rest.encode()))
+    return hashlib.sha256(signed).hexdigest()[:16]
 
 
 def _from_fields(fields: dict[str, Any]) -> Event:
@@ -252,23 +249,19 @@ class Decoder:
         self.key: bytes | None = None
         self.dropped = Dropped()
 
-    def decode(self, payload: str) -> tuple[int, bytes | None]:
-        """Return an event's id in the log (0 without one) and its bytes.
+    def decode(self, payload: str, channel: str) -> tuple[int, bytes | None]:
+        """Return the id in the log (0 without one) of an event on `channel`, and its bytes.
 
         An id and None mean that the event must be fetched from the log. 0 and None mean that there is nothing to send.
         """
         try:
-            found = from_log(payload) if self.key is not None else None
-            if found is not None:
-                log_id, signed, fields, data = found
-                self._check(log_id, signed)
-                return log_id, head_of(fields).encode(data, log_id)
+            log_id, rest = self.open(payload, channel)
+            usual = _USUAL_REST.match(rest)
+            if usual is not None:
+                return log_id, head_of(usual[1]).encode(rest[usual.end() :], log_id)
             message = from_payload(payload)
-            log_id = message.log_id or 0
-            if self.key is None:
-                log_id = 0
-            elif log_id:
-                self._check(log_id, message.signature)
+            if message.log_id and not log_id and self.key is not None:
+                raise _forged()
             if message.event is not None:
                 return log_id, encode(message.event, log_id or None) or None
             if log_id:
@@ -278,6 +271,16 @@ class Decoder:
             self.dropped.add("a NOTIFY payload", error)
             return 0, None
 
-    def _check(self, log_id: int, signed: str) -> None:
-        if self.key is None or signed != signature(self.key, log_id):
-            raise InvalidEvent("It claims an id of the event log, but has no valid signature: damaged or forged.")
+    def open(self, payload: str, channel: str) -> tuple[int, str]:
+        """Return the id in the log of a payload on `channel`, and what follows the signature; 0 and "" without an id.
+
+        Raises `InvalidEvent` if the log has not sent exactly this to the channel. If no log is used, no id is believed.
+        """
+        if self.key is None or not is_logged(payload):
+            return 0, ""
+        found = _LOGGED_FORM.match(payload)
+        if found is not None:
+            log_id, rest = int(found[1]), payload[found.end() :]
+            if hmac.compare_digest(found[2], signature(self.key, log_id, channel, rest)):
+                return log_id, rest
+        raise _forged()

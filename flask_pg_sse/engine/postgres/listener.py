@@ -314,7 +314,7 @@ class Listener:
                 channel = self._listens.channel_of(notification.channel)
                 if channel is None:
                     continue
-                log_id, block = self._decoder.decode(notification.payload)
+                log_id, block = self._decoder.decode(notification.payload, channel)
                 if log_id and log_id <= self._position:
                     continue  # already read from the log
                 if block is None:

@@ -258,15 +258,16 @@ def test_a_role_that_may_only_call_the_functions(log_url: str) -> None:
         execute(log_url, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
-def test_the_signature_of_an_id(log_url: str) -> None:
+def test_the_signature_of_an_event(log_url: str) -> None:
     """Every role of the database can send a NOTIFY with an id in it; only the log knows the key."""
     with listening(log_url, "orders") as ear:
         execute(log_url, NOTIFY, ("orders", "x"))
         heard = ear.wait(1)[0]
     key: Any = execute(log_url, "SELECT key FROM flask_pg_sse.installed_v1()")[0][0]
-    signed = hashlib.sha256(bytes(key) + heard.id.to_bytes(8, "big")).hexdigest()[:16]
-    assert heard.fields == {"s": signed}
-    assert understand("orders", f'\x1e1{{"i":{heard.id},"s":"{signed}"}}\nx') == heard
+    name, rest = b"orders", b"}\nx"
+    signed = hashlib.sha256(bytes(key) + heard.id.to_bytes(8, "big") + len(name).to_bytes(4, "big") + name + rest)
+    assert heard.fields == {"s": signed.hexdigest()[:16]}
+    assert understand("orders", f'\x1e1{{"i":{heard.id},"s":"{heard.fields["s"]}"}}\nx') == heard
 
 
 @pytest.mark.parametrize(

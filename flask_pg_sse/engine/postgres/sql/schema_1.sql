@@ -7,7 +7,7 @@
 -- One row, as in `retention`: see rows.sql.
 CREATE TABLE flask_pg_sse.installation (
     version integer NOT NULL,
-    -- Signs the ids in NOTIFY payloads, because every role of the database can send a NOTIFY: see number_v1().
+    -- Signs the events in NOTIFY payloads, because every role of the database can send a NOTIFY: see number_v1().
     key bytea NOT NULL
 );
 
@@ -77,7 +77,12 @@ LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 
 $function$;
 
 -- Number an event, write it to the log and notify. Call it last in a transaction, because other publishers wait for the
--- lock until the transaction ends.
+-- lock until the transaction ends. They wait for 8 s at most, or for a shorter lock_timeout of the caller.
+--
+-- The signature covers the id, the channel, and everything that follows it in the payload. It is sha256() of the key and
+-- these, of which only 64 of 256 bits are sent. So nobody can compute from it the signature of a longer text, which is the
+-- weakness of a hash with a key in front. The id has a fixed length and the channel its length in front, so two different
+-- events never give the same bytes.
 CREATE FUNCTION flask_pg_sse.number_v1(channel text, fields json, data text) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_variable
@@ -85,8 +90,8 @@ DECLARE
     server bigint := flask_pg_sse.server_v1();
     number bigint;
     head text;
-    payload text;
-    utf8 bytea;
+    rest text;
+    utf8 bytea := convert_to(channel, 'UTF8');
 BEGIN
     -- An event that cannot be read would block readers of the log from all later events.
     IF json_typeof(fields) <> 'object' THEN
@@ -132,22 +137,20 @@ BEGIN
     number := nextval('flask_pg_sse.event_id');
     INSERT INTO flask_pg_sse.event VALUES (number, channel, fields, data, clock_timestamp());
 
-    head := concat(chr(30), '1{"i":', number, ',"s":"',
-        left(encode(sha256((SELECT i.key FROM flask_pg_sse.installation i) || int8send(number)), 'hex'), 16), '"');
+    head := concat(chr(30), '1{"i":', number, ',"s":"');
     IF coalesce(octet_length(data), 0) <= 7999 THEN  -- do not copy many megabytes in vain
-        payload := concat(
-            head, CASE WHEN fields::text = '{}' THEN '}' ELSE ',' || substr(fields::text, 2) END, E'\n' || data);
+        rest := concat(CASE WHEN fields::text = '{}' THEN '}' ELSE ',' || substr(fields::text, 2) END, E'\n' || data);
     END IF;
-    IF payload IS NULL OR octet_length(payload) > 7999 THEN
-        payload := head || ',"f": true}';  -- the listener fetches it from the log
+    IF rest IS NULL OR octet_length(head) + 17 + octet_length(rest) > 7999 THEN
+        rest := ',"f": true}';  -- the listener fetches it from the log
     END IF;
-    IF octet_length(channel) > 21 THEN  -- it may be longer than 63 bytes in UTF-8
-        utf8 := convert_to(channel, 'UTF8');
-        IF octet_length(utf8) > 63 THEN
-            channel := 'flask_pg_sse' || chr(58) || left(encode(sha256(utf8), 'hex'), 40);
-        END IF;
+    head := concat(head, left(encode(sha256(
+        (SELECT i.key FROM flask_pg_sse.installation i) || int8send(number) || int4send(octet_length(utf8)) || utf8
+        || convert_to(rest, 'UTF8')), 'hex'), 16), '"');
+    IF octet_length(utf8) > 63 THEN
+        channel := 'flask_pg_sse' || chr(58) || left(encode(sha256(utf8), 'hex'), 40);
     END IF;
-    PERFORM pg_notify(channel, payload);
+    PERFORM pg_notify(channel, head || rest);
     RETURN number;
 END $function$;
 
