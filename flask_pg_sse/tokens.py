@@ -39,12 +39,12 @@ class Token:
 class Disconnect:
     """A command to end the streams of a subject or on a channel. If both are given, a stream must match both.
 
-    `given_at` is PostgreSQL's time, in seconds since the epoch. `nonce` is unique to the command.
+    `transaction` is the number of PostgreSQL's transaction that sends it. `nonce` is unique to the command.
     """
 
     subject: str | None
     channel: str | None
-    given_at: float
+    transaction: int
     nonce: str
 
 
@@ -67,9 +67,9 @@ def read_token(keys: Keys, text: str) -> Token | None:
     return Token(frozenset(content["c"]), None if expires is None else expires / 1000, content.get("s"))
 
 
-def sign_disconnect(keys: Keys, subject: str | None, channel: str | None, given_at: float) -> str:
+def sign_disconnect(keys: Keys, subject: str | None, channel: str | None, transaction: int) -> str:
     """Return a command as signed text."""
-    content = {"s": subject, "c": channel, "t": given_at, "n": secrets.token_urlsafe(12)}
+    content = {"s": subject, "c": channel, "t": transaction, "n": secrets.token_urlsafe(12)}
     return _sign(keys, _DISCONNECT, content)
 
 

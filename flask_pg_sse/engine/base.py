@@ -99,16 +99,16 @@ class Sink(Protocol):
         """Take one turn of events, in order. `position` is the position in the log after them."""
 
     def gap(self, reason: str, position: int) -> None:
-        """Note that events may have been lost and cannot be read again. The engine continues from `position`."""
+        """Note that events and control messages may have been lost. The engine continues from `position`."""
 
     def pruned(self, through: int) -> None:
         """Note that the events up to the id `through` have been pruned from the log."""
 
     def ready(self, readiness: Readiness) -> None:
-        """Note a change of readiness. From `READY` on every control message arrives, live or from the log."""
+        """Note a change of readiness. From `READY` on every control message arrives, unless `gap()` says otherwise."""
 
     def control(self, message: ControlMessage) -> None:
-        """Obey a message of another process. It arrives before every event that was sent after it."""
+        """Obey a message of another process. It arrives once, and before every event that was sent after it."""
 
 
 class Engine(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -130,6 +131,7 @@ class Admission:
         self._closed: str | None = None
         self.log_missing = False  # True once the database has no log and the configuration requires one
         self._lock = threading.Lock()
+        self._missed_at = -math.inf  # monotonic time until which commands may have been missed
         self._commands: deque[tuple[float, Disconnect]] = deque(maxlen=_COMMANDS)  # each with its monotonic time
 
     @contextlib.contextmanager
@@ -192,10 +194,16 @@ class Admission:
         with self._lock:
             self._commands.append((time.monotonic(), command))
 
+    def missed_commands(self) -> None:
+        """Note that commands may have been missed. Streams whose permission check began before are refused."""
+        self._missed_at = time.monotonic()
+
     def why_not(self, subscription: Subscription) -> str | None:
         """Return why a stream may not begin; None if nothing known here prevents it."""
         if self._closed is not None:
             return self._closed
+        if subscription.terms.revocable and subscription.terms.asked_at < self._missed_at:
+            return "unavailable"
         if not self._commands:
             return None
         with self._lock:

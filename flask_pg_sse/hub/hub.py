@@ -253,11 +253,16 @@ class Hub:
     def gap(self, reason: str, position: int) -> None:
         """Tell every live stream that events may have been missed and cannot be replayed.
 
-        Streams continue from the log's `position`; 0 without a log. Streams that are behind find out by themselves.
+        Streams continue from the log's `position`; 0 without a log. Streams that are behind find out by themselves. A
+        command to end streams may have been missed too. So a stream whose right can be taken away ends, and what waits
+        for it is dropped: its client comes back, and the right is checked again.
         """
         block = Block(event.control_block("reset", {"reason": reason}, id=position or None), last=position)
         now = time.monotonic()
+        cut_at = now + END_TIMEOUT
         with self._dispatch:
+            self.admission.missed_commands()
+            self._look_at = min(self._look_at, cut_at)
             self.position = position
             self._history.restart(position)
             after = Position(position, position, now, now, shared=True)
@@ -265,7 +270,10 @@ class Hub:
                 subscribers.position = after
             for _, streams in in_portions(self._all_streams()):
                 for subscription in streams:
-                    if subscription.live and not subscription.reset(block, position, now, after):
+                    if subscription.terms.revocable:
+                        end = (block.data if subscription.live else b"") + self.end_block("unavailable")
+                        subscription.end(end, drop=True, cut_at=cut_at)
+                    elif subscription.live and not subscription.reset(block, position, now, after):
                         self._fall_behind(subscription)
 
     def beat(self) -> None:

@@ -56,7 +56,7 @@ def _settled(terms: Terms) -> Terms:
     """
     if terms.ends_at < math.inf:
         return terms
-    settled: Terms = interned(Terms(terms.subjects, terms.clients))
+    settled: Terms = interned(Terms(terms.subjects, terms.clients, revocable=terms.revocable))
     return settled
 
 

@@ -65,6 +65,7 @@ class Terms:
     """The terms on which a stream was opened. Times are monotonic, in seconds.
 
     subjects:     the stream's subjects, from the app and the token; `disconnect(subject=…)` finds the stream by them.
+    revocable:    whether a token or the app's authorizer opened it, so that the right to it can be taken away.
     clients:      the clients that the stream counts for (`counted_under()`); none if streams are not counted.
     asked_at:     when the permission check began. The check may have missed a right that was taken away after that.
     ends_at:      when the stream must end.
@@ -76,6 +77,7 @@ class Terms:
     asked_at: float = -math.inf
     ends_at: float = math.inf
     ends_because: str = ""
+    revocable: bool = False
 
 
 class Subscription:

@@ -107,7 +107,8 @@ class CurrentApp:
 
         This reaches every worker on every host with the same database and secret key, within a second. The browsers
         then reconnect, and permission is checked again, so take the right away first. A worker that has lost the
-        database at that moment obeys when it is connected again, if there is an event log; otherwise it never does.
+        database at that moment obeys when it is connected again. Without an event log it then ends all streams that are
+        not public.
 
         Raises TypeError and ValueError for a value that cannot be a subject; `InvalidChannel`; `ConfigurationError`
         without a secret key, because any role of the database could otherwise do the same; `DatabaseUnavailable`;

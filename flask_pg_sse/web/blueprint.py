@@ -221,7 +221,8 @@ def _admitted(
         raise TryLater("expired", since=time.time() - token.expires_at)
     authorizer = state.authorize or sse_bp.default_authorize
     opened = token.channels if token is not None else frozenset[str]()
-    to_ask = [name for name in channels if name not in opened and not authorize.is_public(name, settings.channels)]
+    closed_ones = [name for name in channels if not authorize.is_public(name, settings.channels)]
+    to_ask = [name for name in closed_ones if name not in opened]
     closed = functools.partial(_closed, state=state, asked=authorizer is not None, bad_token=bool(signed) and not token)
     if to_ask and authorizer is None:
         raise _Refused(closed(to_ask[0]))
@@ -236,7 +237,7 @@ def _admitted(
                 )
             each = settings.max_streams_per_client is not None
             clients = authorize.counted_under(subjects, current.remote_addr) if each else ()
-            terms = Terms(subjects, clients, asked_at, *_end_of(token, settings.max_age))
+            terms = Terms(subjects, clients, asked_at, *_end_of(token, settings.max_age), revocable=bool(closed_ones))
             worker.admission.count_for(subscription, terms)
             worker.wait_until_decidable(asks=bool(to_ask) and current.method != "HEAD")
             for channel in to_ask:

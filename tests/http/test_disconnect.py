@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
@@ -21,12 +24,13 @@ from flask_pg_sse.testing import capture, stream
 from flask_pg_sse.tokens import Token, sign_disconnect, sign_token
 from tests.support.client import Response, eventually, request
 from tests.support.link import Link, through
-from tests.support.postgres import connect, execute, members
+from tests.support.postgres import Running, connect, execute, members, scratch
 from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]
 KEY = ["a secret"]
 REVOKED = {"reason": "revoked"}
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 EVERYBODY = [("7", "a"), ("7", "b"), ("8", "a"), ("8", "b")]
 
 
@@ -192,25 +196,6 @@ def test_a_right_that_is_taken_away_while_it_is_asked_for(url: str) -> None:
     app.extensions["pg_sse"].close()
 
 
-def test_an_order_counts_again_soon_after_a_clock_was_set(url: str) -> None:
-    """PostgreSQL's, or ours that stands still while a machine is suspended: the time is asked for with each beat."""
-    app = Flask("tests")
-    app.config.update(SSE_DATABASE_URL=url, SSE_CHANNELS=["*"], SECRET_KEY="key", SSE_HEARTBEAT=1)
-    app.register_blueprint(sse_bp, subject=lambda: 7)
-    events = stream(app.test_client(), "/sse?channel=a", timeout=20)
-    assert next(events).event == "sse-open"
-    orders = app.extensions["pg_sse"].runtime._worker.engine._listener._commands
-    right = orders._ahead
-    orders._ahead -= 120
-    eventually(lambda: abs(orders._ahead - right) < 10)
-    with app.app_context():
-        disconnect(subject=7)
-    event = next(event for event in events if event.event != "sse-cursor")
-    assert (event.event, event.json) == ("sse-end", REVOKED)
-    events.close()
-    app.extensions["pg_sse"].close()
-
-
 @pytest.mark.slow
 def test_clients_that_keep_coming_while_their_right_is_taken_away(url: str, start_server: Start) -> None:
     server = start_members(start_server, url, "-w", "2")
@@ -247,6 +232,54 @@ def line(database_url: str) -> Iterator[Link]:
     assert port is not None
     with Link(port) as link:
         yield link
+
+
+@pytest.mark.parametrize("frozen_for", [1, pytest.param(70, marks=pytest.mark.slow)])
+def test_a_worker_that_was_frozen_obeys_before_it_sends_what_came_then(
+    url: str, start_server: Start, frozen_for: int
+) -> None:
+    """As a machine that is suspended; no clock decides, so the time does not matter."""
+    here = start_members(start_server, url)
+    frozen = start_members(start_server, url, "--timeout", "0")
+    with listen(frozen, "7", "a") as seven, listen(frozen, "8", "a") as eight, listen(here, "7", "a") as near:
+        os.killpg(frozen.process.pid, signal.SIGSTOP)
+        end(here, subject="7")
+        here.post("/notify/a", json.dumps({"data": "private"}).encode())
+        assert_revoked(near)
+        threading.Event().wait(frozen_for)
+        os.killpg(frozen.process.pid, signal.SIGCONT)
+        assert_revoked(seven)
+        message = eight.event()
+        assert (message.event, message.data) == ("message", "private")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FAKETIME.exists(), reason="apt-get install libfaketime")
+@pytest.mark.parametrize("logged", [False, True])
+def test_no_step_of_postgresqls_clock_loses_a_command(
+    running_postgres: Running, start_server: Start, logged: bool
+) -> None:
+    """By an hour, forwards and back, as NTP or a machine that resumes does."""
+    with ExitStack() as stack:
+        clock = stack.enter_context(scratch()) / "clock"  # the server runs as another user
+        clock.write_text("+0")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LD_PRELOAD", str(FAKETIME))
+            patch.setenv("FAKETIME_TIMESTAMP_FILE", str(clock))
+            patch.setenv("FAKETIME_NO_CACHE", "1")
+            patch.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+            url = stack.enter_context(running_postgres()).url()
+        members(url, *EVERYBODY)
+        if logged:
+            execute(url, schema_sql())
+        server = start_members(start_server, url)
+        for step in ("+3600", "-3600"):
+            with listen(server, "7", "a") as seven:
+                clock.write_text(step)
+                [(there,)] = execute(url, "SELECT extract(epoch FROM clock_timestamp())::float8")
+                assert abs(there - time.time() - float(step)) < 60, "the clock was not set"
+                end(server, subject="7")
+                assert_revoked(seven)
 
 
 @pytest.mark.slow
@@ -286,30 +319,32 @@ def say(forger: Any, payload: str) -> None:
         cursor.execute("SELECT pg_notify('flask_pg_sse', %s)", (payload,))
 
 
-def at(seconds: float, keys: list[str] = KEY) -> str:
-    """Return an order that was given so long ago."""
-    return sign_disconnect(keys, "7", None, time.time() - seconds)
+def by(transaction: int, keys: list[str] = KEY) -> str:
+    """Return an order that says that this transaction sends it."""
+    return sign_disconnect(keys, "7", None, transaction)
 
 
 def test_forged_orders_do_nothing(url: str, start_server: Start, forger: Any) -> None:
+    [(ended,)] = execute(url, "SELECT txid_current()")
     server = start_members(start_server, url)
-    content = {"s": "7", "c": None, "t": time.time(), "n": "1"}
+    to_come = ended + 100_000
+    content = {"s": "7", "c": None, "t": to_come, "n": "1"}
     orders: list[Any] = [
         "", "x", "7", None, 7, True, [], {}, {"subject": "7"}, ["7"], "." * 5000, "é😀",
         json.dumps(content),
-        at(0, ["another key"]),
-        at(0)[:-1], at(0) + "x", "x" + at(0),
+        by(to_come, ["another key"]),
+        by(to_come)[:-1], by(to_come) + "x", "x" + by(to_come),
         sign_token(KEY, Token(frozenset("a"), None, "7")),
         URLSafeSerializer(KEY[0]).dumps(content),
-        at(61), at(-61), at(100_000),
-        at(20),  # given before this server was there
+        by(0), by(-1), by(ended - 1),
+        by(ended),  # given before this server was there
     ]  # fmt: skip
     payloads = [json.dumps({"disconnect": order}) for order in orders]
     payloads += [
         "", "x", "{", "[]", "null", "7", '"x"', json.dumps("7"), "[" * 5000, '{"disconnect": ' + "[" * 3000,
         '{"beat": 1, "head": 9}', '{"pruned": "x"}', "\x1e", "\x1e1", "\x1e1{}", "\x1e1{}\nx", "\x1e9{}\nx",
-        "\x1e1" + json.dumps({"i": 1}) + "\n" + at(0, ["another key"]),
-        "\x1e1" + json.dumps({"i": 2**62}) + "\n" + at(61),
+        "\x1e1" + json.dumps({"i": 1}) + "\n" + by(to_come, ["another key"]),
+        "\x1e1" + json.dumps({"i": 2**62}) + "\n" + by(ended),
     ]  # fmt: skip
     with listen(server, "7", "a") as response:
         for number, payload in enumerate(payloads):
@@ -317,7 +352,7 @@ def test_forged_orders_do_nothing(url: str, start_server: Start, forger: Any) ->
             if not number % 10:
                 assert_hears(server, [response], "a", str(number))
         assert_hears(server, [response], "a", "at last")
-        say(forger, json.dumps({"disconnect": at(0)}))  # with the key: so it would have been noticed
+        say(forger, json.dumps({"disconnect": by(to_come)}))  # with the key: so it would have been noticed
         assert_revoked(response)
     assert server.log().count("Ignored a command to end streams") == 1, "once a minute"
     assert "Traceback" not in server.log()

@@ -331,7 +331,7 @@ def test_nothing_else_that_the_app_signs_is_a_token(app: Flask) -> None:
     content = {"c": ["a"]}
     others = [
         cookie,
-        sign_disconnect([KEY], None, "a", time.time()),
+        sign_disconnect([KEY], None, "a", 7),
         URLSafeSerializer(KEY).dumps(content),
         URLSafeTimedSerializer(KEY, salt="cookie-session").dumps(content),
         URLSafeSerializer(KEY, salt="flask_pg_sse").dumps(content),

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ...channels import RESERVED_PREFIX
 from ...tokens import Keys, read_disconnect
@@ -21,52 +22,65 @@ from . import codec
 logger = logging.getLogger(__name__)
 
 CHANNEL = RESERVED_PREFIX
-# Seconds for which a command is valid.
-_COUNTS = 60.0
+# The query for the text of a `Snapshot`.
+SNAPSHOT = "SELECT pg_catalog.txid_current_snapshot()::text"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The transactions that had ended at one moment.
+
+    https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SNAPSHOT
+    """
+
+    xmax: int = 0
+    running: frozenset[int] = frozenset()
+
+    @classmethod
+    def read(cls, text: str) -> Snapshot:
+        """Read the text of PostgreSQL's `txid_snapshot`."""
+        _, xmax, running = text.split(":")
+        return cls(int(xmax), frozenset(map(int, running.split(","))) if running else frozenset())
+
+    def __contains__(self, transaction: int) -> bool:
+        return transaction < self.xmax and transaction not in self.running
 
 
 class DisconnectCommands:
     """Passes each authentic command to end streams to `obeyed()`, once.
 
-    Any role of the database can receive a NOTIFY and send it again. So a command is valid for 60 s, and its nonce is
-    remembered for that time. A process ignores commands from before it began to listen. The times are PostgreSQL's,
-    because hosts' clocks may differ.
+    Any role of the database can receive a NOTIFY and send it again. A command of the event log has an id, and the
+    listener's position tells whether it is new. Any other command names the transaction that sends it. PostgreSQL
+    delivers in the order of commits. So when a beat has come back, every command has come whose transaction had ended
+    before the beat was sent, and a command that names such a transaction is a copy. Until then its nonce tells. No
+    clock decides: a worker may be frozen, and clocks may be set.
     """
 
     def __init__(self, keys: Callable[[], Keys], obeyed: Callable[[Disconnect], None]) -> None:
         self._keys = keys
         self._obeyed = obeyed
-        self._began_at = math.inf  # no command is valid before the first set_clock()
-        self._ahead = 0.0  # seconds from our monotonic clock to PostgreSQL's clock
+        self._came = Snapshot()  # the transactions whose commands have come, or were sent before we listened
+        self._done: dict[str, int] = {}  # nonces of obeyed commands, and their transactions
         self._warned_at = -math.inf
-        self._done: dict[str, float] = {}  # nonces of commands, and when they can be forgotten
 
-    def set_clock(self, now: float) -> None:
-        """Set PostgreSQL's time, in seconds since the epoch, as read on a connection that listens."""
-        self._ahead = now - time.monotonic()
-        self._began_at = min(self._began_at, now)
+    def came(self, snapshot: Snapshot) -> None:
+        """Note that no command of the transactions in `snapshot` can come any more, except from the log."""
+        self._came = snapshot
+        for nonce in [nonce for nonce, transaction in self._done.items() if transaction in snapshot]:
+            del self._done[nonce]
 
     def obey(self, text: str, *, logged: bool) -> None:
-        """Obey a command if it is valid.
-
-        A command from the event log (`logged`) is valid at any age. Only the app can write there, and a worker that
-        had lost its connection finds there the commands that it missed.
-        """
+        """Obey a command if it is valid. `logged` says that it is from the log, and new."""
         command = read_disconnect(self._keys(), text)
         if command is None:
             self._ignored("it is not signed with this app's key")
+        elif command.nonce in self._done:
             return
-        now = time.monotonic() + self._ahead
-        for nonce in [nonce for nonce, until in self._done.items() if until < now]:
-            del self._done[nonce]
-        if command.nonce in self._done:
-            return
-        counts = command.given_at >= self._began_at and abs(now - command.given_at) <= _COUNTS
-        if not counts and not logged:
-            self._ignored("it was not given within the last minute, or before this process listened")
-            return
-        self._done[command.nonce] = max(now, command.given_at) + _COUNTS
-        self._obeyed(Disconnect(command.subject, command.channel))
+        elif command.transaction in self._came and not logged:
+            self._ignored("it is a copy of an earlier one")
+        else:
+            self._done[command.nonce] = command.transaction
+            self._obeyed(Disconnect(command.subject, command.channel))
 
     def _ignored(self, why: str) -> None:
         """Log it at most once a minute, because any role can send any number of such messages."""
@@ -78,22 +92,34 @@ class DisconnectCommands:
 class Control:
     """Reads the control channel for one listener. `pruned(through)` is called when old events have been pruned."""
 
-    def __init__(self, pruned: Callable[[int], None], commands: DisconnectCommands) -> None:
+    def __init__(self, pruned: Callable[[int], None], commands: DisconnectCommands, decoder: codec.Decoder) -> None:
         self._pruned = pruned
         self._commands = commands
+        self._decoder = decoder
+        self._sent = Snapshot()  # the transactions that had ended when the last beat was sent
         self.beats = 0  # sent
         self.returned = 0  # the number of the last beat that came back
+
+    def listening(self, snapshot: str) -> None:
+        """Note that a connection listens, and which transactions had ended before that."""
+        self._commands.came(Snapshot.read(snapshot))
 
     def next_beat(self) -> str:
         self.beats += 1
         return str(self.beats)
 
-    def notified(self, payload: str, ours: bool) -> int:
-        """Read a notification. Return the log's head if it is the last beat of our own backend, otherwise 0."""
+    def beat_sent(self, snapshot: str) -> None:
+        """Note which transactions had ended when the last beat was sent. Call it before the beat comes back."""
+        self._sent = Snapshot.read(snapshot)
+
+    def notified(self, payload: str, ours: bool, position: int) -> int:
+        """Read a notification. Return the id up to which everything in the log has now come.
+
+        `position` is the id up to which everything had come before. `ours` says that our own backend sent it.
+        """
         with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
             if codec.is_logged(payload):
-                self._commands.obey(codec.from_payload(payload).event.data, logged=False)  # type: ignore[union-attr]
-                return 0
+                return max(position, self._logged(payload, position))
             message = json.loads(payload)
             if type(command := message.get("disconnect")) is str:
                 self._commands.obey(command, logged=False)
@@ -102,8 +128,17 @@ class Control:
                 self._pruned(through)
             if ours and message.get("beat") == str(self.beats):
                 self.returned = self.beats
-                return int(message.get("head", 0))
-        return 0
+                self._commands.came(self._sent)
+                return max(position, int(message.get("head", 0)))
+        return position
+
+    def _logged(self, payload: str, position: int) -> int:
+        """Read a command of the log, and return its id. A process without the log cannot check the id: 0."""
+        log_id, _ = self._decoder.open(payload, CHANNEL)
+        event = codec.from_payload(payload).event
+        if event is not None and not 0 < log_id <= position:
+            self._commands.obey(event.data, logged=log_id > 0)
+        return log_id
 
     def logged(self, command: str) -> None:
         """Obey a command from a page of the log."""

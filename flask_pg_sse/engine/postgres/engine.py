@@ -20,13 +20,15 @@ from .control import DisconnectCommands
 from .dsn import Dsn
 from .history import History
 from .installation import InstallationLookup
-from .listener import BEAT_EVERY, CLOCK, Listener
+from .listener import BEAT_EVERY, Listener
 from .pool import Pool
-from .publish import CallersConnection, OwnConnection
+from .publish import CallersConnection, OwnConnection, to_log, to_notify
 from .retention import Pruner
 
 # The package's own connections for sending. A notify takes about 1 ms, so a few connections serve a whole worker.
 _NOTIFY_CONNECTIONS = 4
+# PostgreSQL's time, in seconds since the epoch.
+_CLOCK = "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float8"
 # Connections for reading the log. They are separate: notify() and the reads for slow clients must not wait for each
 # other.
 _LOG_CONNECTIONS = 2
@@ -116,11 +118,19 @@ class PostgresEngine:
 
     def control(self, message: ControlMessage) -> None:
         through = self._own.sending
-        command = sign_disconnect(self._keys(), message.subject, message.channel, self.now())
-        if self._installation.look(through.execute) is None:
-            through.notify(control.CHANNEL, [json.dumps({"disconnect": command})])
-        else:
-            self._log(through, control.CHANNEL, [Event(command)])
+        logged = self._installation.look(through.execute) is not None
+
+        def query(transaction: int) -> tuple[str, Sequence[Any]]:
+            command = sign_disconnect(self._keys(), message.subject, message.channel, transaction)
+            if logged:
+                return to_log(control.CHANNEL, [to_row(Event(command))])
+            return to_notify(control.CHANNEL, [json.dumps({"disconnect": command})])
+
+        try:
+            through.in_transaction(query)
+        except Exception:
+            self._installation.forget()  # the log may have been dropped
+            raise
 
     def _log(self, through: OwnConnection | CallersConnection, channel: str, events: Sequence[Event]) -> int | None:
         rows = [to_row(event) for event in events]
@@ -144,7 +154,7 @@ class PostgresEngine:
         return self._own.history.last(uptos, max_bytes)
 
     def now(self) -> float:
-        [(now,)] = self._own.sending.execute(CLOCK)
+        [(now,)] = self._own.sending.execute(_CLOCK)
         return float(now)
 
     def status(self) -> Status:

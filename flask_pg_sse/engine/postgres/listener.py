@@ -65,22 +65,20 @@ _SETUP = """
 SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
 WHERE name IN ('idle_session_timeout', 'transaction_timeout')
 """
-# PostgreSQL's time, in seconds since the epoch.
-CLOCK = "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float8"
-# Both beats return PostgreSQL's time, and the log's key if there is a log.
+# Both beats return which transactions have ended, and the log's key if there is a log.
 _BEAT = (
     "SELECT pg_catalog.pg_notify('flask_pg_sse', pg_catalog.json_build_object('beat', %s::text)::text); "
-    f"{CLOCK}, NULL::bytea"
+    f"{control.SNAPSHOT}, NULL::bytea"
 )
-_BEAT_OF_LOG = f"SELECT flask_pg_sse.beat_v1(%s); {CLOCK}, (SELECT key FROM flask_pg_sse.installed_v1())"
+_BEAT_OF_LOG = f"SELECT flask_pg_sse.beat_v1(%s); {control.SNAPSHOT}, (SELECT key FROM flask_pg_sse.installed_v1())"
 _DEAF = "LISTEN receives nothing here, as through PgBouncer: set SSE_LISTEN_URL to a direct connection to PostgreSQL"
 
 
 class Listener:
     """Listens to the wanted channels, from `start()` to `stop()`, and hands their events to `sink`.
 
-    All calls of the sink run in the listener's thread. `commands` gets the commands to end streams, and misses none
-    after the sink has got `READY`. `linger` and `beat_every` are in seconds.
+    All calls of the sink run in the listener's thread. `commands` gets the commands to end streams. `linger` and
+    `beat_every` are in seconds.
     """
 
     def __init__(
@@ -96,11 +94,10 @@ class Listener:
         self._dsn = dsn
         self._sink = sink
         self._installation = installation
-        self._commands = commands
-        self._control = control.Control(sink.pruned, commands)
         self._beat_every = beat_every
         self._listens = ListenTable(linger)
         self._decoder = Decoder()
+        self._control = control.Control(sink.pruned, commands, self._decoder)
         self._position = 0  # in the log; 0 if it is not known or there is no log
         self._readiness = Readiness.AWAY
         self._beat_at = 0.0  # when the last beat came back
@@ -193,7 +190,9 @@ class Listener:
         self._left = []
         self._find_log(connection, again=True)
         self._listens.restart()
-        self._execute(connection, f"LISTEN {control.CHANNEL}")
+        # LISTEN takes effect at the commit, so what is heard comes from transactions that have not ended here.
+        [(ended,)] = self._execute(connection, f"LISTEN {control.CHANNEL}; {control.SNAPSHOT}")
+        self._control.listening(ended)
         try:
             self._beat(connection, _BEAT)
         except _Deaf:
@@ -267,8 +266,8 @@ class Listener:
 
     def _beat(self, connection: Any, query: str) -> None:
         """Send a beat, and hand over events until it comes back. Raises `_Deaf` if it does not come back in 5 s."""
-        [(now, key)] = self._execute(connection, query, (self._control.next_beat(),))
-        self._commands.set_clock(now)  # at every beat, because clocks are set and machines suspended
+        [(ended, key)] = self._execute(connection, query, (self._control.next_beat(),))
+        self._control.beat_sent(ended)
         if query == _BEAT_OF_LOG and (key is None or bytes(key) != self._decoder.key):
             # Before the position moves: events of the new log were dropped as forged, and must be read from it.
             raise DatabaseUnavailable("The event log is a different one: it was installed again, or restored")
@@ -309,7 +308,7 @@ class Listener:
                 notification = self._left.pop()
                 if notification.channel == control.CHANNEL:
                     ours = notification.pid == connection.info.backend_pid
-                    self._position = max(self._position, self._control.notified(notification.payload, ours))
+                    self._position = self._control.notified(notification.payload, ours, self._position)
                     continue
                 channel = self._listens.channel_of(notification.channel)
                 if channel is None:

@@ -6,7 +6,7 @@ import re
 import select
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psycopg2
@@ -47,24 +47,44 @@ class Pool:
         since its last use, the statement runs on another one. If a connection breaks without a message from the server,
         the statement may have been executed, so it is not sent again.
         """
+
+        def run(connection: Any) -> list[Any]:
+            return execute(connection, query, tuple(args), timeout=TIMEOUT, limit=limit)
+
+        return self._run(run)
+
+    def in_transaction(self, query: Callable[[int], tuple[str, Sequence[Any]]]) -> None:
+        """Run in one transaction the query, with arguments, that `query()` makes of the transaction's number.
+
+        Raises as `execute()`.
+        """
+
+        def run(connection: Any) -> list[Any]:
+            [(number,)] = execute(connection, "BEGIN; SELECT pg_catalog.txid_current()", timeout=TIMEOUT)
+            text, args = query(number)
+            return execute(connection, f"{text}; COMMIT", tuple(args), timeout=TIMEOUT)
+
+        self._run(run)
+
+    def _run(self, statements: Callable[[Any], list[Any]]) -> list[Any]:
         if not self._free.acquire(timeout=TIMEOUT):
             raise DatabaseUnavailable(
                 f"All {self._size} connections for {self._name} were busy for {TIMEOUT:.0f} s: PostgreSQL answers too "
                 "slowly."
             )
         try:
-            return self._execute(query, tuple(args), limit)
+            return self._run_on_one(statements)
         finally:
             self._free.release()
 
-    def _execute(self, query: str, args: tuple[Any, ...], limit: float | None) -> list[Any]:
+    def _run_on_one(self, statements: Callable[[Any], list[Any]]) -> list[Any]:
         while True:
             connection = self._checkout()
             used_before = connection is not None
             if connection is None:
                 connection = self._connect()
             try:
-                rows = execute(connection, query, args, timeout=TIMEOUT, limit=limit)
+                rows = statements(connection)
             except BaseException as error:
                 broken = bool(connection.closed)
                 connection.close()

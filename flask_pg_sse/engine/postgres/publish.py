@@ -21,20 +21,31 @@ _PUBLISH = "SELECT flask_pg_sse.publish_v1(%s, %s::json[], %s::text[])"
 _ENQUEUE = "SELECT flask_pg_sse.enqueue_v1({}, CAST({} AS json[]), CAST({} AS text[]))"
 
 
+def to_notify(name: str, payloads: Sequence[str]) -> tuple[str, Sequence[Any]]:
+    """Return the query that sends all payloads to PostgreSQL's channel `name`."""
+    return _NOTIFY, (name, list(payloads))
+
+
+def to_log(channel: str, rows: Sequence[Row]) -> tuple[str, Sequence[Any]]:
+    """Return the query that writes events to the log and sends them. It returns the last event's id."""
+    fields, data = zip(*rows, strict=True)
+    return _PUBLISH, (channel, list(fields), list(data))
+
+
 class OwnConnection:
     """Sends at once, on the connections of a pool. All methods raise `DatabaseUnavailable`."""
 
     def __init__(self, pool: Pool) -> None:
         self.execute = pool.execute
+        self.in_transaction = pool.in_transaction
 
     def notify(self, name: str, payloads: Sequence[str]) -> None:
         """Send all payloads to PostgreSQL's channel `name`, in one transaction."""
-        self.execute(_NOTIFY, (name, list(payloads)))
+        self.execute(*to_notify(name, payloads))
 
     def log(self, channel: str, rows: Sequence[Row]) -> int | None:
         """Write events to the log and send them, in one transaction. Return the last event's id."""
-        fields, data = zip(*rows, strict=True)
-        [(log_id,)] = self.execute(_PUBLISH, (channel, list(fields), list(data)))
+        [(log_id,)] = self.execute(*to_log(channel, rows))
         return int(log_id)
 
 

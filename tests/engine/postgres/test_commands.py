@@ -1,0 +1,240 @@
+"""Commands between processes: each is obeyed once, no clock decides about it, and a copy of it does nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from flask import Flask
+
+from flask_pg_sse import disconnect, notify, schema_sql, sse_url
+from flask_pg_sse.engine.base import Disconnect
+from flask_pg_sse.engine.postgres.control import Snapshot
+from flask_pg_sse.engine.postgres.dsn import to_dsn
+from flask_pg_sse.engine.postgres.engine import PostgresEngine
+from flask_pg_sse.testing import stream
+from tests.support.client import eventually
+from tests.support.engines import Process
+from tests.support.link import Link, through
+from tests.support.log import run
+from tests.support.postgres import connect, execute
+
+Start = Callable[..., Process]
+COMMAND = Disconnect("a subject", "a channel")
+TELL_ALL = "SELECT pg_notify('flask_pg_sse', %s)"
+
+
+@pytest.fixture(params=[False, True], ids=["without the log", "with the log"])
+def url(request: pytest.FixtureRequest, database_url: str) -> str:
+    if request.param:
+        execute(database_url, schema_sql())
+    return database_url
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start an engine, with a beat every tenth of a second."""
+    started: list[PostgresEngine] = []
+
+    def start(url: str, **options: Any) -> Process:
+        dsn = to_dsn(url, "the test")
+        options = {"event_log": "auto", "retention": 86400, "longest_silence": 0.1, **options}
+        engine = PostgresEngine(lambda: (dsn, dsn), keys=lambda: ["a key"], **options)
+        started.append(engine)
+        return Process(engine, "a")
+
+    yield start
+    for engine in started:
+        engine.stop(5)
+
+
+@pytest.fixture
+def line(database_url: str) -> Iterator[Link]:
+    with Link(urlsplit(database_url).port or 0) as line:
+        yield line
+
+
+def commands_of(process: Process) -> Any:
+    return process.engine._listener._control._commands  # type: ignore[attr-defined]
+
+
+def heard_payloads(connection: Any) -> list[str]:
+    connection.poll()
+    return [one.payload for one in connection.notifies if "beat" not in one.payload]
+
+
+def forms(payload: str) -> list[str]:
+    """Return a command word for word, and what is signed in it as a command that is not of the log."""
+    if not payload.startswith("\x1e"):
+        return [payload]
+    return [payload, json.dumps({"disconnect": payload.partition("\n")[2]})]
+
+
+def tell_and_wait(process: Process, connection: Any, payloads: list[str]) -> None:
+    """Send commands, and wait until the process has read them."""
+    for payload in payloads:
+        run(connection, TELL_ALL, (payload,))
+    before = len(process.sink.items)
+    run(connection, "NOTIFY a, 'behind them'")
+    process.sink.wait(before + 1)
+
+
+def test_a_copy_does_nothing_whenever_it_comes(url: str, start: Start) -> None:
+    """At once; when its nonce is forgotten; in a process that came later; while an older transaction goes on."""
+    first = start(url)
+    with closing(connect(url)) as stranger, closing(connect(url)) as long:
+        run(stranger, "LISTEN flask_pg_sse")
+        run(long, "BEGIN; SELECT txid_current()")
+        first.engine.control(COMMAND)
+        payloads = forms(eventually(lambda: heard_payloads(stranger))[0])
+        eventually(lambda: first.sink.messages == [COMMAND])
+        tell_and_wait(first, stranger, payloads)
+        eventually(
+            lambda: not commands_of(first)._done, 10, "the nonce is forgotten though another transaction goes on"
+        )
+        tell_and_wait(first, stranger, payloads)
+        later = start(url)
+        tell_and_wait(later, stranger, payloads)
+        run(long, "COMMIT")
+        tell_and_wait(first, stranger, payloads)
+        tell_and_wait(later, stranger, payloads)
+    assert first.sink.messages == [COMMAND] and later.sink.messages == []
+    first.engine.control(COMMAND)
+    eventually(lambda: (first.sink.messages, later.sink.messages) == ([COMMAND] * 2, [COMMAND]), 5, "a new one counts")
+
+
+def test_a_transaction_that_goes_on_is_no_copy(url: str, start: Start) -> None:
+    """A command's transaction may be long: beats that come back meanwhile do not make it old."""
+    hearing, sending = start(url), start(url)
+    pool = sending.engine._own._pools[0]  # type: ignore[attr-defined]
+    real = pool.in_transaction
+
+    def slowly(query: Callable[[int], Any]) -> None:
+        def after_beats(transaction: int) -> Any:
+            beats = hearing.engine._listener._control.returned  # type: ignore[attr-defined]
+            eventually(lambda: hearing.engine._listener._control.returned > beats + 2)  # type: ignore[attr-defined]
+            return query(transaction)
+
+        real(after_beats)
+
+    sending.engine._own.sending.in_transaction = slowly  # type: ignore[attr-defined]
+    sending.engine.control(COMMAND)
+    eventually(lambda: hearing.sink.messages == [COMMAND])
+
+
+@pytest.mark.parametrize("log_of_sender", [False, "auto"])
+@pytest.mark.parametrize("log_of_hearer", [False, "auto"])
+def test_apps_with_and_without_the_log_hear_each_other(
+    logged_url: str, start: Start, log_of_sender: bool | str, log_of_hearer: bool | str
+) -> None:
+    hearing = start(logged_url, event_log=log_of_hearer)
+    sending = start(logged_url, event_log=log_of_sender)
+    for _ in range(3):
+        sending.engine.control(COMMAND)
+    eventually(lambda: len(hearing.sink.messages) == 3)
+    with closing(connect(logged_url)) as connection:
+        tell_and_wait(hearing, connection, [])
+    assert hearing.sink.messages == [COMMAND] * 3
+
+
+def test_snapshots() -> None:
+    ended = Snapshot.read("5:9:6,8")
+    assert [number for number in range(12) if number in ended] == [0, 1, 2, 3, 4, 5, 7]
+    assert 6 not in ended and 6 in Snapshot.read("9:9:") and 0 not in Snapshot()
+
+
+# -- a process that did not hear
+
+
+def app_behind(make_app: Callable[..., Flask], url: str, line: Link) -> Flask:
+    return make_app(
+        url,
+        authorize=lambda channel: True,
+        subject=lambda: 7,
+        SECRET_KEY="a key",
+        SSE_CHANNELS=["public"],
+        SSE_LISTEN_URL=through(line, url),
+        SSE_HEARTBEAT=0.5,
+    )
+
+
+def events_of(app: Flask, query: str) -> Any:
+    events = stream(app.test_client(), query, timeout=20)
+    assert next(events).event == "sse-open"
+    return (event for event in events if event.event != "sse-cursor")
+
+
+def test_without_the_log_a_right_is_checked_again_after_a_connection_was_lost(
+    database_url: str, line: Link, make_app: Callable[..., Flask]
+) -> None:
+    """The worker may have missed a command. What waits for such a stream is not sent, nor what comes then."""
+    app = app_behind(make_app, database_url, line)
+    with app.test_request_context():
+        signed = sse_url("signed", sign=True)
+        streams = [events_of(app, query) for query in ("/sse/closed", signed, "/sse?channel=public&channel=closed")]
+        public = events_of(app, "/sse/public")
+        line.cut()
+        disconnect(subject=7)
+        line.restore()
+        for events in streams:
+            assert [event.event for event in events] == ["sse-reset", "sse-end"]
+        assert next(public).event == "sse-reset"
+        notify("public", "goes on")
+        assert next(public).data == "goes on"
+        again = events_of(app, "/sse/closed")
+        notify("closed", "again")
+        assert next(again).data == "again"
+
+
+def test_a_stream_that_was_being_checked_meanwhile_is_checked_again_too(
+    database_url: str, line: Link, make_app: Callable[..., Flask]
+) -> None:
+    """The authorizer has said yes before the command, and the stream stands in no table when the connection is back."""
+    app = app_behind(make_app, database_url, line)
+    app.extensions["pg_sse"].authorize = lambda channel: lose_connection()
+    public = events_of(app, "/sse/public")
+
+    def lose_connection() -> bool:
+        line.cut()
+        line.restore()
+        assert next(public).event == "sse-reset"
+        return True
+
+    [end] = stream(app.test_client(), "/sse/closed", timeout=20)
+    assert (end.event, end.json) == ("sse-end", {"reason": "unavailable"})
+
+
+def test_with_the_log_a_missed_command_is_read_and_all_others_stay(
+    logged_url: str, line: Link, make_app: Callable[..., Flask]
+) -> None:
+    app = app_behind(make_app, logged_url, line)
+    with app.test_request_context():
+        seven, public = events_of(app, "/sse/closed"), events_of(app, "/sse/public")
+        app.extensions["pg_sse"].subject = lambda: 8
+        eight = events_of(app, "/sse/closed")
+        line.cut()
+        disconnect(subject=7, channel="closed")
+        notify("closed", "private")
+        notify("public", "for all")
+        line.restore()
+        assert [event.json for event in seven] == [{"reason": "revoked"}]
+        assert next(eight).data == "private" and next(public).data == "for all"
+
+
+def test_with_the_log_pruned_beyond_a_missed_command_a_right_is_checked_again(
+    logged_url: str, line: Link, make_app: Callable[..., Flask]
+) -> None:
+    app = app_behind(make_app, logged_url, line)
+    with app.test_request_context():
+        seven, public = events_of(app, "/sse/closed"), events_of(app, "/sse/public")
+        line.cut()
+        disconnect(subject=7)
+        notify("closed", "private")
+        execute(logged_url, "SELECT flask_pg_sse.prune_v1('0 s', 100)")
+        line.restore()
+        assert [event.event for event in seven] == ["sse-reset", "sse-end"]
+        assert next(public).event == "sse-reset"
