@@ -8,7 +8,11 @@ Keys come oldest first. The last key signs, and every key verifies, so a key can
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import hmac
+import json
+import operator
 import re
 import secrets
 from collections.abc import Sequence
@@ -21,6 +25,9 @@ Keys = Sequence[str | bytes]
 
 _STREAM = "flask_pg_sse: a stream's channels"
 _DISCONNECT = "flask_pg_sse: the end of streams"
+_HIDDEN = "flask_pg_sse: what a command names"
+# A command's content is filled up to a multiple of this, so that its length tells nothing about a name.
+_HIDDEN_BYTES = 640
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +75,37 @@ def read_token(keys: Keys, text: str) -> Token | None:
 
 
 def sign_disconnect(keys: Keys, subject: str | None, channel: str | None, transaction: int) -> str:
-    """Return a command as signed text."""
-    content = {"s": subject, "c": channel, "t": transaction, "n": secrets.token_urlsafe(12)}
-    return _sign(keys, _DISCONNECT, content)
+    """Return a command as signed text, in which only the nonce can be read.
+
+    Every role of the database can hear it.
+    """
+    nonce = secrets.token_urlsafe(16)
+    content = json.dumps([subject, channel, transaction], ensure_ascii=False).encode()
+    size = -(-len(content) // _HIDDEN_BYTES) * _HIDDEN_BYTES
+    hidden = _xor(keys[-1], nonce, content.ljust(size))  # spaces, which JSON ignores
+    return _sign(keys, _DISCONNECT, {"n": nonce, "h": base64.b64encode(hidden).decode()})
 
 
 def read_disconnect(keys: Keys, text: str) -> Disconnect | None:
     """Return the command if its signature is valid, however old it is; otherwise None."""
-    content = _read(keys, _DISCONNECT, text)
-    return Disconnect(content["s"], content["c"], content["t"], content["n"]) if content is not None else None
+    for key in reversed(keys):  # not all at once, because the key is needed once more
+        content = _read([key], _DISCONNECT, text)
+        if content is not None:
+            nonce = content["n"]
+            subject, channel, transaction = json.loads(_xor(key, nonce, base64.b64decode(content["h"])))
+            return Disconnect(subject, channel, transaction, nonce)
+    return None
+
+
+def _xor(key: str | bytes, nonce: str, data: bytes) -> bytes:
+    """Hide data, or show hidden data: XOR with a key stream that no two nonces share.
+
+    SHAKE-256 of a secret of fixed length and a nonce is such a stream. What is hidden so must also be signed.
+    https://nvlpubs.nist.gov/nistpubs/FIPS/NIST.FIPS.202.pdf
+    """
+    secret = hmac.digest(_to_bytes(key), _HIDDEN.encode(), "sha256")
+    stream = hashlib.shake_256(secret + nonce.encode()).digest(len(data))
+    return bytes(map(operator.xor, data, stream))
 
 
 def _sign(keys: Keys, salt: str, content: dict[str, Any]) -> str:
@@ -99,8 +128,11 @@ def _read(keys: Keys, salt: str, text: str) -> dict[str, Any] | None:
 def _serializer(keys: Keys, salt: str) -> URLSafeSerializer:
     # The defaults of itsdangerous are SHA-1 and a key derivation that it keeps only for old signatures.
     options = {"key_derivation": "hmac", "digest_method": hashlib.sha256}
-    in_bytes = [key.encode() if isinstance(key, str) else key for key in keys]
-    return URLSafeSerializer(in_bytes, salt=salt, signer_kwargs=options)
+    return URLSafeSerializer([_to_bytes(key) for key in keys], salt=salt, signer_kwargs=options)
+
+
+def _to_bytes(key: str | bytes) -> bytes:
+    return key.encode() if isinstance(key, str) else key
 
 
 def without_token(url: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -10,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from flask import Flask
+from itsdangerous import URLSafeSerializer
 
 from flask_pg_sse import disconnect, notify, schema_sql, sse_url
 from flask_pg_sse.engine.base import Disconnect
@@ -139,6 +141,26 @@ def test_apps_with_and_without_the_log_hear_each_other(
     with closing(connect(logged_url)) as connection:
         tell_and_wait(hearing, connection, [])
     assert hearing.sink.messages == [COMMAND] * 3
+
+
+def test_what_a_command_names_is_not_readable(url: str, start: Start) -> None:
+    """Neither by who listens to the control channel nor by who reads the log, and equal ones do not look alike."""
+    process = start(url)
+    with closing(connect(url)) as stranger:
+        run(stranger, "LISTEN flask_pg_sse")
+        for subject in ("a subject", "a subject", "another, long " + "x" * 200):
+            process.engine.control(Disconnect(subject, None))
+        process.engine.control(Disconnect(None, "a channel"))
+        eventually(lambda: len(heard_payloads(stranger)) == 4)
+        payloads = heard_payloads(stranger)
+    texts = [json.loads(form)["disconnect"] for payload in payloads for form in forms(payload)[-1:]]
+    contents = [URLSafeSerializer("not the key").loads_unsafe(text)[1] for text in texts]
+    shown = f"{payloads} {contents} {[base64.b64decode(content['h']) for content in contents]}"
+    for word in ("subject", "channel", "another", "xxx"):
+        assert word not in shown
+    hidden = [content["h"] for content in contents]
+    assert len({text[:20] for text in hidden}) == 4 and len({len(text) for text in hidden}) == 1
+    eventually(lambda: process.sink.messages[-1] == Disconnect(None, "a channel"))
 
 
 def test_snapshots() -> None:
