@@ -561,7 +561,7 @@ def test_sse_fields_that_are_no_legal_event_are_refused(payload: str) -> None:
 )
 def test_an_event_without_data_is_what_means_something_without_it(payload: str, lines: bytes | None) -> None:
     known = decoder()
-    assert known.decode(payload) == (0, lines)
+    assert known.decode(payload, "a") == (0, lines)
     assert known.dropped.count == 0
 
 
