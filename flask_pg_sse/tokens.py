@@ -88,7 +88,7 @@ def sign_disconnect(keys: Keys, subject: str | None, channel: str | None, transa
 
 def read_disconnect(keys: Keys, text: str) -> Disconnect | None:
     """Return the command if its signature is valid, however old it is; otherwise None."""
-    for key in reversed(keys):  # not all at once, because the key is needed once more
+    for key in reversed(keys):  # not all at once, because the key is needed again
         content = _read([key], _DISCONNECT, text)
         if content is not None:
             nonce = content["n"]
