@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import psycopg2.extensions
+from .drivers import is_psycopg2, new_cursor, own_cursors
 
 
 def check_caller(connection: Any) -> None:
-    """Raise TypeError for a connection that `execute_on()` cannot use. The message says what to do."""
+    """Raise TypeError for a connection that the functions below cannot use. The message says what to do."""
     if _is_sqlalchemy(connection):
         return
     kind = _kind(connection)
@@ -34,25 +34,45 @@ def check_caller(connection: Any) -> None:
         )
 
 
-def execute_on(connection: Any, query: str, args: Sequence[Any] = ()) -> list[Any]:
-    """Run a query on a caller's connection, through its own `execute`, and return the rows.
+def send_on(connection: Any, query: str, args: Sequence[Any]) -> None:
+    """Run a query on a caller's connection, through its own `execute`. Its rows are not read.
 
-    Each `{}` in the query is a placeholder for an argument. Raises TypeError if the database is not PostgreSQL.
+    Each `{}` in the query is a placeholder for an argument: text, or a list of text and None. What the app has
+    registered with its driver does not change them. Raises TypeError if the database is not PostgreSQL.
     """
+    _execute_on(connection, query, args, reads=False)
+
+
+def read_on(connection: Any, query: str) -> list[Any]:
+    """Run a query as `send_on()` does, and return the rows. What the app has registered does not change them."""
+    return _execute_on(connection, query, (), reads=True)
+
+
+def _execute_on(connection: Any, query: str, args: Sequence[Any], *, reads: bool) -> list[Any]:
     if _is_sqlalchemy(connection):
-        _refuse_other_engine((connection.get_bind() if hasattr(connection, "get_bind") else connection).dialect.name)
-        text = sys.modules["sqlalchemy"].text(query.format(*(f":arg{number}" for number in range(len(args)))))
-        result = connection.execute(text, {f"arg{number}": arg for number, arg in enumerate(args)})
-        return list(result.fetchall()) if result.returns_rows else []
-    _refuse_other_engine("sqlite" if _kind(connection).startswith("sqlite3.") else "postgresql")
-    # Rows must be tuples, even if the caller has chosen another row type.
-    if isinstance(connection, psycopg2.extensions.connection):
-        options: dict[str, Any] = {"cursor_factory": psycopg2.extensions.cursor}
-    else:
-        options = {"row_factory": sys.modules["psycopg.rows"].tuple_row} if "psycopg.rows" in sys.modules else {}
-    with connection.cursor(**options) as cursor:
+        return _execute_on_sqlalchemy(connection, query, args, reads=reads)
+    if not is_psycopg2(connection):
+        _refuse_other_engine("sqlite" if _kind(connection).startswith("sqlite3.") else "postgresql")
+        connection = getattr(connection, "driver_connection", connection)  # of SQLAlchemy's raw_connection()
+    with new_cursor(connection, reads=reads) as cursor:
         cursor.execute(query.format(*["%s"] * len(args)), tuple(args))
-        return list(cursor.fetchall())
+        return list(cursor.fetchall()) if reads else []
+
+
+def _execute_on_sqlalchemy(connection: Any, query: str, args: Sequence[Any], *, reads: bool) -> list[Any]:
+    text = sys.modules["sqlalchemy"].text(query.format(*(f":arg{number}" for number in range(len(args)))))
+    if hasattr(connection, "get_bind"):
+        connection = connection.connection(bind_arguments={"clause": text})
+    _refuse_other_engine(connection.dialect.name)
+    # The app's options for large results would make a server-side cursor, which runs the query when rows are read.
+    changed = connection.get_execution_options().keys() & {"stream_results", "yield_per"}
+    options = {"execution_options": dict.fromkeys(changed)} if changed else {}
+    with own_cursors(connection.connection.driver_connection, reads=reads):
+        result = connection.execute(text, {f"arg{number}": arg for number, arg in enumerate(args)}, **options)
+    if reads:
+        return list(result.fetchall())
+    result.close()
+    return []
 
 
 def _is_sqlalchemy(connection: Any) -> bool:

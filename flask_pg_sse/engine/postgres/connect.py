@@ -19,6 +19,7 @@ import psycopg2
 from psycopg2.extensions import POLL_OK, POLL_READ, make_dsn
 
 from ...errors import DatabaseUnavailable
+from ..drivers import Psycopg2Cursor, use_own_typecasters
 from .dsn import Dsn
 
 # Seconds that one host may take to answer, unless the URL has a connect_timeout.
@@ -38,8 +39,10 @@ def connect(dsn: Dsn, application_name: str) -> Any:
     for attempt in _attempts(params):
         connection = None
         try:
-            connection = psycopg2.connect(make_dsn(**attempt), async_=1)
+            # The class itself, because apps and agents replace psycopg2.connect().
+            connection = psycopg2.extensions.connection(make_dsn(**attempt), async_=1)
             wait(connection, timeout)
+            use_own_typecasters(connection)
             return connection
         except (psycopg2.Error, OSError, UnicodeDecodeError) as error:
             errors.append(_reason(error))
@@ -105,8 +108,8 @@ def execute(
         "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; "
         f"SET LOCAL lock_timeout = {timeout * 800:.0f}; SET LOCAL statement_timeout = {(limit or timeout) * 900:.0f}; "
     )
-    with connection.cursor() as cursor:
-        cursor.execute(settings + query, args or None)
+    with connection.cursor(cursor_factory=Psycopg2Cursor) as cursor:
+        cursor.execute(settings + query, args)
         wait(connection, timeout)
         return list(cursor.fetchall()) if cursor.description else []
 

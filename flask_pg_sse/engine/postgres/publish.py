@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..caller import execute_on
+from ..caller import read_on, send_on
 from .pool import Pool
 
 # An event as a row of the log: its fields as JSON, and its data.
@@ -55,16 +55,17 @@ class CallersConnection:
     def __init__(self, connection: Any) -> None:
         self._connection = connection
 
-    def execute(self, query: str, args: Sequence[Any] = ()) -> list[Any]:
-        return execute_on(self._connection, query, args)
+    def execute(self, query: str) -> list[Any]:
+        """Run a query, and return its rows."""
+        return read_on(self._connection, query)
 
     def notify(self, name: str, payloads: Sequence[str]) -> None:
         """Send all payloads to PostgreSQL's channel `name`."""
         for payload in payloads:
-            self.execute("SELECT pg_catalog.pg_notify({}, {})", (name, payload))
+            send_on(self._connection, "SELECT pg_catalog.pg_notify({}, {})", (name, payload))
 
     def log(self, channel: str, rows: Sequence[Row]) -> int | None:
         """Write events to the log. Return None, because they get their ids only at the commit."""
         fields, data = zip(*rows, strict=True)
-        self.execute(_ENQUEUE, (channel, list(fields), list(data)))
+        send_on(self._connection, _ENQUEUE, (channel, list(fields), list(data)))
         return None
