@@ -340,7 +340,7 @@ class Server:
         self._guard = guard(process.pid, "INT")
         while time.monotonic() < deadline and process.poll() is None:
             with contextlib.suppress(OSError, IndexError):
-                if pid_file.read_text().splitlines()[7].strip() == "ready":
+                if pid_file.read_text().splitlines()[7].strip() in ("ready", "standby"):
                     self._port_is_sure = True
                     return True
             time.sleep(0.02)

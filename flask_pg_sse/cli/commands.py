@@ -104,7 +104,6 @@ _RIGHTS = (
 _INIT_REMEDIES: dict[type[Exception], str] = {
     psycopg2.errors.InsufficientPrivilege: _RIGHTS,
     psycopg2.errors.UndefinedObject: "Create the role first, or correct --grant-to. Nothing has been changed.",
-    psycopg2.errors.ReadOnlySqlTransaction: "Use the URL of the primary server, and a database that accepts writes.",
     psycopg2.errors.DeadlockDetected: "Run it again: it conflicted with sessions that were using the log.",
     psycopg2.errors.FeatureNotSupported: "Upgrade PostgreSQL. Without the event log, the older version works too.",
 }
@@ -113,7 +112,6 @@ _PRUNE_REMEDIES: dict[type[Exception], str] = {
     psycopg2.errors.InvalidSchemaName: _NOT_INSTALLED,
     psycopg2.errors.UndefinedFunction: _NOT_INSTALLED,
     psycopg2.errors.InsufficientPrivilege: 'Give the role access with "flask sse init --grant-to ROLE".',
-    psycopg2.errors.ReadOnlySqlTransaction: _INIT_REMEDIES[psycopg2.errors.ReadOnlySqlTransaction],
 }
 
 

@@ -25,6 +25,12 @@ from .dsn import Dsn
 # Seconds that one host may take to answer, unless the URL has a connect_timeout.
 CONNECT_TIMEOUT = 10.0
 
+_STANDBY = (
+    "The PostgreSQL server at {0.host}:{0.port} is a standby. Sending and listening need the primary: set "
+    "SSE_DATABASE_URL (and SSE_LISTEN_URL, if you use it) to the primary's URL, or name all servers in it, with "
+    "?target_session_attrs=primary."
+)
+
 
 def connect(dsn: Dsn, application_name: str) -> Any:
     """Return a new connection in autocommit mode, with client encoding UTF-8.
@@ -99,19 +105,34 @@ def execute(
     that this client has given up. Statements that wait for a lock would pile up there until no connection is left, and
     would then publish events whose senders got an error. The lock's is the shorter one, because its error can name who
     holds the lock. (A commit with NOTIFY waits for a lock too; it is the same one for all databases.) The
-    transaction is READ COMMITTED. If the database's default is SERIALIZABLE, our reads would make publishers fail.
+    transaction is READ COMMITTED. If the database's default is SERIALIZABLE, our reads would make publishers fail. The
+    transaction is READ WRITE, whatever the role's default. On a standby that raises `DatabaseUnavailable`, with the
+    remedy.
 
     The settings and the query are sent together and form one transaction. The settings end with it, also through a
     pooler.
     """
     settings = (
-        "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; "
+        "SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE; "
         f"SET LOCAL lock_timeout = {timeout * 800:.0f}; SET LOCAL statement_timeout = {(limit or timeout) * 900:.0f}; "
     )
     with connection.cursor(cursor_factory=Psycopg2Cursor) as cursor:
         cursor.execute(settings + query, args)
-        wait(connection, timeout)
+        try:
+            wait(connection, timeout)
+        except (psycopg2.errors.FeatureNotSupported, psycopg2.errors.ReadOnlySqlTransaction) as error:
+            if _is_standby(connection, timeout):
+                raise DatabaseUnavailable(_STANDBY.format(connection.info)) from error
+            raise
         return list(cursor.fetchall()) if cursor.description else []
+
+
+def _is_standby(connection: Any, timeout: float) -> bool:
+    """Tell whether the server is a standby, after an error, by a question that every server answers."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_catalog.pg_is_in_recovery()")
+        wait(connection, timeout)
+        return bool(cursor.fetchall()[0][0])
 
 
 def _attempts(params: Mapping[str, str]) -> Iterator[dict[str, str]]:

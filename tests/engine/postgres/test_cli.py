@@ -218,15 +218,11 @@ def test_a_database_that_is_not_there_or_not_configured(make_app: MakeApp, datab
     assert "not a PostgreSQL URL (sqlite://…)" in failure(make_app("sqlite://"), "prune")
 
 
-def test_an_old_postgresql_and_a_standby_are_refused(
-    database_url: str, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_postgresql_is_refused(database_url: str, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(schema, "OLDEST", 990000)
         line = failure(make_app(database_url), "init")
     assert "needs PostgreSQL 99 or newer, and this is 1" in line and line.endswith("the older version works too.")
-    line = failure(make_app(f"{database_url}?options=-c%20default_transaction_read_only%3Don"), "init")
-    assert "read-only transaction" in line and "primary" in line
 
 
 def test_init_waits_for_another_one_only_so_long(
