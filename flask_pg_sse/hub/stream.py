@@ -44,7 +44,7 @@ def stream(
                 connection.bytes_sent += connection.in_flight
                 connection.in_flight = 0
             taken = piece = b""  # otherwise the last piece stays in memory until the next one comes
-        connection.stop_reading()
+        connection.end()
     finally:
         hub.close(subscription)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+import functools
 import socket
 import sys
 from typing import Any
@@ -22,12 +23,14 @@ _UNACKNOWLEDGED = 4
 class Connection(DirectWriter):
     """The client's connection, as far as the server shows it."""
 
-    __slots__ = ("_answer", "_environ")
+    __slots__ = ("_answer", "_end", "_environ")
 
     def __init__(self, environ: dict[str, Any]) -> None:
         super().__init__()
         self._environ: dict[str, Any] | None = environ  # until `release_request()`
         self._answer: Any = None  # gunicorn's response or pywsgi's handler, until `release_response()`
+        # Only like this does werkzeug's server not send the last chunk: its write to the socket fails, without a word.
+        self._end = socket.SHUT_RDWR if "werkzeug.socket" in environ else socket.SHUT_RD
         self._take_socket(gunicorn.socket_of(environ) or environ.get("werkzeug.socket"))
 
     def _take_socket(self, client: Any) -> None:
@@ -39,6 +42,9 @@ class Connection(DirectWriter):
         This happens before the headers leave, so the client reads `Connection: close`. A client that keeps its
         connection after the end of a stream would delay the worker's exit.
 
+        The body ends without its last chunk. An EventSource reconnects after any end, but clients built on fetch only
+        if reading the body fails. Behind middleware that hides the response, and for HTTP/1.0, the end is a clean one.
+
         `direct_write` allows direct writes past the generator, whose `id()` is `body`. It is False, True or "always"
         (see `DirectWriter.prepare()`). `send_timeout` is in seconds.
         """
@@ -47,10 +53,14 @@ class Connection(DirectWriter):
             response.force_close()
             gunicorn.mask_token(response)
             known = self._answer = gunicorn.response_behind(write)
+            if known is not None:
+                gunicorn.leave_body_unfinished(known)
             if self._environ is not None and known is not None and direct_write:
                 self.prepare(known, self._environ, body, always=direct_write == "always")
         elif hasattr(response, "close_connection"):  # gevent's pywsgi
             response.close_connection = True
+            of: Any = type(response)
+            response.__class__ = _without_last_chunk(of)
             self._take_socket(response.socket)
             self._answer = response
         self._notice_silence(send_timeout)
@@ -93,13 +103,13 @@ class Connection(DirectWriter):
             with contextlib.suppress(AttributeError, TypeError):
                 (pywsgi if hasattr(answer, "close_connection") else gunicorn).release_response(answer)
 
-    def stop_reading(self) -> None:
-        """Stop receiving from the client, which may still read.
+    def end(self) -> None:
+        """Stop receiving from the client, which may still read. All of the stream has been handed to the server.
 
         gunicorn's gthread worker otherwise waits up to two seconds for the client to close the connection. And if
         middleware hid the response from `response_started()`, this makes the server see the end of the connection.
         """
-        self._shutdown(socket.SHUT_RD)
+        self._shutdown(self._end)
 
     def cut(self) -> None:
         """End the connection at once. A send that waits for the client fails."""
@@ -139,3 +149,15 @@ class Connection(DirectWriter):
             with contextlib.suppress(OSError):  # the client has disconnected
                 # The base class's method: an SSL socket's own would send the remaining bytes without encryption.
                 _socket.socket.shutdown(self._socket, how)
+
+
+@functools.cache
+def _without_last_chunk(of: Any) -> Any:
+    """Return a class for a handler of gevent's pywsgi that sends all of a chunked body but its last chunk."""
+
+    class Unfinished(of):  # type: ignore[misc]
+        def _sendall(self, data: bytes) -> None:
+            if data != b"0\r\n\r\n":  # nothing else that is sent is these bytes alone
+                super()._sendall(data)
+
+    return Unfinished

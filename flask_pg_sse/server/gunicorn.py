@@ -84,6 +84,27 @@ def mask_token(response: Any) -> None:
             setattr(response.req, name, without_token(text))
 
 
+def leave_body_unfinished(response: Any) -> None:
+    """Have the response end without the last chunk of its chunked body (RFC 9112, section 7.1).
+
+    Its class is replaced by one that only ends differently. So what middleware still writes goes out first, gunicorn
+    logs the request and closes the connection as always, and a stream takes no more memory.
+    """
+    of: Any = type(response)
+    response.__class__ = _unfinished(of)
+
+
+@functools.cache
+def _unfinished(of: Any) -> Any:
+    class Unfinished(of):  # type: ignore[misc]
+        def close(self) -> None:
+            if self.headers_sent:
+                self.chunked = False
+            super().close()
+
+    return Unfinished
+
+
 def release_request(environ: dict[str, Any], response: Any) -> None:
     """Let go of what the access log does not name of a request. Call it once the app has answered.
 

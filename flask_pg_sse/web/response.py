@@ -72,10 +72,11 @@ class Blocks:
         self._blocks = blocks
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(self._blocks)
+        yield from self._blocks
+        self._connection.end()  # before the server would send the last chunk
 
     def close(self) -> None:  # werkzeug does not iterate for HEAD, but it does close
-        self._connection.stop_reading()
+        self._connection.end()
 
 
 def refusal(status: int, text: str) -> Response:

@@ -219,7 +219,7 @@ def test_without_the_log_a_stalled_client_is_told_that_it_is_behind(database_url
         go_on(slow)
         crowd.read_until(lambda: all(reader.closed for reader in slow))
         for reader in slow:
-            assert reader.end == "behind" and reader.finished
+            assert reader.end == "behind" and not reader.finished  # the body breaks off, so that all clients come back
             assert reader.events == good.events[: len(reader.events)] and len(reader.events) < 200
 
 

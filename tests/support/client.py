@@ -39,7 +39,8 @@ class Response:
         self.timeout = timeout
         self.raw = b""  # read and not yet understood
         self.body = b""  # decoded and not yet taken
-        self.finished = False  # the terminating chunk, or the end of the connection
+        self.finished = False  # the terminating chunk, or the end of the connection between two chunks
+        self.broken = False  # there was no terminating chunk
         self.closed = False  # the server has closed the connection
         head = self._until(b"\r\n\r\n").decode("latin-1")
         status, *lines = head.split("\r\n")
@@ -66,6 +67,9 @@ class Response:
     def _read_more(self) -> None:
         """Move at least one more byte to `body`, or set `finished`."""
         if self.chunked:
+            if not self.raw and not self._receive():
+                self.finished = self.broken = True
+                return
             size = int(self._until(b"\r\n"), 16)
             while len(self.raw) < size + 2:
                 if not self._receive():

@@ -140,7 +140,7 @@ class Connection(SendProgress):
     def release_response(self) -> None:
         pass
 
-    def stop_reading(self) -> None:
+    def end(self) -> None:
         pass
 
 
