@@ -14,7 +14,9 @@ from flask import Flask
 from flask_pg_sse import sse_bp
 from tests.support.client import eventually
 
-pytest_plugins = ["tests.support.browsers", "tests.support.postgres", "tests.support.servers"]
+pytest_plugins = [
+    "tests.support.browsers", "tests.support.postgres", "tests.support.servers", "tests.support.proxies",
+]  # fmt: skip
 # A busy machine is no bug: a test that says how long something may take measures that itself.
 hypothesis.settings.register_profile(
     "busy machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

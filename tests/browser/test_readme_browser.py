@@ -111,7 +111,7 @@ def send(server: WebServer, dish: str, *, event: str = "") -> None:
 
 def test_the_readme_names_the_versions_that_are_tested() -> None:
     text = (ROOT / "demo" / "htmx-files" / "pyproject.toml").read_text()
-    (htmx_4, htmx_2, extension) = re.findall(r'package = "\S+"\nversion = "(\S+)"', text)
+    htmx_4, htmx_2, extension, *_ = re.findall(r'package = "\S+"\nversion = "(\S+)"', text)
     readme = (ROOT / "README.md").read_text()
     assert f"htmx 4.0 (tested: {htmx_4}), with its own SSE extension, " in readme
     assert f"htmx 2 (tested: {htmx_2}), with its SSE extension (htmx-ext-sse {extension}), " in readme

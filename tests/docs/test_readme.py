@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import ssl
-import subprocess
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +9,6 @@ from typing import Any
 
 import pytest
 import sqlalchemy
-import trustme
 from flask import Flask
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, scoped_session, sessionmaker
 
@@ -26,7 +19,8 @@ from flask_pg_sse.testing import stream
 from tests.support.client import open_stream, request
 from tests.support.documents import Document
 from tests.support.postgres import execute
-from tests.support.servers import WebServer, free_port, gunicorn
+from tests.support.proxies import Proxies
+from tests.support.servers import WebServer, gunicorn
 
 ROOT = Path(__file__).resolve().parents[2]
 README = Document("README.md")
@@ -38,7 +32,7 @@ def example(name: str) -> str:
 
 def test_examples_and_links() -> None:
     README.assert_every_example_is_run(
-        "docs/test_readme.py", "browser/test_readme_browser.py",
+        "docs/test_readme.py", "browser/test_readme_browser.py", "support/proxies.py",
         "engine/postgres/test_cli.py", "engine/postgres/test_schema.py",
     )  # fmt: skip
     README.assert_links_lead_somewhere()
@@ -226,44 +220,14 @@ def test_the_version_is_in_the_changelog() -> None:
 
 
 def test_the_nginx_example_streams_without_delay(
-    database_url: str, start_server: Callable[..., WebServer], tmp_path: Path
+    database_url: str, start_server: Callable[..., WebServer], proxies: Proxies
 ) -> None:
-    """On another port, with a certificate, and with the installed nginx's directive for HTTP/2."""
-    nginx = shutil.which("nginx") or next(iter(p for p in ("/usr/sbin/nginx",) if os.path.exists(p)), None)
-    if nginx is None:
-        pytest.skip("nginx is not installed: apt-get install nginx-light")
     app = "tests.support.apps.behind_proxy:app"
     app_server = start_server(database_url, app=app, FLASK_SSE_MAX_STREAMS_PER_CLIENT="1")
-    port = free_port()
-    server = example("nginx")
-    [(listen, http2, older)] = re.findall(r"^ *(listen 443 ssl;)\n *(http2 on;) .*: (listen .*;)$", server, re.M)
-    said = subprocess.run([nginx, "-v"], capture_output=True, text=True, check=True).stderr
-    version = tuple(map(int, re.findall(r"nginx/(\d+)\.(\d+)\.(\d+)", said)[0]))
-    if version < (1, 25, 1):
-        server = server.replace(http2, "").replace(listen, older, 1)
-    authority = trustme.CA()
-    issued = authority.issue_cert("127.0.0.1")
-    issued.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "both.pem"))
-    trusted = ssl.create_default_context()
-    authority.configure_trust(trusted)
-    both = f"ssl_certificate {tmp_path}/both.pem; ssl_certificate_key {tmp_path}/both.pem;"
-    server = server.replace("# server_name", f"{both}  # server_name")
-    server = server.replace("listen 443", f"listen 127.0.0.1:{port}", 1)
-    server = server.replace("127.0.0.1:8000", f"127.0.0.1:{app_server.port}")
-    places = "".join(
-        f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    user = "user root;\n" if os.geteuid() == 0 else ""
-    (tmp_path / "nginx.conf").write_text(
-        f"daemon off;\n{user}pid {tmp_path}/pid;\nerror_log {tmp_path}/error.log;\nevents {{}}\n"
-        f"http {{\naccess_log off;\n{places}{textwrap.dedent(server)}}}\n"
-    )
-    start_server(
-        "", command=lambda _: [nginx, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")], port=port, tls=trusted
-    )
-    with open_stream(port, "orders", tls=trusted) as stream:
+    proxy = proxies.start("nginx", app_server)
+    with open_stream(proxy.port, "orders", tls=proxy.tls) as stream:
         for name in ("X-Forwarded-For", "X-Spare"):  # a client cannot choose its address
-            with request(port, "/sse?channel=orders", tls=trusted, headers={name: "9.9.9.9"}) as refused:
+            with request(proxy.port, "/sse?channel=orders", tls=proxy.tls, headers={name: "9.9.9.9"}) as refused:
                 assert refused.next().json == {"reason": "capacity"}
         for number in range(20):
             execute(database_url, "SELECT pg_notify('orders', %s)", (str(number),))

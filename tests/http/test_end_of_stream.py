@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.client import open_stream, request
-from tests.support.servers import WebServer, gunicorn
+from tests.support.servers import WebServer, free_port, gunicorn
 
 Start = Callable[..., WebServer]
 
@@ -50,3 +50,12 @@ def test_where_the_end_is_a_clean_one(database_url: str, start_server: Start, ap
     with open_stream(server.port, "orders", version=version) as stream:
         assert stream.event().json == {"reason": "max_age"}
         assert stream.read() == b"" and stream.finished and not stream.broken
+
+
+@pytest.mark.slow
+def test_while_postgres_is_away_too(start_server: Start) -> None:
+    """The app looks for it for ten seconds."""
+    server = start_server(f"postgresql://nobody@127.0.0.1:{free_port()}/none")
+    with request(server.port, "/sse?channel=orders", timeout=25) as refused:
+        assert refused.event().json == {"reason": "unavailable"}
+        assert refused.read() == b"" and refused.broken

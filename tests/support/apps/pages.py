@@ -1,11 +1,11 @@
-"""The basic app with one page, from the file PAGE, and htmx beside it."""
+"""The basic app with one page, from the file PAGE, and what demo/htmx-files installs beside it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from flask import render_template_string, send_from_directory
+from flask import redirect, render_template_string, send_from_directory
 from flask.typing import ResponseReturnValue
 
 from demo.htmx import find_htmx
@@ -21,7 +21,11 @@ def page() -> ResponseReturnValue:
 
 @app.get("/htmx/<path:name>")
 def htmx(name: str) -> ResponseReturnValue:
-    return send_from_directory(find_htmx().parent.parent, name)
+    files = find_htmx().parent.parent
+    for whole in (f"{name}.js", f"{name}/index.js"):  # what their imports leave out, as bundlers add it
+        if (files / whole).is_file():
+            return redirect(f"/htmx/{whole}")
+    return send_from_directory(files, name)
 
 
 __all__ = ["app"]
