@@ -156,7 +156,7 @@ def test_what_a_command_names_is_not_readable(url: str, start: Start) -> None:
     texts = [json.loads(form)["disconnect"] for payload in payloads for form in forms(payload)[-1:]]
     contents = [URLSafeSerializer("not the key").loads_unsafe(text)[1] for text in texts]
     shown = f"{payloads} {contents} {[base64.b64decode(content['h']) for content in contents]}"
-    for word in ("subject", "channel", "another", "xxx"):
+    for word in ("subject", "channel", "another", "x" * 8):  # shorter ones occur by chance
         assert word not in shown
     hidden = [content["h"] for content in contents]
     assert len({text[:20] for text in hidden}) == 4 and len({len(text) for text in hidden}) == 1
