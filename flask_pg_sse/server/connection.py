@@ -23,14 +23,18 @@ _UNACKNOWLEDGED = 4
 class Connection(DirectWriter):
     """The client's connection, as far as the server shows it."""
 
-    __slots__ = ("_answer", "_end", "_environ")
+    __slots__ = ("_answer", "_breaks_off", "_end", "_environ")
 
     def __init__(self, environ: dict[str, Any]) -> None:
         super().__init__()
         self._environ: dict[str, Any] | None = environ  # until `release_request()`
         self._answer: Any = None  # gunicorn's response or pywsgi's handler, until `release_response()`
+        # The HTML standard has an EventSource ask with "Cache-Control: no-cache". It reconnects after any end. Chromium
+        # may drop the last block of a body that breaks off, and the page would not learn why its stream has ended.
+        event_source = "no-cache" in environ.get("HTTP_CACHE_CONTROL", "")
+        self._breaks_off = not event_source and environ.get("REQUEST_METHOD") != "HEAD"
         # Only like this does werkzeug's server not send the last chunk: its write to the socket fails, without a word.
-        self._end = socket.SHUT_RDWR if "werkzeug.socket" in environ else socket.SHUT_RD
+        self._end = socket.SHUT_RDWR if self._breaks_off and "werkzeug.socket" in environ else socket.SHUT_RD
         self._take_socket(gunicorn.socket_of(environ) or environ.get("werkzeug.socket"))
 
     def _take_socket(self, client: Any) -> None:
@@ -42,8 +46,8 @@ class Connection(DirectWriter):
         This happens before the headers leave, so the client reads `Connection: close`. A client that keeps its
         connection after the end of a stream would delay the worker's exit.
 
-        The body ends without its last chunk. An EventSource reconnects after any end, but clients built on fetch only
-        if reading the body fails. Behind middleware that hides the response, and for HTTP/1.0, the end is a clean one.
+        Except for an EventSource the body ends without its last chunk, because clients built on fetch only reconnect if
+        reading the body fails. Behind middleware that hides the response, and for HTTP/1.0, the end is a clean one.
 
         `direct_write` allows direct writes past the generator, whose `id()` is `body`. It is False, True or "always"
         (see `DirectWriter.prepare()`). `send_timeout` is in seconds.
@@ -53,14 +57,15 @@ class Connection(DirectWriter):
             response.force_close()
             gunicorn.mask_token(response)
             known = self._answer = gunicorn.response_behind(write)
-            if known is not None:
+            if known is not None and self._breaks_off:
                 gunicorn.leave_body_unfinished(known)
             if self._environ is not None and known is not None and direct_write:
                 self.prepare(known, self._environ, body, always=direct_write == "always")
         elif hasattr(response, "close_connection"):  # gevent's pywsgi
             response.close_connection = True
-            of: Any = type(response)
-            response.__class__ = _without_last_chunk(of)
+            if self._breaks_off:
+                of: Any = type(response)
+                response.__class__ = _without_last_chunk(of)
             self._take_socket(response.socket)
             self._answer = response
         self._notice_silence(send_timeout)

@@ -293,7 +293,7 @@ def test_a_connection_that_was_kept_alive_carries_one_stream_and_ends(
         sock.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
         while not sock.recv(65536).endswith(b"pong"):
             pass
-        sock.sendall(b"GET /sse?channel=a HTTP/1.1\r\nHost: x\r\n\r\n")
+        sock.sendall(b"GET /sse?channel=a HTTP/1.1\r\nHost: x\r\nCache-Control: no-cache\r\n\r\n")
         stream = Response(sock, 10)
         assert stream.headers["connection"] == "close" and stream.next().event == "sse-open"
         hears(stream, server, "one", "two")

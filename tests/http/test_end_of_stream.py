@@ -1,4 +1,4 @@
-"""A stream that the server ends: its body breaks off, so that clients built on fetch come back too."""
+"""A stream that the server ends: its body breaks off for clients built on fetch, so that they come back too."""
 
 from __future__ import annotations
 
@@ -40,6 +40,22 @@ def test_the_last_chunk_is_not_sent(database_url: str, start_server: Start, name
     server.stop()
     assert server.log().count('"GET /sse?channel=orders HTTP/1.1" 200') == 2
     assert not any(word in server.log() for word in ("Traceback", "ERROR", "Broken pipe")), server.log()
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_the_end_is_a_clean_one_for_an_event_source(database_url: str, start_server: Start, name: str) -> None:
+    """Which comes back after any end, and is known by what it asks for. A page must see the last event."""
+    env = {"FLASK_SSE_MAX_AGE": "1", "FLASK_SSE_MAX_STREAMS": "1"}
+    server = start_server(database_url, command=SERVERS[name], **env)
+    asks = {"Cache-Control": "no-cache"}
+    with (
+        open_stream(server.port, "orders", headers=asks) as stream,
+        request(server.port, "/sse?channel=orders", headers=asks) as refused,
+    ):
+        for one, reason in ((stream, "max_age"), (refused, "capacity")):
+            assert one.event().json == {"reason": reason}
+            assert one.read() == b"" and one.finished and not one.broken
+            one.wait_closed()
 
 
 @pytest.mark.parametrize("app", ["tests.support.apps.hiding:app", "HTTP/1.0"])

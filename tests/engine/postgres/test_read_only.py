@@ -91,7 +91,7 @@ def test_a_standby_is_refused_with_the_remedy(
     with pytest.raises(AssertionError, match="unavailable"):
         first = next(stream(app.test_client(), "/sse?channel=orders", timeout=20))
         raise AssertionError(first.data)
-    said = [record.getMessage() for record in caplog.records if record.name.endswith(".listener")]
+    said = [record.getMessage() for record in caplog.records if record.name.endswith((".listener", ".outage"))]
     assert said and all(remedy in line and "target_session_attrs=primary" in line for line in said), said
     result = app.test_cli_runner().invoke(args=["sse", "init"])
     assert result.exit_code == 1 and remedy in result.output and "target_session_attrs=primary" in result.output
