@@ -160,7 +160,7 @@ def test_what_a_command_names_is_not_readable(url: str, start: Start) -> None:
         assert word not in shown
     hidden = [content["h"] for content in contents]
     assert len({text[:20] for text in hidden}) == 4 and len({len(text) for text in hidden}) == 1
-    eventually(lambda: process.sink.messages[-1] == Disconnect(None, "a channel"))
+    eventually(lambda: process.sink.messages[-1:] == [Disconnect(None, "a channel")])
 
 
 def test_snapshots() -> None:
