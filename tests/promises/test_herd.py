@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -18,8 +18,12 @@ OPTIONS = ("--worker-connections", "3000", "--backlog", "2048")
 
 
 @pytest.fixture(autouse=True)
-def enough_descriptors() -> None:
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 3 * COUNT, "ulimit -n"
+def enough_descriptors() -> Iterator[None]:
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert most > 3 * COUNT, "ulimit -Hn"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before, 4 * COUNT), most))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
 
 
 @pytest.mark.parametrize("worker", ["fresh", pytest.param("knows", marks=pytest.mark.slow)])

@@ -51,7 +51,7 @@ def connect(dsn: Dsn, application_name: str) -> Any:
             use_own_typecasters(connection)
             return connection
         except (psycopg2.Error, OSError, UnicodeDecodeError) as error:
-            errors.append(_reason(error))
+            errors.append(_reason(error, connection))
             if connection is not None:
                 connection.close()
         except BaseException:  # for example, the greenlet is killed while it waits
@@ -64,10 +64,11 @@ def connect(dsn: Dsn, application_name: str) -> Any:
     )
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):  # the server refused before it knew our encoding
-        return " ".join(error.object.decode(errors="replace").split())
-    return " ".join(str(error).split()) or type(error).__name__
+def _reason(error: Exception, connection: Any) -> str:
+    # A server that refuses before it knows our encoding may use another one. Then `error` is a UnicodeDecodeError or,
+    # with some Python versions, an OperationalError without a text. The connection has the text in any case.
+    said = "" if connection is None else connection.info.error_message
+    return " ".join((said or str(error)).split()) or type(error).__name__
 
 
 def _timeout(text: str) -> float:
