@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from tests.support.crowd import Crowd, Reader, calls_after, flood, install, logged, publish
 from tests.support.postgres import execute
-from tests.support.servers import WebServer
+from tests.support.servers import WebServer, need_open_files
 
 Start = Callable[..., WebServer]
 COUNT = 1000
@@ -18,12 +17,8 @@ OPTIONS = ("--worker-connections", "3000", "--backlog", "2048")
 
 
 @pytest.fixture(autouse=True)
-def enough_descriptors() -> Iterator[None]:
-    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert most > 3 * COUNT, "ulimit -Hn"
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before, 4 * COUNT), most))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
+def enough_descriptors() -> None:
+    need_open_files(4 * COUNT)
 
 
 @pytest.mark.parametrize("worker", ["fresh", pytest.param("knows", marks=pytest.mark.slow)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import socket
 import threading
 import time
@@ -17,7 +16,7 @@ from flask_pg_sse.hub import replay
 from tests.support.client import eventually
 from tests.support.crowd import Crowd, Reader, flood, install, logged, publish, resident, worker
 from tests.support.postgres import execute
-from tests.support.servers import WebServer
+from tests.support.servers import WebServer, need_open_files
 from tools import postgres
 
 Start = Callable[..., WebServer]
@@ -89,7 +88,7 @@ class Memory(threading.Thread):
 def test_stalled_clients_cost_bounded_memory_delay_nobody_and_lose_nothing(
     database_url: str, start_server: Start, count: int
 ) -> None:
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 2 * count + 500, "ulimit -n"
+    need_open_files(2 * count + 500)
     install(database_url)
     server = start_server(database_url, *SMALL_BUFFERS, FLASK_SSE_HEARTBEAT="1")
     channels = [f"own-{number % 50}" for number in range(count)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -18,6 +19,13 @@ import pytest
 from tests.support.client import eventually, request
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def need_open_files(count: int) -> None:
+    """Raise the limit of open files of this process, and so of the servers that it starts, to at least `count`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard >= count, "ulimit -Hn"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
 
 
 def free_port() -> int:
