@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _socket
 import contextlib
-import functools
 import socket
 import sys
 from typing import Any
@@ -64,8 +63,7 @@ class Connection(DirectWriter):
         elif hasattr(response, "close_connection"):  # gevent's pywsgi
             response.close_connection = True
             if self._breaks_off:
-                of: Any = type(response)
-                response.__class__ = _without_last_chunk(of)
+                pywsgi.leave_body_unfinished(response)
             self._take_socket(response.socket)
             self._answer = response
         self._notice_silence(send_timeout)
@@ -154,15 +152,3 @@ class Connection(DirectWriter):
             with contextlib.suppress(OSError):  # the client has disconnected
                 # The base class's method: an SSL socket's own would send the remaining bytes without encryption.
                 _socket.socket.shutdown(self._socket, how)
-
-
-@functools.cache
-def _without_last_chunk(of: Any) -> Any:
-    """Return a class for a handler of gevent's pywsgi that sends all of a chunked body but its last chunk."""
-
-    class Unfinished(of):  # type: ignore[misc]
-        def _sendall(self, data: bytes) -> None:
-            if data != b"0\r\n\r\n":  # nothing else that is sent is these bytes alone
-                super()._sendall(data)
-
-    return Unfinished

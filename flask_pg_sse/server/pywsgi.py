@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from .gunicorn import LOG_OF_ANOTHER_SERVER, AccessLog, access_log
 from .release import release_environ, shortened, within_room
+
+
+def leave_body_unfinished(handler: Any) -> None:
+    """Have a handler send all of a chunked body but its last chunk, as `gunicorn.leave_body_unfinished()` does."""
+    of: Any = type(handler)
+    handler.__class__ = _unfinished(of)
+
+
+@functools.cache
+def _unfinished(of: Any) -> Any:
+    class Unfinished(of):  # type: ignore[misc]
+        def _sendall(self, data: bytes) -> None:
+            if data != b"0\r\n\r\n":  # nothing else that is sent is these bytes alone
+                super()._sendall(data)
+
+    return Unfinished
 
 
 def release_request(handler: Any) -> None:
