@@ -255,7 +255,7 @@ def test_the_logs_id_leaves_in_the_same_write_as_the_senders_own(url: str, start
         assert stream.body == f"id: 1\ndata: x\n\nevent: sse-cursor\nid: {head(url)}\ndata: {{}}\n\n".encode()
 
 
-def test_whoever_comes_back_to_a_quiet_channel_is_told_how_far_the_log_is(url: str, start_server: Start) -> None:
+def test_a_client_that_comes_back_to_a_quiet_channel_is_told_how_far_the_log_is(url: str, start_server: Start) -> None:
     """The log was read to its end for it; its own last event may be pruned before anything more is published."""
     server = start_server(url, FLASK_SSE_HEARTBEAT="0.2")
     own = publish(url, "a", "its last")

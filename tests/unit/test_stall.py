@@ -68,7 +68,7 @@ def test_who_has_nothing_to_take_is_not() -> None:
         assert not progress.stalled(now, 1)
 
 
-def test_the_time_begins_anew_with_the_next_piece() -> None:
+def test_the_time_begins_again_with_the_next_piece() -> None:
     progress = SendProgress()
     assert not progress.stalled(1000, 30)
     assert not progress.stalled(1900, 30)

@@ -114,7 +114,9 @@ class PostgresEngine:
         if not durable or self._installation.look(through.execute) is None:
             through.notify(pg_name(channel), [to_payload(event, channel) for event in events])
             return None
-        return self._log(through, channel, events)
+        rows = [to_row(event) for event in events]
+        with self._installation.trusted():
+            return through.log(channel, rows)
 
     def control(self, message: ControlMessage) -> None:
         through = self._own.sending
@@ -126,19 +128,8 @@ class PostgresEngine:
                 return to_log(control.CHANNEL, [to_row(Event(command))])
             return to_notify(control.CHANNEL, [json.dumps({"disconnect": command})])
 
-        try:
+        with self._installation.trusted():
             through.in_transaction(query)
-        except Exception:
-            self._installation.forget()  # the log may have been dropped
-            raise
-
-    def _log(self, through: OwnConnection | CallersConnection, channel: str, events: Sequence[Event]) -> int | None:
-        rows = [to_row(event) for event in events]
-        try:
-            return through.log(channel, rows)
-        except Exception:
-            self._installation.forget()  # the log may have been dropped
-            raise
 
     # -- reading
 

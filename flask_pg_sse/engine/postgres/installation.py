@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,15 @@ class InstallationLookup:
         if self._found is None and self._setting is True:
             raise EventLogMissing(f'SSE_EVENT_LOG is true, and {wrong or _MISSING}; or set SSE_EVENT_LOG to "auto".')
         return self._found
+
+    @contextlib.contextmanager
+    def trusted(self) -> Iterator[None]:
+        """Rely on what was found. After an error it is forgotten, because the log may have been dropped."""
+        try:
+            yield
+        except Exception:
+            self.forget()
+            raise
 
     def forget(self) -> None:
         """Look again at the next use, because something that belongs to the log was missing."""
