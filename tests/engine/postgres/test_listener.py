@@ -269,8 +269,11 @@ def test_the_listener_notices_that_the_server_does_not_answer(
         listener.unsubscribe(["orders"])
         eventually(noticed)
     finally:
-        listener.subscribe(["orders"])
+        ticket = listener.subscribe(["orders"])
         os.kill(pid, signal.SIGCONT)
+    # Without the wait the listener may have connected again while no stream wanted the channel: what is sent before its
+    # LISTEN is confirmed may rightly be missed.
+    assert ticket.wait(10)
     execute(database_url, "NOTIFY orders, 'x'")
     eventually(lambda: events(turns))
 
