@@ -15,7 +15,8 @@ from flask_pg_sse import sse_bp
 from tests.support.client import eventually
 
 pytest_plugins = [
-    "tests.support.browsers", "tests.support.postgres", "tests.support.servers", "tests.support.proxies",
+    "tests.support.browsers", "tests.support.postgres", "tests.support.cluster", "tests.support.servers",
+    "tests.support.proxies",
 ]  # fmt: skip
 # A busy machine is no bug: a test that says how long something may take measures that itself.
 hypothesis.settings.register_profile(
@@ -27,6 +28,7 @@ COLLECTED = pytest.StashKey[list[pytest.Item]]()  # before any are left out
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the slow tests too (tests/README.md)")
+    parser.addoption("--postgres", metavar="VERSION", help="a PostgreSQL in the wheel's place: 14, 15, 16 or 17")
 
 
 @pytest.hookimpl(tryfirst=True)

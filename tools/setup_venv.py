@@ -32,7 +32,7 @@ PYTHON = VENV / "bin" / "python"
 WHOLE = VENV / "groups"
 UV = ROOT / ".uv" / "bin" / "uv"  # of which only the program is used, so that it does not matter how it came there
 CONSTRAINTS = ROOT / "constraints.txt"
-HTMX = ROOT / "demo" / "htmx-files"
+FETCHED = [ROOT / folder / "pyproject.toml" for folder in ("demo/htmx-files", "tests/postgres-files")]  # from npm
 
 # What uv calls the settings of pip that say where packages come from: it reads none of pip's own.
 UV_NAMES = {
@@ -105,7 +105,7 @@ def whole_groups() -> list[str]:
 def _fingerprint() -> str:
     """Hash what an environment is made of. Its place is part of that: one that was moved runs the old place's code."""
     digest = hashlib.sha256(os.fsencode(f"{sys.base_prefix} {sys.version} {ROOT}"))
-    files = (ROOT / "pyproject.toml", HTMX / "pyproject.toml", ROOT / "requirements.txt", CONSTRAINTS)
+    files = (ROOT / "pyproject.toml", *FETCHED, ROOT / "requirements.txt", CONSTRAINTS)
     for file in (*files, Path(__file__).resolve()):
         digest.update(hashlib.sha256(file.read_bytes() if file.exists() else b"").digest())
     return digest.hexdigest()

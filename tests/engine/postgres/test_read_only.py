@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import pwd
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from flask import Flask
@@ -16,7 +13,8 @@ from flask_pg_sse import DatabaseUnavailable, disconnect, notify, sse_cursor
 from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.testing import stream
 from tests.support.client import eventually
-from tests.support.postgres import execute, fresh_database, scratch
+from tests.support.cluster import Cluster, Standby, promote
+from tests.support.postgres import execute, fresh_database
 from tools import postgres
 
 MakeApp = Callable[..., Flask]
@@ -56,26 +54,17 @@ def test_read_only_by_default(postgres_server: postgres.Server, make_app: MakeAp
 
 
 @pytest.fixture
-def standby(own_postgres: postgres.Server) -> Iterator[postgres.Server]:
-    """A hot standby of `own_postgres`, which has the event log."""
-    execute(own_postgres.url(), schema_sql())
-    with scratch() as folder:
-        data = folder / "standby"
-        copy = ["-d", own_postgres.url(), "-D", str(data), "-R", "-X", "stream", "-c", "fast", "--no-sync"]
-        subprocess.run([postgres.binaries() / "pg_basebackup", *copy], check=True, capture_output=True)
-        if os.geteuid() == 0:  # root's servers run as nobody
-            nobody = pwd.getpwnam("nobody")
-            subprocess.run(["chown", "-R", f"{nobody.pw_uid}:{nobody.pw_gid}", data], check=True)
-        with postgres.Server(data, options=own_postgres.options) as server:
-            assert execute(server.url(), "SELECT pg_is_in_recovery()") == [(True,)]
-            yield server
+def standby(cluster: Cluster) -> Standby:
+    """A hot standby of a primary that has the event log."""
+    execute(cluster.primary.url(), schema_sql())
+    return cluster.standby()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("event_log", ["auto", False], ids=["log", "no log"])
 def test_a_standby_is_refused_with_the_remedy(
-    own_postgres: postgres.Server,
-    standby: postgres.Server,
+    cluster: Cluster,
+    standby: Standby,
     make_app: MakeApp,
     caplog: pytest.LogCaptureFixture,
     event_log: bool | str,
@@ -98,7 +87,7 @@ def test_a_standby_is_refused_with_the_remedy(
     app.extensions["pg_sse"].close()
 
     # And the remedy is one.
-    hosts = f"{postgres.HOST}:{standby.port},{postgres.HOST}:{own_postgres.port}"
+    hosts = f"{postgres.HOST}:{standby.port},{postgres.HOST}:{cluster.primary.port}"
     app = make_app(f"postgresql://{postgres.USER}@{hosts}/postgres?target_session_attrs=primary")
     with app.app_context():
         events = stream(app.test_client(), "/sse?channel=orders")
@@ -109,14 +98,14 @@ def test_a_standby_is_refused_with_the_remedy(
 
 @pytest.mark.slow
 def test_a_listener_on_a_standby_goes_on_when_it_becomes_the_primary(
-    own_postgres: postgres.Server, standby: postgres.Server, make_app: MakeApp
+    cluster: Cluster, standby: Standby, make_app: MakeApp
 ) -> None:
     app = make_app(standby.url())
     with app.app_context():
         with pytest.raises(DatabaseUnavailable):
             notify("orders", "x")
-        own_postgres.stop("immediate")
-        execute(standby.url(), "SELECT pg_promote()")
+        cluster.primary.stop("immediate")
+        promote(standby)
 
         def heard() -> bool:
             events = stream(app.test_client(), "/sse?channel=orders", timeout=10)
