@@ -48,7 +48,7 @@ def test_the_reasons_are_those_of_the_code() -> None:
     table = PAGE.text.split("| reason |")[1].split("\n\n")[0]
     code = "".join(
         (ROOT / "flask_pg_sse" / name).read_text()
-        for name in ("engine/base.py", "hub/stream.py", "engine/postgres/listener.py")
+        for name in ("engine/base.py", "hub/stream.py", "engine/postgres/receiver.py")
     )
     known = re.findall(r"""(?:return |reason = |gap\(|if position else |"reason": )"([a-z-]+)\"""", code)
     assert set(re.findall(r"^\| `([a-z-]+)`", table, re.M)) == {*known}

@@ -14,6 +14,7 @@ from flask_pg_sse import notify, schema_sql, sse_cursor, sse_url
 from flask_pg_sse.engine.base import Page
 from flask_pg_sse.engine.postgres.history import History
 from flask_pg_sse.engine.postgres.listener import Listener
+from flask_pg_sse.engine.postgres.receiver import Receiver
 from flask_pg_sse.hub.hub import Hub
 from flask_pg_sse.testing import Received, stream
 from tests.support.client import eventually
@@ -94,7 +95,7 @@ def test_an_event_that_comes_by_the_log_and_by_notify_arrives_once(
     hub = hub_of(app)
     sent: list[int] = []
     gate = threading.Event()
-    read, hand_over = History.page, Listener._hand_over
+    read, hand_over = History.page, Receiver.hand_over
 
     def read_while_one_is_committed(self: History, *args: Any) -> Page:
         page = None
@@ -106,7 +107,7 @@ def test_an_event_that_comes_by_the_log_and_by_notify_arrives_once(
                 eventually(lambda: hub.position >= sent[0])
         return page or read(self, *args)
 
-    def hand_over_later(self: Listener, connection: Any) -> bool:
+    def hand_over_later(self: Receiver, connection: Any) -> bool:
         gate.wait(20)
         return hand_over(self, connection)
 
@@ -117,7 +118,7 @@ def test_an_event_that_comes_by_the_log_and_by_notify_arrives_once(
     monkeypatch.setattr(hub._history, "fill", lambda *args: None)
     monkeypatch.setattr(History, "page", read_while_one_is_committed)
     if heard == "after the join":
-        monkeypatch.setattr(Listener, "_hand_over", hand_over_later)
+        monkeypatch.setattr(Receiver, "hand_over", hand_over_later)
     with closing(listen(app, "a", after=position)) as events:
         opened(events)
         assert take(events, 2) == [(str(first), "missed"), (str(sent[0]), "at the seam")]
@@ -129,15 +130,15 @@ def test_an_event_that_comes_by_the_log_and_by_notify_arrives_once(
 def test_a_stream_that_is_ahead_of_its_worker_gets_nothing_twice(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another worker was faster: the client has events that this one's listener has not heard of yet."""
     gate = threading.Event()
-    hand_over = Listener._hand_over
+    hand_over = Receiver.hand_over
 
-    def hand_over_later(self: Listener, connection: Any) -> bool:
+    def hand_over_later(self: Receiver, connection: Any) -> bool:
         gate.wait(20)
         return hand_over(self, connection)
 
     with closing(listen(app, "a")) as stays:
         position = int(opened(stays).id)
-        monkeypatch.setattr(Listener, "_hand_over", hand_over_later)
+        monkeypatch.setattr(Receiver, "hand_over", hand_over_later)
         ids = [send("a", str(number)) for number in range(4)]
         assert hub_of(app).position == position
         with closing(listen(app, "a", after=ids[1])) as behind, closing(listen(app, "a", after=ids[3])) as ahead:

@@ -4,10 +4,7 @@ Other threads only change the wanted channels and wake this thread through a soc
 thread. It LISTENs in batches, hands over arriving events turn by turn, and reconnects when the connection is lost.
 https://www.postgresql.org/docs/current/sql-listen.html
 
-With the event log the listener has a position: the id up to which it has handed over everything. Events and beats move
-it. A beat is a notification to itself that carries the log's head. PostgreSQL delivers in the order of commits, so when
-a beat comes back everything up to that head has arrived. Events that the connection did not deliver (it was lost, an
-event is too large for NOTIFY, or LISTEN is deaf) are read from the log, starting at the position.
+The events themselves go through `receiver.py`.
 """
 
 from __future__ import annotations
@@ -22,41 +19,28 @@ from typing import Any
 import psycopg2
 from psycopg2.extensions import quote_ident
 
-from ...concurrency import Wakeup, checkpoint
+from ...concurrency import Wakeup
 from ...errors import DatabaseUnavailable, EventLogMissing, PgSSEError
-from ..base import Item, Page, Readiness, Sink, Status
-from . import codec, control
-from .codec import Decoder
+from ..base import Readiness, Sink, Status
+from . import control
 from .connect import connect, execute
 from .control import DisconnectCommands
 from .dsn import Dsn
-from .history import LONGEST_READ, read_page
 from .installation import InstallationLookup
 from .listens import ListenTable, ListenTicket
 from .outage import Outage
+from .receiver import Receiver
 
 logger = logging.getLogger(__name__)
 
 # Channels in one round-trip. Their statements are one transaction, and a long one delays events that have arrived.
 _BATCH = 500
-# Limits of one turn. A flood is handed over in pieces, and other threads or greenlets run between them.
-_TURN_EVENTS = 1000
-_TURN_BYTES = 65536
-# A lone payload shorter than this has nothing unread behind it: libpq reads all there is, up to at least 8 kB.
-_ALONE_CHARS = 1024
-# No event is larger: a value in PostgreSQL has at most 1 GB.
-_ANY_SIZE = 2**30
 # Seconds from a channel's last stream to UNLISTEN, so a page that reloads costs no round-trip.
 LINGER = 10.0
 # Seconds between two beats. Only a beat detects a server that vanished silently (a dropped NAT entry, a power failure).
 BEAT_EVERY = 10.0
 # Seconds in which the server must answer a statement, and a beat must come back.
 _ANSWER_WITHIN = 5.0
-# The same for a page of the log, which may be one event of many megabytes.
-_READ_WITHIN = 30.0
-# A pause between two full turns, in which streams send. In a flood a stream's buffer would fill up without it, and with
-# no log the stream would end. In seconds, and only for threads: equal to the interpreter's switch interval.
-_PAUSE = 0.005
 # Seconds between two reads of the log while LISTEN is deaf.
 _DEAF_PACE = 1.0
 
@@ -96,13 +80,10 @@ class Listener:
         self._installation = installation
         self._beat_every = beat_every
         self._listens = ListenTable(linger)
-        self._decoder = Decoder()
-        self._control = control.Control(sink.pruned, commands, self._decoder)
-        self._position = 0  # in the log; 0 if it is not known or there is no log
+        self._receiver = Receiver(dsn, sink, self._listens, commands)
+        self._control = self._receiver.control
         self._readiness = Readiness.AWAY
         self._beat_at = 0.0  # when the last beat came back
-        self._left: list[Any] = []  # arrived, but not handed over yet, in reverse order
-        self._lost_one = False  # a connection was lost on which a LISTEN may have been active
         self._stopping = False
         self._wakeup = Wakeup()
         self._outage = Outage(dsn)
@@ -115,7 +96,7 @@ class Listener:
 
     def stop(self, timeout: float) -> None:
         """End the thread and its connection, within `timeout` seconds, and the wait of streams that wait for LISTEN."""
-        self._stopping = True
+        self._stopping = self._receiver.stopping = True
         self._listens.cancel()
         self._wakeup.set()
         if self._thread.is_alive():
@@ -136,7 +117,7 @@ class Listener:
             self._wakeup.set()
 
     def status(self) -> Status:
-        return Status(self._readiness, self._position, self._listens.count())
+        return Status(self._readiness, self._receiver.position, self._listens.count())
 
     # -- the thread
 
@@ -163,7 +144,7 @@ class Listener:
                 what, failure = "The listener failed", error
             finally:
                 if connection is not None:
-                    self._lost_one = True
+                    self._receiver.lost()
                     self._listens.lost()
                     self._wakeup.watch(-1)
                     connection.close()
@@ -172,8 +153,9 @@ class Listener:
                 self._pause(what, failure)
 
     def _ready(self, readiness: Readiness) -> None:
-        self._readiness = readiness
-        self._sink.ready(readiness)
+        if readiness is not self._readiness:
+            self._readiness = readiness
+            self._sink.ready(readiness)
 
     def _pause(self, what: str, error: Exception) -> None:
         delay = self._outage.failed(what, error)
@@ -187,7 +169,7 @@ class Listener:
         """Listen on an open connection until it breaks."""
         if self._stopping:
             return
-        self._left = []
+        self._receiver.connected()
         self._find_log(connection, again=True)
         self._listens.restart()
         # LISTEN takes effect at the commit, so what is heard comes from transactions that have not ended here.
@@ -213,7 +195,7 @@ class Listener:
         while not self._stopping:
             # One batch between two hand-overs, so a steady arrival of subscribers does not hold up events.
             busy = self._change_listens(connection)
-            while self._hand_over(connection) and not self._stopping:
+            while self._receiver.hand_over(connection) and not self._stopping:
                 pass
             self._wakeup.wait(0 if busy else self._next_chore_in())
             if time.monotonic() >= self._beat_at + self._beat_every:
@@ -222,11 +204,7 @@ class Listener:
 
     def _find_log(self, connection: Any, *, again: bool = False) -> None:
         installation = self._installation.look(lambda query: self._execute(connection, query), again=again)
-        self._decoder.key = installation.key if installation is not None else None
-
-    @property
-    def _log_is_on(self) -> bool:
-        return self._decoder.key is not None
+        self._receiver.decoder.key = installation.key if installation is not None else None
 
     def _next_chore_in(self) -> float:
         """Return the seconds until an UNLISTEN or a beat is due."""
@@ -262,20 +240,20 @@ class Listener:
         return execute(connection, query, tuple(args), timeout=_ANSWER_WITHIN)
 
     def _beat_query(self) -> str:
-        return _BEAT_OF_LOG if self._log_is_on else _BEAT
+        return _BEAT_OF_LOG if self._receiver.log_is_on else _BEAT
 
     def _beat(self, connection: Any, query: str) -> None:
         """Send a beat, and hand over events until it comes back. Raises `_Deaf` if it does not come back in 5 s."""
         [(ended, key)] = self._execute(connection, query, (self._control.next_beat(),))
         self._control.beat_sent(ended)
-        if query == _BEAT_OF_LOG and (key is None or bytes(key) != self._decoder.key):
+        if query == _BEAT_OF_LOG and (key is None or bytes(key) != self._receiver.decoder.key):
             # Before the position moves: events of the new log were dropped as forged, and must be read from it.
             raise DatabaseUnavailable("The event log is a different one: it was installed again, or restored")
         deadline = time.monotonic() + _ANSWER_WITHIN
         poller = select.poll()
         poller.register(connection.fileno(), select.POLLIN)
         while True:
-            more = self._hand_over(connection)
+            more = self._receiver.hand_over(connection)
             if self._control.returned == self._control.beats:
                 self._beat_at = time.monotonic()
                 return
@@ -283,108 +261,20 @@ class Listener:
             if not more and (left <= 0 or not poller.poll(left * 1000)):
                 raise _Deaf(_DEAF)
 
-    def _hand_over(self, connection: Any) -> bool:
-        """Deliver one turn of arrived events. Return True if it was a full turn, after which there may be more.
-
-        One poll() reads one buffer. After the server has closed the connection, the first poll() succeeds. The
-        descriptor becomes readable again, and the next poll() raises.
-        """
-        turn: list[Item] = []
-        size = 0
-        before = self._position
-        fetch = alone = False
-        try:
-            while len(turn) < _TURN_EVENTS and size < _TURN_BYTES and not fetch:
-                if not self._left:
-                    if alone:
-                        return False
-                    connection.poll()
-                    self._left, connection.notifies = connection.notifies[::-1], []
-                    if not self._left:
-                        return False
-                    # Nothing is left in libpq's buffer or, decrypted, in OpenSSL's. Later data makes the descriptor
-                    # readable again. To look for it now would cost as much as all the rest.
-                    alone = len(self._left) == 1 and len(self._left[0].payload) < _ALONE_CHARS
-                notification = self._left.pop()
-                if notification.channel == control.CHANNEL:
-                    ours = notification.pid == connection.info.backend_pid
-                    self._position = self._control.notified(notification.payload, ours, self._position)
-                    continue
-                channel = self._listens.channel_of(notification.channel)
-                if channel is None:
-                    continue
-                log_id, block = self._decoder.decode(notification.payload, channel)
-                if log_id and log_id <= self._position:
-                    continue  # already read from the log
-                if block is None:
-                    fetch = log_id > 0
-                    continue
-                self._position = log_id or self._position
-                turn.append((channel, block, log_id))
-                size += len(block)
-        finally:  # deliver the events that arrived before the connection broke
-            if turn or self._position != before:
-                self._sink.deliver(turn, self._position)
-        if fetch:
-            self._catch_up(connection)
-        checkpoint(_PAUSE)
-        return True
-
     def _recover(self, connection: Any) -> None:
-        """Read from the log the events that came while no LISTEN was active, or report that they may be lost."""
-        lost_one, self._lost_one = self._lost_one, False
-        if self._log_is_on and self._position:
-            self._catch_up(connection)
-            return
-        self._position = self._read(connection, [], 0).head if self._log_is_on else 0
-        self._ready(Readiness.READY)
-        if lost_one:
-            logger.warning("Events since the connection to %s broke may be lost.", self._dsn)
-            self._sink.gap("reconnected", self._position)
-        else:
-            logger.info("Listening to PostgreSQL at %s.", self._dsn)
-            if self._position:
-                self._sink.deliver((), self._position)
-
-    def _catch_up(self, connection: Any) -> None:
-        """Read the log from the position to its head, and hand over the events."""
-        while not self._stopping:
-            # Drop the arrived events of the log: the next pages have them too, and after a long absence there are too
-            # many to keep.
-            connection.poll()
-            arrived, connection.notifies = [*self._left[::-1], *connection.notifies], []
-            self._left = [one for one in reversed(arrived) if not codec.is_logged(one.payload)]
-            page = self._read(connection, [*self._listens.channels(), control.CHANNEL], self._position)
-            reason = page.why_not_from(self._position)
-            if reason is not None:
-                logger.warning("The event log of %s does not reach back to the last received event.", self._dsn)
-                self._position = page.head
-                self._sink.gap(reason, page.head)
-                return
-            self._position = page.upto
-            self._sink.deliver(page.items, page.upto)
-            if page.upto >= page.head:
-                return
-            checkpoint(_PAUSE)
-
-    def _read(self, connection: Any, channels: Sequence[str], after: int) -> Page:
-        def run(query: str, args: Sequence[Any]) -> Any:
-            return execute(connection, query, tuple(args), timeout=_READ_WITHIN, limit=LONGEST_READ)
-
-        return read_page(
-            run, channels, after, _TURN_BYTES, _ANY_SIZE, self._decoder.dropped, commanded=self._control.logged
-        )
+        self._ready(Readiness.READY)  # commands are heard from here on, or read from the log
+        self._receiver.recover(connection)
 
     def _follow_log(self, connection: Any) -> None:
         """Serve without LISTEN: read the log once a second."""
-        if not self._log_is_on:
+        if not self._receiver.log_is_on:
             raise _Deaf(_DEAF)
         logger.error("%s. Until then events of the log arrive late, and other events not at all.", _DEAF)
         while not self._stopping:
             _, begun = self._listens.due(_BATCH)
             self._recover(connection)
             self._listens.confirm(begun, set(begun))
-            while self._hand_over(connection) and not self._stopping:
+            while self._receiver.hand_over(connection) and not self._stopping:
                 pass
             self._outage.over()
             self._wakeup.wait(_DEAF_PACE)

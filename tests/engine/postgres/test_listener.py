@@ -324,7 +324,7 @@ def test_malformed_payloads_are_logged_once_a_minute(
     said = [record for record in caplog.records if "NOTIFY payload" in record.message]
     assert len(said) == 1
     assert "hunter2" not in caplog.text
-    assert listener._decoder.dropped.count == 50
+    assert listener._receiver.decoder.dropped.count == 50
 
 
 def test_turns_are_bounded(database_url: str, make_listener: Make) -> None:

@@ -1,0 +1,156 @@
+"""Hand over events to the sink: those that a connection has received, and those that must be read from the log.
+
+With the event log the receiver has a position: the id up to which it has handed over everything. Events and beats move
+it. A beat is a notification of the listener to itself that carries the log's head. PostgreSQL delivers in the order of
+commits, so when a beat comes back everything up to that head has arrived. Events that the connection did not deliver
+(it was lost, an event is too large for NOTIFY, or LISTEN is deaf) are read from the log, starting at the position.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ...concurrency import checkpoint
+from ..base import Item, Page, Sink
+from . import codec, control
+from .codec import Decoder
+from .connect import execute
+from .control import Control, DisconnectCommands
+from .dsn import Dsn
+from .history import LONGEST_READ, read_page
+from .listens import ListenTable
+
+logger = logging.getLogger(__name__)
+
+# Limits of one turn. A flood is handed over in pieces, and other threads or greenlets run between them.
+_TURN_EVENTS = 1000
+_TURN_BYTES = 65536
+# A lone payload shorter than this has nothing unread behind it: libpq reads all there is, up to at least 8 kB.
+_ALONE_CHARS = 1024
+# No event is larger: a value in PostgreSQL has at most 1 GB.
+_ANY_SIZE = 2**30
+# Seconds in which the server must answer a read of the log. One page may be one event of many megabytes.
+_READ_WITHIN = 30.0
+# A pause between two full turns, in which streams send. In a flood a stream's buffer would fill up without it, and with
+# no log the stream would end. In seconds, and only for threads: equal to the interpreter's switch interval.
+_PAUSE = 0.005
+
+
+class Receiver:
+    """Receives events for the channels in `listens`, and hands them to `sink`. One thread uses it."""
+
+    def __init__(self, dsn: Dsn, sink: Sink, listens: ListenTable, commands: DisconnectCommands) -> None:
+        self._dsn = dsn
+        self._sink = sink
+        self._listens = listens
+        self.decoder = Decoder()
+        self.control = Control(sink.pruned, commands, self.decoder)
+        self.position = 0  # in the log; 0 if it is not known or there is no log
+        self.stopping = False  # set by another thread: end what takes long
+        self._left: list[Any] = []  # arrived, but not handed over yet, in reverse order
+        self._lost_one = False  # a connection was lost on which a LISTEN may have been active
+
+    @property
+    def log_is_on(self) -> bool:
+        return self.decoder.key is not None
+
+    def connected(self) -> None:
+        """Note that a new connection follows. What an earlier one received and did not hand over is void."""
+        self._left = []
+
+    def lost(self) -> None:
+        """Note that a connection was lost on which a LISTEN may have been active."""
+        self._lost_one = True
+
+    def hand_over(self, connection: Any) -> bool:
+        """Deliver one turn of arrived events. Return True if it was a full turn, after which there may be more.
+
+        One poll() reads one buffer. After the server has closed the connection, the first poll() succeeds. The
+        descriptor becomes readable again, and the next poll() raises.
+        """
+        turn: list[Item] = []
+        size = 0
+        before = self.position
+        fetch = alone = False
+        try:
+            while len(turn) < _TURN_EVENTS and size < _TURN_BYTES and not fetch:
+                if not self._left:
+                    if alone:
+                        return False
+                    connection.poll()
+                    self._left, connection.notifies = connection.notifies[::-1], []
+                    if not self._left:
+                        return False
+                    # Nothing is left in libpq's buffer or, decrypted, in OpenSSL's. Later data makes the descriptor
+                    # readable again. To look for it now would cost as much as all the rest.
+                    alone = len(self._left) == 1 and len(self._left[0].payload) < _ALONE_CHARS
+                notification = self._left.pop()
+                if notification.channel == control.CHANNEL:
+                    ours = notification.pid == connection.info.backend_pid
+                    self.position = self.control.notified(notification.payload, ours, self.position)
+                    continue
+                channel = self._listens.channel_of(notification.channel)
+                if channel is None:
+                    continue
+                log_id, block = self.decoder.decode(notification.payload, channel)
+                if log_id and log_id <= self.position:
+                    continue  # already read from the log
+                if block is None:
+                    fetch = log_id > 0
+                    continue
+                self.position = log_id or self.position
+                turn.append((channel, block, log_id))
+                size += len(block)
+        finally:  # deliver the events that arrived before the connection broke
+            if turn or self.position != before:
+                self._sink.deliver(turn, self.position)
+        if fetch:
+            self.catch_up(connection)
+        checkpoint(_PAUSE)
+        return True
+
+    def recover(self, connection: Any) -> None:
+        """Read from the log the events that came while no LISTEN was active, or report that they may be lost."""
+        lost_one, self._lost_one = self._lost_one, False
+        if self.log_is_on and self.position:
+            self.catch_up(connection)
+            return
+        self.position = self._read(connection, [], 0).head if self.log_is_on else 0
+        if lost_one:
+            logger.warning("Events since the connection to %s broke may be lost.", self._dsn)
+            self._sink.gap("reconnected", self.position)
+        else:
+            logger.info("Listening to PostgreSQL at %s.", self._dsn)
+            if self.position:
+                self._sink.deliver((), self.position)
+
+    def catch_up(self, connection: Any) -> None:
+        """Read the log from the position to its head, and hand over the events."""
+        while not self.stopping:
+            # Drop the arrived events of the log: the next pages have them too, and after a long absence there are too
+            # many to keep.
+            connection.poll()
+            arrived, connection.notifies = [*self._left[::-1], *connection.notifies], []
+            self._left = [one for one in reversed(arrived) if not codec.is_logged(one.payload)]
+            page = self._read(connection, [*self._listens.channels(), control.CHANNEL], self.position)
+            reason = page.why_not_from(self.position)
+            if reason is not None:
+                logger.warning("The event log of %s does not reach back to the last received event.", self._dsn)
+                self.position = page.head
+                self._sink.gap(reason, page.head)
+                return
+            self.position = page.upto
+            self._sink.deliver(page.items, page.upto)
+            if page.upto >= page.head:
+                return
+            checkpoint(_PAUSE)
+
+    def _read(self, connection: Any, channels: Sequence[str], after: int) -> Page:
+        def run(query: str, args: Sequence[Any]) -> Any:
+            return execute(connection, query, tuple(args), timeout=_READ_WITHIN, limit=LONGEST_READ)
+
+        return read_page(
+            run, channels, after, _TURN_BYTES, _ANY_SIZE, self.decoder.dropped, commanded=self.control.logged
+        )
