@@ -131,10 +131,15 @@ def _serializer(keys: Keys, salt: str) -> URLSafeSerializer:
     return URLSafeSerializer([_to_bytes(key) for key in keys], salt=salt, signer_kwargs=options)
 
 
+# A parameter's name may have any of its characters as %XX.
+_NAME = "".join(f"(?:{character}|%{ord(character):02x}|%{ord(character):02X})" for character in "token")
+_TOKEN_IN_URL = re.compile(rf"((?:^|[?&]){_NAME}=)[^&#]*")
+
+
 def _to_bytes(key: str | bytes) -> bytes:
     return key.encode() if isinstance(key, str) else key
 
 
 def without_token(url: str) -> str:
     """Return a URL, or its query, with the token replaced by `***`, for the log."""
-    return re.sub(r"((?:^|[?&])token=)[^&#]*", r"\1***", url)
+    return _TOKEN_IN_URL.sub(r"\1***", url)

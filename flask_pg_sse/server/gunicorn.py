@@ -80,7 +80,7 @@ def mask_token(response: Any) -> None:
     """Keep the token out of gunicorn's log of a request that fails later, for example in an app's teardown."""
     for name in ("uri", "query"):
         text = getattr(response.req, name, None)
-        if isinstance(text, str) and "token=" in text:
+        if isinstance(text, str):
             setattr(response.req, name, without_token(text))
 
 

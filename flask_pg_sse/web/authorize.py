@@ -26,6 +26,9 @@ _SUBJECT_BYTES = 255
 _ADDRESS = 64
 _NOBODY = frozenset[str]()  # one object for all streams without a subject
 
+# As some gateways write an address into X-Forwarded-For. A new connection has a new port, so it must not count.
+_WITH_PORT = re.compile(r"([0-9.]+):\d+|\[(.+)\](?::\d+)?")
+
 Authorizer = Callable[[str], bool]
 SubjectOf = Callable[[], "str | int | None"]
 
@@ -155,15 +158,18 @@ def to_subject(value: object) -> str:
 def counted_under(subjects: Collection[str], address: str | None) -> tuple[str, ...]:
     """Return the names under which a client's streams are counted: its subjects or, if it has none, its address.
 
-    Only the first 64 bits of an IPv6 address count, because its owner can choose the others.
+    A port after the address does not count. Only the first 64 bits of an IPv6 address count, because its owner can
+    choose the others.
     https://www.rfc-editor.org/rfc/rfc4291#section-2.5.4
     """
     if subjects:
         return tuple(f"subject {subject}" for subject in sorted(subjects))
+    text = address or ""
+    with_port = _WITH_PORT.fullmatch(text)
     try:
-        known = ipaddress.ip_address(address or "")
+        known = ipaddress.ip_address(text if with_port is None else with_port[1] or with_port[2])
     except ValueError:  # the peer of a Unix socket has no IP address
-        return (f"address {(address or '')[:_ADDRESS]}",)
+        return (f"address {text[:_ADDRESS]}",)
     if isinstance(known, ipaddress.IPv6Address):
         known = known.ipv4_mapped or ipaddress.IPv6Address(int(known) >> 64 << 64)
     return (f"address {known}",)

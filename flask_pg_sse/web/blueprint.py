@@ -7,7 +7,8 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from flask import Blueprint, Request, current_app, request
@@ -30,7 +31,7 @@ from ..tokens import Token, read_token, without_token
 from . import authorize
 from .api import ServerUrl, sse_cursor, sse_url
 from .authorize import Authorizer, SubjectOf, check_hook, name_of
-from .cors import cross_origin_headers
+from .cors import cross_origin_headers, why_other_site
 from .request import parse_query, position_of
 from .response import Blocks, ended, refusal, stream_response
 from .state import EXTENSION, State, current_state
@@ -123,7 +124,8 @@ def _mask_token(endpoint: str | None, values: dict[str, Any] | None) -> None:
     token may be that app's.
     """
     environ = request.environ
-    if "token=" not in environ.get("QUERY_STRING", ""):
+    query = environ.get("QUERY_STRING", "")
+    if "token=" not in query and "%" not in query:
         return
     if endpoint is None or current_app.blueprints.get(request.blueprint or "") is sse_bp:
         names = ["RAW_URI", "REQUEST_URI"]
@@ -169,6 +171,8 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
     current: Request = request._get_current_object()  # type: ignore[attr-defined]
     environ = current.environ
     runtime, settings = state.runtime, state.runtime.settings
+    if (reason := why_other_site(environ, settings.allowed_origins)) is not None:
+        return refusal(403, reason)
     worker = runtime.worker  # its creation has found gunicorn's worker, which the next line needs
     reason = why_no_stream(environ, shutdown.gunicorn_worker(), limited=settings.max_streams is not None)
     if reason is not None:
@@ -188,19 +192,21 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
 
     last_event_id = position_of(environ.get("HTTP_LAST_EVENT_ID", ""), query)
     connection = Connection(environ)
+    permission = _permission(state, channels, query.get("token", [""])[0])
+    private = permission.asks
     try:
-        subscription = _admitted(current, state, worker, connection, channels, query.get("token", [""])[0])
+        subscription = _admitted(current, state, worker, connection, channels, permission)
         if current.method == "HEAD":
-            return stream_response(Blocks(connection), connection, settings)
+            return stream_response(Blocks(connection), connection, settings, private=private)
         hub, replay = worker.streams
     except _Refused as refused:
         return refusal(403, str(refused))
     except EventLogMissing as error:
         return refusal(500, str(error))
     except TryLater as later:
-        return ended(later.reason, last_event_id, since=later.since)
+        return ended(later.reason, last_event_id, private=private, since=later.since)
     body = stream(hub, replay, subscription, last_event_id, connection)
-    response = stream_response(body, connection, settings, direct_write=settings.direct_write)
+    response = stream_response(body, connection, settings, private=private, direct_write=settings.direct_write)
     if "flask_pg_sse.testing" in environ:
         environ["flask_pg_sse.testing"].append(subscription)
     return response
@@ -210,38 +216,79 @@ class _Refused(Exception):
     """The client may not have this stream. The message says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Permission:
+    """What is known about a stream's permission before a hook is asked.
+
+    token:      the URL's token, if it is one of this app's
+    bad_token:  whether the URL has one that is not
+    authorizer: the hook that decides on the channels `to_ask`; None if the app has none
+    subject:    the hook that names the client; None if the app has none
+    to_ask:     the channels that neither `SSE_CHANNELS` nor the token opens
+    revocable:  whether `disconnect()` and missed commands end the stream: it has a channel that is not public
+    """
+
+    token: Token | None
+    bad_token: bool
+    authorizer: Authorizer | None
+    subject: SubjectOf | None
+    to_ask: Sequence[str]
+    revocable: bool
+
+    @property
+    def asks(self) -> bool:
+        """Whether one of the app's hooks is asked. The answer then depends on the client's cookies, for example."""
+        return self.subject is not None or (self.authorizer is not None and bool(self.to_ask))
+
+
+def _permission(state: State, channels: Collection[str], signed: str) -> _Permission:
+    token = read_token(state.runtime.keys(), signed) if signed else None
+    opened = token.channels if token is not None else frozenset[str]()
+    closed = [name for name in channels if not authorize.is_public(name, state.runtime.settings.channels)]
+    return _Permission(
+        token,
+        bad_token=bool(signed) and token is None,
+        authorizer=state.authorize or sse_bp.default_authorize,
+        subject=state.subject or sse_bp.default_subject,
+        to_ask=[name for name in closed if name not in opened],
+        revocable=bool(closed),
+    )
+
+
 def _admitted(
-    current: Request, state: State, worker: Worker, connection: Connection, channels: Collection[str], signed: str
+    current: Request,
+    state: State,
+    worker: Worker,
+    connection: Connection,
+    channels: Collection[str],
+    permission: _Permission,
 ) -> Subscription:
     """Return the subscription if the client may have it. Raises `_Refused`, `TryLater`, and the hooks' HTTP errors."""
     asked_at = time.monotonic()
-    runtime, settings = state.runtime, state.runtime.settings
-    token = read_token(runtime.keys(), signed) if signed else None
+    settings = state.runtime.settings
+    token, to_ask = permission.token, permission.to_ask
     if token is not None and token.expires_at is not None and token.expires_at <= time.time():
         raise TryLater("expired", since=time.time() - token.expires_at)
-    authorizer = state.authorize or sse_bp.default_authorize
-    opened = token.channels if token is not None else frozenset[str]()
-    closed_ones = [name for name in channels if not authorize.is_public(name, settings.channels)]
-    to_ask = [name for name in closed_ones if name not in opened]
-    closed = functools.partial(_closed, state=state, asked=authorizer is not None, bad_token=bool(signed) and not token)
-    if to_ask and authorizer is None:
+    closed = functools.partial(_closed, state=state, permission=permission)
+    if to_ask and permission.authorizer is None:
         raise _Refused(closed(to_ask[0]))
     subscription = Subscription(channels, settings.buffer_bytes, Terms(asked_at=asked_at))
     subscription.connection = connection
     try:
         with worker.admission.place(subscription):
-            subjects = authorize.subjects_of(state.subject or sse_bp.default_subject, token)
+            subjects = authorize.subjects_of(permission.subject, token)
             if subjects is None:
                 raise _Refused(
                     "This site cannot tell whose stream this would be. Ask the site's operator to look at its log."
                 )
             each = settings.max_streams_per_client is not None
             clients = authorize.counted_under(subjects, current.remote_addr) if each else ()
-            terms = Terms(subjects, clients, asked_at, *_end_of(token, settings.max_age), revocable=bool(closed_ones))
+            end = _end_of(token, settings.max_age)
+            terms = Terms(subjects, clients, asked_at, *end, revocable=permission.revocable)
             worker.admission.count_for(subscription, terms)
             worker.wait_until_decidable(asks=bool(to_ask) and current.method != "HEAD")
             for channel in to_ask:
-                if not authorize.may_listen(authorizer, channel):
+                if not authorize.may_listen(permission.authorizer, channel):
                     raise _Refused(closed(channel))
     except authorize.HookFailed:
         raise TryLater("unavailable") from None
@@ -258,9 +305,10 @@ def _end_of(token: Token | None, max_age: float | None) -> tuple[float, str]:
     return min(ends)
 
 
-def _closed(channel: str, state: State, *, asked: bool, bad_token: bool) -> str:
+def _closed(channel: str, state: State, permission: _Permission) -> str:
     """Return why a channel is refused. Log a warning, once, if the app has opened no channel at all."""
     patterns = state.runtime.settings.channels
+    asked = permission.authorizer is not None
     if not patterns and not asked and not state.warned_closed:
         state.warned_closed = True
         logger.warning(
@@ -269,8 +317,9 @@ def _closed(channel: str, state: State, *, asked: bool, bad_token: bool) -> str:
             channel,
             authorize.how_to_open(channel),
         )
-    debug = current_app.debug
-    return authorize.closed_text(channel, debug=debug, bad_token=bad_token, patterns=patterns, asked=asked)
+    return authorize.closed_text(
+        channel, debug=current_app.debug, bad_token=permission.bad_token, patterns=patterns, asked=asked
+    )
 
 
 sse_bp.after_request(cross_origin_headers)

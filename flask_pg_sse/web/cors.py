@@ -1,8 +1,10 @@
-"""Cross-origin access, by flask-cors: the sites whose pages may read a stream."""
+"""Other sites: whose requests are refused at once, and whose pages may read a stream (by flask-cors)."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from flask import Response, request
 from flask_cors import cross_origin
@@ -10,6 +12,35 @@ from flask_cors.core import FLASK_CORS_EVALUATED
 
 from ..errors import ConfigurationError
 from .state import current_state
+
+# What may open a stream, as a browser names it: fetch() and EventSource, and a page that a person opens by hand.
+_DESTINATIONS = ("empty", "document")
+
+
+def why_other_site(environ: Mapping[str, Any], origins: Collection[str]) -> str | None:
+    """Return why a request is refused as another site's, or None. `origins` may read the streams.
+
+    A browser says in each request which site's page makes it, and for what. A page of another site could not read the
+    stream, but it could hold the user's places, and learn from the status which channels the user may listen to.
+    Clients that are no browsers send none of these headers. https://www.w3.org/TR/fetch-metadata/
+    """
+    destination = environ.get("HTTP_SEC_FETCH_DEST", "empty")
+    if destination not in _DESTINATIONS:
+        return f"A stream cannot be used as {destination!r}: open it with EventSource or fetch()."
+    if environ.get("HTTP_SEC_FETCH_SITE") != "cross-site" or _is_listed(_origin_of(environ), origins):
+        return None
+    return (
+        "A page of another site asked for this stream. Its origin, such as https://www.example.org, must be in "
+        "SSE_ALLOWED_ORIGINS."
+    )
+
+
+def _origin_of(environ: Mapping[str, Any]) -> str:
+    return str(environ.get("HTTP_ORIGIN", "")).lower()
+
+
+def _is_listed(origin: str, origins: Collection[str]) -> bool:
+    return bool(origin) and (origin in origins or "*" in origins)
 
 
 def cross_origin_headers(response: Response) -> Response:
@@ -25,8 +56,8 @@ def cross_origin_headers(response: Response) -> Response:
     # CORS(app) adds its headers to the response of an error handler, before any `after_request` function runs.
     for name in [name for name, _ in response.headers if name.lower().startswith("access-control-")]:
         del response.headers[name]
-    origin = request.environ.get("HTTP_ORIGIN", "").lower()
-    if origin and (origin in origins or "*" in origins):
+    origin = _origin_of(request.environ)
+    if _is_listed(origin, origins):
         _allow(response, origin, with_credentials=origin in origins)
     else:
         setattr(response, FLASK_CORS_EVALUATED, True)

@@ -14,20 +14,29 @@ from ..server.connection import Connection
 from ..settings import Settings
 from .state import current_state
 
+# Pages of other sites cannot show an answer in a frame, or have it read as a script: whether that works would tell them
+# whether the user may listen.
+_NOT_FOR_OTHERS = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("Content-Security-Policy", "frame-ancestors 'none'"),
+)
 _HEADERS = (
     ("Content-Type", "text/event-stream; charset=utf-8"),
     # "no-transform" and nginx's own header keep proxies from buffering the stream.
     ("Cache-Control", "no-cache, no-transform"),
     ("X-Accel-Buffering", "no"),
+    *_NOT_FOR_OTHERS,
 )
+# Where the app was asked, by its session for example, the answer is for this client only.
+_PRIVATE_HEADERS = tuple((name, f"{value}, no-store" if name == "Cache-Control" else value) for name, value in _HEADERS)
 
 
 class _Begins:
     """Mixin for a response class: tells the connection when the server has begun to send the response."""
 
-    def __init__(self, body: Iterable[bytes], begin: Callable[[Any], None]) -> None:
+    def __init__(self, body: Iterable[bytes], begin: Callable[[Any], None], *, private: bool) -> None:
         """Make a response as Flask does. `begin` is called with the return value of `start_response`."""
-        super().__init__(body, headers=_HEADERS)  # type: ignore[call-arg]
+        super().__init__(body, headers=_PRIVATE_HEADERS if private else _HEADERS)  # type: ignore[call-arg]
         # Code that wants the whole body (a log, a compressor) then fails or skips it, and does not wait for its end.
         self.direct_passthrough = True
         self._pg_sse_begin = begin
@@ -55,12 +64,19 @@ def _response_class(apps: type[Response]) -> type[Any]:
 
 
 def stream_response(
-    body: Iterable[bytes], connection: Connection, settings: Settings, *, direct_write: bool | str = False
+    body: Iterable[bytes],
+    connection: Connection,
+    settings: Settings,
+    *,
+    private: bool,
+    direct_write: bool | str = False,
 ) -> Response:
+    """Return the response that sends `body` as a stream. `private` keeps caches from storing it."""
     begin = functools.partial(
         connection.response_started, body=id(body), direct_write=direct_write, send_timeout=settings.send_timeout
     )
-    response: Response = _response_class(current_app.response_class)(body, begin)  # type: ignore[arg-type]
+    made: type[Any] = _response_class(current_app.response_class)  # type: ignore[arg-type]
+    response: Response = made(body, begin, private=private)
     return response
 
 
@@ -80,14 +96,16 @@ class Blocks:
 
 
 def refusal(status: int, text: str) -> Response:
-    return current_app.response_class(text + "\n", status, mimetype="text/plain")
+    response = current_app.response_class(text + "\n", status, _NOT_FOR_OTHERS, mimetype="text/plain")
+    response.cache_control.no_store = True  # caches may keep some error statuses by themselves
+    return response
 
 
 # The longest retry that grows by itself, in milliseconds. With the random spread of an `sse-end` it is an hour.
 _LONGEST_RETRY = 2_400_000
 
 
-def ended(reason: str, last_event_id: str, *, since: float = 0.0) -> Response:
+def ended(reason: str, last_event_id: str, *, private: bool, since: float = 0.0) -> Response:
     """Refuse a stream for now. After this answer a browser's EventSource reconnects; after an error status it does not.
 
     The client gets its position back as the event's id: a page that fetches a new URL can continue from there.
@@ -99,4 +117,5 @@ def ended(reason: str, last_event_id: str, *, since: float = 0.0) -> Response:
     retry = max(settings.retry, min(_LONGEST_RETRY, int(since * 1000)))
     block = event.end_block(reason, retry, id=event.to_log_id(last_event_id))
     connection = Connection(request.environ)
-    return stream_response(Blocks(connection, *() if request.method == "HEAD" else (block,)), connection, settings)
+    body = Blocks(connection, *() if request.method == "HEAD" else (block,))
+    return stream_response(body, connection, settings, private=private)

@@ -222,6 +222,15 @@ def test_streams_of_one_subject(database_url: str, start_server: Start) -> None:
         ("", None, True),
         ("unix:", "", False),
         ("fe80::1%eth0", "fe80::2%eth0", True),
+        # As a gateway wrote it into X-Forwarded-For.
+        ("10.0.0.1:50001", "10.0.0.1:50002", True),
+        ("10.0.0.1:50001", "10.0.0.1", True),
+        ("10.0.0.1:50001", "10.0.0.2:50001", False),
+        ("[2001:db8::1]:50001", "[2001:db8::2]:50002", True),
+        ("[2001:db8::1]:50001", "2001:db8::1", True),
+        ("[2001:db8:0:1::1]:1", "[2001:db8:0:2::1]:1", False),
+        ("[::ffff:10.0.0.1]:1", "10.0.0.1", True),
+        ("[]:1", "[x]:1", False),
     ],
 )
 def test_what_counts_as_one_address(one: str, other: str | None, same: bool) -> None:

@@ -74,6 +74,8 @@ def test_answers_and_logs(name: str, debug: str, database_url: str, start_server
         assert stream.event().data == "hello"
     with open_stream(server.port, path=f"/sse?a=b&channel=mine&token={TOKEN}#") as stream:
         pass
+    with open_stream(server.port, path=f"/sse?channel=mine&tok%65n={TOKEN}&x=") as stream:
+        pass
     answers.append(ask(server, f"channel=mine&token={TOKEN}", 200, method="HEAD"))
     answers.append(ask(server, f"token={EXPIRED}&channel=mine", 200))
     answers.append(ask(server, f"channel=mine&token={FORGED}", 403))
@@ -84,6 +86,7 @@ def test_answers_and_logs(name: str, debug: str, database_url: str, start_server
     # These never reach the view.
     answers.append(ask(server, f"channel=mine&token={TOKEN}", 200, method="OPTIONS"))
     answers.append(ask(server, f"channel=mine&token={TOKEN}", 405, method="POST"))
+    answers.append(ask(server, f"channel=mine&%74%6f%6B%65%6e={TOKEN}", 405, method="POST"))
     answers.append(ask(server, f"channel=mine&gated&token={TOKEN}", 401))
     if name in ("gevent", "gthread") and debug == "0":
         answers.append(ask(server, f"channel=mine&tearing&token={TOKEN}", 500))
@@ -99,7 +102,7 @@ def test_answers_and_logs(name: str, debug: str, database_url: str, start_server
         assert TOKEN in log
     else:
         assert "token=***" in log and "token=the-apps-own" in log
-        assert ("Error handling request GET /sse?channel=mine&tearing&token=***" in log) == (len(answers) == 11)
+        assert ("Error handling request GET /sse?channel=mine&tearing&token=***" in log) == (len(answers) == 12)
         assert not [token for token in TOKENS if token in log or token.rpartition(".")[2] in log]
 
 
