@@ -10,6 +10,10 @@ was away (a hidden tab, a tunnel, a deploy) gets the missed events from the even
 
 from __future__ import annotations
 
+import ipaddress
+import os
+import re
+import socket
 from urllib.parse import urlsplit
 
 import psycopg2
@@ -116,6 +120,27 @@ def refusal(status: int, message: str) -> Response:
     if status == 409:  # the page is behind: the header makes htmx fire "stale", and the page fetches the board
         answer.headers["HX-Trigger"] = "stale"
     return answer
+
+
+# The names of this machine, and those under which a proxy shows the demo (HOST_NAMES, separated by commas).
+NAMES = {"localhost", socket.gethostname().lower(), f"{socket.gethostname().lower()}.local"}
+NAMES.update(filter(None, re.split(r"[\s,]+", os.environ.get("HOST_NAMES", "").lower())))
+
+
+@app.before_request
+def refuse_other_names() -> None:
+    """Refuse a request for a host name that is not this machine's.
+
+    Another site's name can be made to lead to this machine's address (DNS rebinding). Its page could then read the
+    board and send forms, because for the browser the demo would be that site. An address cannot be made to do that.
+    """
+    name = re.sub(r":\d*$", "", request.host.lower()).strip("[]")
+    if name in NAMES or name.endswith(".localhost"):
+        return
+    try:
+        ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        abort(400, f"The demo is not called {name!r}. Open it by its address, or start it with HOST_NAMES={name}.")
 
 
 @app.before_request

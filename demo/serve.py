@@ -1,7 +1,8 @@
 """Run the demo: a PostgreSQL (unless DATABASE_URL is set), gunicorn, and an orderly end. Started by ``./demo/run``.
 
-HOST (127.0.0.1) and PORT (8000) choose the address. Ctrl-C, SIGTERM or SIGHUP stops everything that was started, and
-the exit status is 0; it is 1 when something could not be started or ended by itself.
+HOST (127.0.0.1) and PORT (8000) choose the address, and HOST_NAMES adds host names under which the demo is found.
+Ctrl-C, SIGTERM or SIGHUP stops everything that was started, and the exit status is 0. It is 1 when something could not
+be started or ended by itself.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -216,6 +217,30 @@ def test_control_characters_never_reach_the_database(client: FlaskClient, databa
 def test_only_the_demos_own_page_may_send_its_forms(client: FlaskClient, headers: dict[str, str], status: int) -> None:
     answer = client.post("/orders", data={"dish": "Fish tacos"}, headers=headers)
     assert answer.status_code == status, "303: a plain form, without htmx, is sent back to the page"
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("demo.localhost", 200),
+        ("127.0.0.1:8000", 200),
+        ("192.168.1.20:8000", 200),
+        ("[fe80::1]:8000", 200),
+        (socket.gethostname(), 200),
+        ("board.example", 200),
+        ("elsewhere.example:8000", 400),
+        ("localhost.elsewhere.example", 400),
+        ("127.0.0.1.elsewhere.example", 400),
+    ],
+)
+def test_a_name_that_was_made_to_lead_here_is_refused(
+    demo: Any, client: FlaskClient, monkeypatch: pytest.MonkeyPatch, host: str, status: int
+) -> None:
+    monkeypatch.setattr(demo, "NAMES", {*demo.NAMES, "board.example"})
+    for url in ("/", "/sse?channel=orders"):
+        with client.get(url, headers={"Host": host}) as answer:
+            assert answer.status_code == status, answer.get_data(as_text=True)
 
 
 def test_the_table_stays_small(demo: Any, client: FlaskClient, database_url: str) -> None:
