@@ -13,7 +13,7 @@ from flask import Flask
 from flask_pg_sse import notify, schema_sql, sse_cursor, sse_url
 from flask_pg_sse.engine.base import Page
 from flask_pg_sse.engine.postgres.history import History
-from flask_pg_sse.engine.postgres.listener import Listener
+from flask_pg_sse.engine.postgres.listener import PostgresListener
 from flask_pg_sse.engine.postgres.receiver import Receiver
 from flask_pg_sse.hub.hub import Hub
 from flask_pg_sse.testing import Received, stream
@@ -156,15 +156,15 @@ def test_nothing_is_remembered_of_a_channel_before_its_listen_stands(
 ) -> None:
     """Streams ask the log for each other's channels; one of them may still wait for its LISTEN."""
     gate, reached = threading.Event(), threading.Event()
-    execute_on = Listener._execute
+    execute_on = PostgresListener._execute
 
-    def listen_later(self: Listener, connection: Any, query: str, *rest: Any) -> Any:
+    def listen_later(self: PostgresListener, connection: Any, query: str, *rest: Any) -> Any:
         if query == 'LISTEN "late"':
             reached.set()
             gate.wait(20)
         return execute_on(self, connection, query, *rest)
 
-    monkeypatch.setattr(Listener, "_execute", listen_later)
+    monkeypatch.setattr(PostgresListener, "_execute", listen_later)
     cursor = sse_cursor()
     got: list[tuple[str, str]] = []
 

@@ -10,17 +10,14 @@ import hashlib
 import hmac
 import itertools
 import json
-import logging
 import re
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ...channels import RESERVED_PREFIX
 from ...errors import InvalidEvent, PayloadTooLarge
-from ...event import FIELDS, MAX_NUMBER, Event, Head, encode, make_event, refuse_constant
-
-logger = logging.getLogger(__name__)
+from ...event import FIELDS, MAX_NUMBER, Event, Head, encode
+from ..raw import Dropped, object_in, read_raw, to_event
 
 # PostgreSQL's longest name (NAMEDATALEN - 1). LISTEN silently cuts a longer one, and pg_notify() refuses it.
 _MAX_NAME_BYTES = 63
@@ -93,7 +90,7 @@ def to_row(event: Event) -> tuple[str, str | None]:
 
 def from_row(fields: str, data: str | None) -> Event:
     """Return the event of a row of the log. Raises `InvalidEvent` if the row is not a legal event."""
-    found = _load_object(fields)
+    found = object_in(fields)
     if found is None or not found.keys() <= FIELDS:
         raise _not_ours()
     return _from_head(found, data)
@@ -103,7 +100,7 @@ def _from_head(fields: dict[str, Any], data: str | None) -> Event:
     """Return the event with these fields and data. `data` must be None if, and only if, `fields` contains the data."""
     if (data is None) != ("data" in fields):
         raise _not_ours()
-    return _from_fields(fields if data is None else {**fields, "data": data})
+    return to_event(fields if data is None else {**fields, "data": data})
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,21 +115,11 @@ class Message:
 
 
 def from_payload(payload: str) -> Message:
-    """Read a NOTIFY payload of any sender.
+    """Read a NOTIFY payload of any sender. Raises `InvalidEvent` if it is not a legal event.
 
-    The wire form is recognised by its first character. A JSON object with no keys but event, id, data, retry, comment,
-    sep and ping is read as those fields; senders written for sse_relay_server use that form. There, sep and ping change
-    nothing that a browser sees, and an event without data dispatches nothing. Any other payload is data. Raises
-    `InvalidEvent` if the result is not a legal event.
+    The wire form is recognised by its first character; `raw.py` reads any other payload.
     """
-    if payload.startswith(_WIRE_MARK):
-        return _from_wire(payload)
-    if payload.lstrip(" \t\r\n").startswith("{"):
-        fields = _load_object(payload)
-        if fields and fields.keys() <= FIELDS | {"sep", "ping"}:
-            event = _from_fields(fields)
-            return Message(event if fields.get("data") is not None else replace(event, silent=True))
-    return Message(Event(payload))
+    return _from_wire(payload) if payload.startswith(_WIRE_MARK) else Message(read_raw(payload))
 
 
 def is_logged(payload: str) -> bool:
@@ -150,7 +137,7 @@ def _from_wire(payload: str) -> Message:
     if payload[1:2] != _WIRE_VERSION:
         raise InvalidEvent("The payload has a version of the wire form that this version of the package cannot read.")
     head, line_end, data = payload[2:].partition("\n")
-    fields = _load_object(head)
+    fields = object_in(head)
     if fields is None or not fields.keys() <= FIELDS | {"n", "i", "s", "f"}:
         raise _not_ours()
     fields.pop("n", None)
@@ -184,33 +171,6 @@ def signature(key: bytes, log_id: int, channel: str, rest: str) -> str:
     return hashlib.sha256(signed).hexdigest()[:16]
 
 
-def _from_fields(fields: dict[str, Any]) -> Event:
-    """Read fields that another program wrote. `id` and `event` may be numbers, and `retry` may be text of digits."""
-    retry = fields.get("retry")
-    if isinstance(retry, str) and len(retry) < 20 and retry.isascii() and retry.isdigit():
-        retry = int(retry)
-    texts: dict[str, Any] = {}
-    for field in ("event", "id"):
-        value = fields.get(field)
-        texts[field] = str(value) if type(value) in (int, float) else value
-    try:
-        return make_event(fields.get("data"), **texts, retry=retry, comment=fields.get("comment"))
-    except RecursionError:
-        raise InvalidEvent("The event's data are nested too deeply.") from None
-
-
-_STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # kept, because loads() creates one at every call
-
-
-def _load_object(text: str) -> dict[str, Any] | None:
-    """Return `text` as a JSON object, or None if it is not one."""
-    try:
-        value = _STRICT.decode(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def pg_name(channel: str) -> str:
     """Return PostgreSQL's name for `channel`: the same name, or a hash if it is longer than 63 bytes in UTF-8.
 
@@ -221,25 +181,6 @@ def pg_name(channel: str) -> str:
     if len(raw) <= _MAX_NAME_BYTES:
         return channel
     return f"{RESERVED_PREFIX}:{hashlib.sha256(raw).hexdigest()[:40]}"
-
-
-class Dropped:
-    """Counts payloads and rows that are not legal events.
-
-    It logs at most one a minute, because any role can send any number of them.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._said_at = float("-inf")
-
-    def add(self, what: str, error: Exception) -> None:
-        self.count += 1
-        now = time.monotonic()
-        if now - self._said_at >= 60:
-            self._said_at = now
-            reason = error if isinstance(error, InvalidEvent) else type(error).__name__
-            logger.warning("Dropped %s (%d so far): %s", what, self.count, reason)
 
 
 class Decoder:

@@ -20,7 +20,7 @@ from .control import DisconnectCommands
 from .dsn import Dsn
 from .history import History
 from .installation import InstallationLookup
-from .listener import BEAT_EVERY, Listener
+from .listener import BEAT_EVERY, PostgresListener
 from .pool import Pool
 from .publish import CallersConnection, OwnConnection, to_log, to_notify
 from .retention import Pruner
@@ -58,7 +58,7 @@ class PostgresEngine:
         self._keys = keys
         self._opening = threading.Lock()
         self._connections: _Connections | None = None
-        self._listener: Listener | None = None
+        self._listener: PostgresListener | None = None
         self._pruner: Pruner | None = None
         self._stopped = False
 
@@ -77,7 +77,9 @@ class PostgresEngine:
     def start(self, sink: Sink) -> None:
         own = self._own
         commands = DisconnectCommands(self._keys, sink.control)
-        self._listener = Listener(own.listen_dsn, sink, self._installation, commands, beat_every=self._beat_every)
+        self._listener = PostgresListener(
+            own.listen_dsn, sink, self._installation, commands, beat_every=self._beat_every
+        )
         self._pruner = Pruner(own.pruning, self._installation, self._retention)
         try:
             self._listener.start()

@@ -11,8 +11,8 @@ from typing import Any
 
 from ...event import encode
 from ..base import Item, Page, Tail
+from ..raw import Dropped
 from . import codec, control
-from .codec import Dropped
 from .pool import Pool
 
 # The fields are read as text. If psycopg2 read them as JSON, one bad row would be an error for the whole query.

@@ -1,7 +1,4 @@
-"""The one connection of a process that listens, and the one background thread that waits for it.
-
-Other threads only change the wanted channels and wake this thread through a socketpair. All statements run in this
-thread. It LISTENs in batches, hands over arriving events turn by turn, and reconnects when the connection is lost.
+"""The listener on PostgreSQL: it LISTENs in batches, and sends itself beats.
 https://www.postgresql.org/docs/current/sql-listen.html
 
 The events themselves go through `receiver.py`.
@@ -11,32 +8,30 @@ from __future__ import annotations
 
 import logging
 import select
-import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import psycopg2
 from psycopg2.extensions import quote_ident
 
-from ...concurrency import Wakeup
-from ...errors import DatabaseUnavailable, EventLogMissing, PgSSEError
+from ...errors import DatabaseUnavailable
 from ..base import Readiness, Sink, Status
+from ..listener import LINGER, Listener
+from ..listens import ListenTable
+from ..outage import Outage
 from . import control
+from .codec import pg_name
 from .connect import connect, execute
 from .control import DisconnectCommands
 from .dsn import Dsn
 from .installation import InstallationLookup
-from .listens import ListenTable, ListenTicket
-from .outage import Outage
 from .receiver import Receiver
 
 logger = logging.getLogger(__name__)
 
 # Channels in one round-trip. Their statements are one transaction, and a long one delays events that have arrived.
 _BATCH = 500
-# Seconds from a channel's last stream to UNLISTEN, so a page that reloads costs no round-trip.
-LINGER = 10.0
 # Seconds between two beats. Only a beat detects a server that vanished silently (a dropped NAT entry, a power failure).
 BEAT_EVERY = 10.0
 # Seconds in which the server must answer a statement, and a beat must come back.
@@ -58,12 +53,8 @@ _BEAT_OF_LOG = f"SELECT flask_pg_sse.beat_v1(%s); {control.SNAPSHOT}, (SELECT ke
 _DEAF = "LISTEN receives nothing here, as through PgBouncer: set SSE_LISTEN_URL to a direct connection to PostgreSQL"
 
 
-class Listener:
-    """Listens to the wanted channels, from `start()` to `stop()`, and hands their events to `sink`.
-
-    All calls of the sink run in the listener's thread. `commands` gets the commands to end streams. `linger` and
-    `beat_every` are in seconds.
-    """
+class PostgresListener(Listener):
+    """Listens to PostgreSQL. `commands` gets the commands to end streams. `linger` and `beat_every` are in seconds."""
 
     def __init__(
         self,
@@ -75,95 +66,26 @@ class Listener:
         linger: float = LINGER,
         beat_every: float = BEAT_EVERY,
     ) -> None:
+        super().__init__(sink, ListenTable(linger, pg_name), Outage(dsn, psycopg2.Error))
         self._dsn = dsn
-        self._sink = sink
         self._installation = installation
         self._beat_every = beat_every
-        self._listens = ListenTable(linger)
         self._receiver = Receiver(dsn, sink, self._listens, commands)
         self._control = self._receiver.control
-        self._readiness = Readiness.AWAY
         self._beat_at = 0.0  # when the last beat came back
-        self._stopping = False
-        self._wakeup = Wakeup()
-        self._outage = Outage(dsn)
-        self._thread = threading.Thread(target=self._run, name="pg-sse-listener", daemon=True)
-
-    # -- called by other threads
-
-    def start(self) -> None:
-        self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """End the thread and its connection, within `timeout` seconds, and the wait of streams that wait for LISTEN."""
-        self._stopping = self._receiver.stopping = True
-        self._listens.cancel()
-        self._wakeup.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
-        else:  # it may never have started
-            self._wakeup.close()
-
-    def subscribe(self, channels: Iterable[str]) -> ListenTicket:
-        """Count one more stream on each of `channels`. The ticket tells when LISTEN is confirmed; it may already be."""
-        ticket, missing = self._listens.add(channels)
-        if missing:
-            self._wakeup.set()
-        return ticket
-
-    def unsubscribe(self, channels: Iterable[str]) -> None:
-        """Count one stream fewer on each of `channels`. UNLISTEN follows later, unless another stream comes first."""
-        if self._listens.remove(channels):  # the thread does not know yet that an UNLISTEN is due later
-            self._wakeup.set()
+        self._receiver.stopping = True
+        super().stop(timeout)
 
     def status(self) -> Status:
         return Status(self._readiness, self._receiver.position, self._listens.count())
 
-    # -- the thread
+    def _connect(self) -> Any:
+        return connect(self._dsn, "flask_pg_sse listener")
 
-    def _run(self) -> None:
-        try:
-            self._connect_and_serve()
-        finally:  # not in stop(), whose timeout may end before this thread does
-            self._wakeup.close()
-
-    def _connect_and_serve(self) -> None:
-        while not self._stopping:
-            connection: Any = None
-            failure: Exception | None = None
-            what = "Cannot listen"
-            try:
-                connection = connect(self._dsn, "flask_pg_sse listener")
-                what = "Lost the listener's connection"
-                self._serve(connection)
-            except PgSSEError as error:  # no connection, no log although it is required, or deaf
-                what, failure = "Cannot listen", error
-            except (psycopg2.Error, OSError) as error:
-                failure = error
-            except Exception as error:  # if the listener died, streams would get no more events
-                what, failure = "The listener failed", error
-            finally:
-                if connection is not None:
-                    self._receiver.lost()
-                    self._listens.lost()
-                    self._wakeup.watch(-1)
-                    connection.close()
-            if failure is not None:
-                self._ready(Readiness.LOG_MISSING if isinstance(failure, EventLogMissing) else Readiness.AWAY)
-                self._pause(what, failure)
-
-    def _ready(self, readiness: Readiness) -> None:
-        if readiness is not self._readiness:
-            self._readiness = readiness
-            self._sink.ready(readiness)
-
-    def _pause(self, what: str, error: Exception) -> None:
-        delay = self._outage.failed(what, error)
-        self._wakeup.clear()
-        deadline = time.monotonic() + delay
-        # New streams wake the thread too, and must not shorten the pause.
-        while not self._stopping and (left := deadline - time.monotonic()) > 0:
-            self._wakeup.wait(left)
+    def _lost(self) -> None:
+        self._receiver.lost()
 
     def _serve(self, connection: Any) -> None:
         """Listen on an open connection until it breaks."""

@@ -14,13 +14,13 @@ from typing import Any
 
 from ...concurrency import checkpoint
 from ..base import Item, Page, Sink
+from ..listens import ListenTable
 from . import codec, control
 from .codec import Decoder
 from .connect import execute
 from .control import Control, DisconnectCommands
 from .dsn import Dsn
 from .history import LONGEST_READ, read_page
-from .listens import ListenTable
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from psycopg2 import sql
 
 from flask_pg_sse import InvalidChannel, InvalidEvent, PayloadTooLarge, notify, notify_many, schema_sql
 from flask_pg_sse.engine.postgres.codec import from_payload, pg_name
-from flask_pg_sse.engine.postgres.listener import Listener
+from flask_pg_sse.engine.postgres.listener import PostgresListener
 from flask_pg_sse.event import Event
 from flask_pg_sse.testing import Received, stream
 from tests.support.client import eventually
@@ -220,15 +220,15 @@ def listening_to(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The channels that the package's own connection listens to, from PostgreSQL, always current; or an error."""
     found: list[str] = []
     sessions: set[int] = set()
-    change_listens = Listener._change_listens
+    change_listens = PostgresListener._change_listens
 
-    def change_and_look(self: Listener, connection: Any) -> bool:
+    def change_and_look(self: PostgresListener, connection: Any) -> bool:
         sessions.add(connection.info.backend_pid)
         busy = change_listens(self, connection)
         found[:] = [row[0] for row in self._execute(connection, "SELECT pg_catalog.pg_listening_channels()")]
         return busy
 
-    monkeypatch.setattr(Listener, "_change_listens", change_and_look)
+    monkeypatch.setattr(PostgresListener, "_change_listens", change_and_look)
     yield found
     assert len(sessions) == 1
 

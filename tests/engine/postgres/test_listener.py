@@ -22,7 +22,7 @@ from flask_pg_sse.engine.postgres.connect import connect
 from flask_pg_sse.engine.postgres.control import DisconnectCommands
 from flask_pg_sse.engine.postgres.dsn import to_dsn
 from flask_pg_sse.engine.postgres.installation import InstallationLookup
-from flask_pg_sse.engine.postgres.listener import Listener
+from flask_pg_sse.engine.postgres.listener import PostgresListener
 from flask_pg_sse.errors import DatabaseUnavailable
 from tests.support.client import eventually
 from tests.support.link import Link, through
@@ -32,20 +32,20 @@ from tests.support.postgres import execute
 from tools import postgres
 
 Turns = list[list[Item]]
-Make = Callable[..., tuple[Listener, Turns, list[float]]]
+Make = Callable[..., tuple[PostgresListener, Turns, list[float]]]
 
 
-def new_listener(url: str, sink: IdleSink, **options: Any) -> Listener:
+def new_listener(url: str, sink: IdleSink, **options: Any) -> PostgresListener:
     commands = DisconnectCommands(lambda: (), sink.control)
-    return Listener(to_dsn(url, "test"), sink, InstallationLookup("auto"), commands, **options)
+    return PostgresListener(to_dsn(url, "test"), sink, InstallationLookup("auto"), commands, **options)
 
 
 @pytest.fixture
 def make_listener() -> Iterator[Make]:
     """Make started listeners, with the turns that they delivered and the times of their gaps."""
-    made: list[Listener] = []
+    made: list[PostgresListener] = []
 
-    def make(url: str, **options: Any) -> tuple[Listener, Turns, list[float]]:
+    def make(url: str, **options: Any) -> tuple[PostgresListener, Turns, list[float]]:
         turns: Turns = []
         gaps: list[float] = []
 
@@ -98,16 +98,16 @@ def test_two_thousand_channels_cost_few_round_trips(
     """They ask while the listener is busy with a round-trip, as 2,000 streams do that connect at once."""
     statements: list[str] = []
     go_on = threading.Event()
-    real = Listener._execute
+    real = PostgresListener._execute
 
-    def counting(self: Listener, connection: Any, query: str, *rest: Any) -> Any:
+    def counting(self: PostgresListener, connection: Any, query: str, *rest: Any) -> Any:
         if "LISTEN" in query:
             statements.append(query)
         if "first" in query:
             go_on.wait(20)
         return real(self, connection, query, *rest)
 
-    monkeypatch.setattr(Listener, "_execute", counting)
+    monkeypatch.setattr(PostgresListener, "_execute", counting)
     listener, turns, _ = make_listener(database_url, linger=0.0)
     first = listener.subscribe(["first"])
     eventually(lambda: any("first" in query for query in statements))
@@ -342,14 +342,14 @@ def test_turns_are_bounded_behind_a_statement_too(
 ) -> None:
     """psycopg2 collects all that arrives while it waits for the answer to a LISTEN."""
     go_on = threading.Event()
-    real = Listener._execute
+    real = PostgresListener._execute
 
-    def waiting(self: Listener, connection: Any, query: str, *rest: Any) -> Any:
+    def waiting(self: PostgresListener, connection: Any, query: str, *rest: Any) -> Any:
         if "second" in query:
             go_on.wait(20)
         return real(self, connection, query, *rest)
 
-    monkeypatch.setattr(Listener, "_execute", waiting)
+    monkeypatch.setattr(PostgresListener, "_execute", waiting)
     listener, turns, _ = make_listener(database_url)
     assert listener.subscribe(["orders"]).wait(10)
     ticket = listener.subscribe(["second"])
@@ -364,13 +364,13 @@ def test_turns_are_bounded_behind_a_statement_too(
 def test_events_do_not_wait_until_subscribers_stop_coming(
     database_url: str, make_listener: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Listener._execute
+    real = PostgresListener._execute
 
-    def far_away(self: Listener, connection: Any, query: str, *rest: Any) -> Any:
+    def far_away(self: PostgresListener, connection: Any, query: str, *rest: Any) -> Any:
         threading.Event().wait(0.02)  # the way to a distant server
         return real(self, connection, query, *rest)
 
-    monkeypatch.setattr(Listener, "_execute", far_away)
+    monkeypatch.setattr(PostgresListener, "_execute", far_away)
     listener, turns, _ = make_listener(database_url)
     assert listener.subscribe(["orders"]).wait(10)
     stop = threading.Event()

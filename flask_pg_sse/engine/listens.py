@@ -1,13 +1,14 @@
-"""Track the channels that a process's streams want, and those with a confirmed LISTEN: tables under a lock, no I/O."""
+"""Track the channels that a process's streams want, and those that the bus has confirmed: tables under a lock, no I/O.
+
+LISTEN and UNLISTEN stand for the commands of any bus: with Redis they are SUBSCRIBE and UNSUBSCRIBE.
+"""
 
 from __future__ import annotations
 
 import itertools
 import threading
 import time
-from collections.abc import Iterable, Sequence
-
-from .codec import pg_name
+from collections.abc import Callable, Iterable, Sequence
 
 
 class _Pending:
@@ -19,7 +20,7 @@ class _Pending:
 
 
 class ListenTicket:
-    """Tells when PostgreSQL has confirmed LISTEN on all channels of one stream."""
+    """Tells when the bus has confirmed LISTEN on all channels of one stream."""
 
     def __init__(self, pending: Sequence[_Pending]) -> None:
         self._pending = pending
@@ -44,11 +45,15 @@ _HEARD = ListenTicket(())
 
 
 class ListenTable:
-    """The channels of one listener. UNLISTEN follows `linger` seconds after a channel's last stream has left."""
+    """The channels of one listener. UNLISTEN follows `linger` seconds after a channel's last stream has left.
 
-    def __init__(self, linger: float) -> None:
+    `name_of` returns the bus's name for a channel.
+    """
+
+    def __init__(self, linger: float, name_of: Callable[[str], str]) -> None:
         self._linger = linger
-        self._lock = threading.Lock()  # guards the tables; their keys are PostgreSQL's channel names
+        self._name_of = name_of
+        self._lock = threading.Lock()  # guards the tables; their keys are the bus's names for channels
         self._streams: dict[str, int] = {}  # how many streams want each
         self._channel_of: dict[str, str] = {}
         self._listening: set[str] = set()  # confirmed on the current connection, and no UNLISTEN is under way
@@ -58,7 +63,7 @@ class ListenTable:
 
     def add(self, channels: Iterable[str]) -> tuple[ListenTicket, bool]:
         """Count one more stream on each of `channels`. Return its ticket, and whether a LISTEN is needed."""
-        names = {pg_name(channel): channel for channel in channels}
+        names = {self._name_of(channel): channel for channel in channels}
         with self._lock:
             for name in names:
                 self._streams[name] = self._streams.get(name, 0) + 1
@@ -79,14 +84,14 @@ class ListenTable:
         with self._lock:
             none_idle = not self._idle_since
             for channel in channels:
-                name = pg_name(channel)
+                name = self._name_of(channel)
                 self._streams[name] -= 1
                 if self._streams[name]:
                     continue
                 del self._streams[name]
                 if name in self._listening:
                     self._idle_since[name] = now
-                else:  # otherwise the tables grow while PostgreSQL is away
+                else:  # otherwise the tables grow while the bus is away
                     self._to_listen.discard(name)
                     self._pending.pop(name, None)
                     del self._channel_of[name]
@@ -151,7 +156,7 @@ class ListenTable:
                     listen.answered.set()
 
     def channel_of(self, name: str) -> str | None:
-        """Return the channel that PostgreSQL calls `name`; None if the name is not in the tables."""
+        """Return the channel that the bus calls `name`; None if the name is not in the tables."""
         return self._channel_of.get(name)
 
     def channels(self) -> list[str]:

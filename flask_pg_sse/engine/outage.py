@@ -1,16 +1,13 @@
-"""The attempts to listen while PostgreSQL cannot be heard: how long to wait between them, and what is logged."""
+"""The attempts to listen while the bus cannot be heard: how long to wait between them, and what is logged."""
 
 from __future__ import annotations
 
 import logging
 import time
 
-import psycopg2
-
-from ...errors import PgSSEError
-from ...repeats import Repeats, times
-from ..backoff import Backoff
-from .dsn import Dsn
+from ..errors import PgSSEError
+from ..repeats import Repeats, times
+from .backoff import Backoff
 
 logger = logging.getLogger(__name__)
 
@@ -20,17 +17,25 @@ _MOST = 5.0
 
 
 class Outage:
-    """The failed attempts of one listener. The first is logged at once, equal ones rarely, and the end of all."""
+    """The failed attempts of one listener. The first is logged at once, equal ones rarely, and the end of all.
 
-    def __init__(self, dsn: Dsn) -> None:
-        self._dsn = dsn
+    `server` is named in the log, without its password. `expected` are the errors of the server's client library.
+    """
+
+    def __init__(self, server: object, expected: type[Exception]) -> None:
+        self._server = server
+        self._expected = (PgSSEError, OSError, expected)
         self._backoff = Backoff(_FIRST, _MOST)
         self._repeats = Repeats()
+
+    def expects(self, error: Exception) -> bool:
+        """Tell whether this error says something about the server, and not that the package has a bug."""
+        return isinstance(error, self._expected)
 
     def failed(self, what: str, error: Exception) -> float:
         """Log a failed attempt, unless the same was logged lately. Return the seconds until the next attempt."""
         delay = self._backoff.next()
-        foreseen = isinstance(error, PgSSEError | psycopg2.Error | OSError)
+        foreseen = self.expects(error)
         reason = " ".join(str(error).split()).rstrip(".?") or type(error).__name__
         if number := self._repeats.count(f"{what}: {reason}", time.monotonic()):
             logger.log(
@@ -48,4 +53,4 @@ class Outage:
         """Note that the listener works. Log how long it did not, if a failure was logged."""
         self._backoff.reset()
         if ended := self._repeats.over(time.monotonic()):
-            logger.warning("Listening to %s works again after %s, at attempt %d.", self._dsn, ended, ended.messages)
+            logger.warning("Listening to %s works again after %s, at attempt %d.", self._server, ended, ended.messages)

@@ -1,0 +1,124 @@
+"""The background thread with the one connection of a process that listens. It reconnects when the connection is lost.
+
+Each engine has a subclass, which knows how to connect, and what to do with an open connection. Other threads only
+change the wanted channels and wake this thread through a socketpair. Everything is sent by this thread, and all calls
+of the sink run in it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from ..concurrency import Wakeup
+from ..errors import EventLogMissing, PgSSEError
+from .base import Readiness, Sink, Status
+from .listens import ListenTable, ListenTicket
+from .outage import Outage
+
+# Seconds from a channel's last stream to UNLISTEN, so a page that reloads costs no round-trip.
+LINGER = 10.0
+
+
+class Listener:
+    """Listens to the wanted channels, from `start()` to `stop()`, and hands their events to `sink`."""
+
+    def __init__(self, sink: Sink, listens: ListenTable, outage: Outage) -> None:
+        self._sink = sink
+        self._listens = listens
+        self._outage = outage
+        self._readiness = Readiness.AWAY
+        self._stopping = False
+        self._wakeup = Wakeup()
+        self._thread = threading.Thread(target=self._run, name="pg-sse-listener", daemon=True)
+
+    # -- what each engine does in its own way
+
+    def _connect(self) -> Any:
+        """Return an open connection, which has a `close()`."""
+        raise NotImplementedError
+
+    def _serve(self, connection: Any) -> None:
+        """Listen on an open connection until it breaks, or until `_stopping`."""
+        raise NotImplementedError
+
+    def _lost(self) -> None:
+        """Note that a connection is gone on which a LISTEN may have been active."""
+
+    # -- called by other threads
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """End the thread and its connection, within `timeout` seconds, and the wait of streams that wait for LISTEN."""
+        self._stopping = True
+        self._listens.cancel()
+        self._wakeup.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        else:  # it may never have started
+            self._wakeup.close()
+
+    def subscribe(self, channels: Iterable[str]) -> ListenTicket:
+        """Count one more stream on each of `channels`. The ticket tells when LISTEN is confirmed; it may already be."""
+        ticket, missing = self._listens.add(channels)
+        if missing:
+            self._wakeup.set()
+        return ticket
+
+    def unsubscribe(self, channels: Iterable[str]) -> None:
+        """Count one stream fewer on each of `channels`. UNLISTEN follows later, unless another stream comes first."""
+        if self._listens.remove(channels):  # the thread does not know yet that an UNLISTEN is due later
+            self._wakeup.set()
+
+    def status(self) -> Status:
+        return Status(self._readiness, 0, self._listens.count())
+
+    # -- the thread
+
+    def _run(self) -> None:
+        try:
+            self._connect_and_serve()
+        finally:  # not in stop(), whose timeout may end before this thread does
+            self._wakeup.close()
+
+    def _connect_and_serve(self) -> None:
+        while not self._stopping:
+            connection: Any = None
+            failure: Exception | None = None
+            what = "Cannot listen"
+            try:
+                connection = self._connect()
+                what = "Lost the listener's connection"
+                self._serve(connection)
+            except PgSSEError as error:  # no connection, no log although it is required, or deaf
+                what, failure = "Cannot listen", error
+            except Exception as error:  # if the listener died, streams would get no more events
+                failure = error
+                if not self._outage.expects(error):
+                    what = "The listener failed"
+            finally:
+                if connection is not None:
+                    self._lost()
+                    self._listens.lost()
+                    self._wakeup.watch(-1)
+                    connection.close()
+            if failure is not None:
+                self._ready(Readiness.LOG_MISSING if isinstance(failure, EventLogMissing) else Readiness.AWAY)
+                self._pause(what, failure)
+
+    def _ready(self, readiness: Readiness) -> None:
+        if readiness is not self._readiness:
+            self._readiness = readiness
+            self._sink.ready(readiness)
+
+    def _pause(self, what: str, error: Exception) -> None:
+        delay = self._outage.failed(what, error)
+        self._wakeup.clear()
+        deadline = time.monotonic() + delay
+        # New streams wake the thread too, and must not shorten the pause.
+        while not self._stopping and (left := deadline - time.monotonic()) > 0:
+            self._wakeup.wait(left)
