@@ -97,15 +97,19 @@ def _broker(value: object) -> str | None:
     raise ValueError
 
 
-def _on_off_or(word: str) -> Kind:
-    words: dict[str, bool | str] = {"true": True, "1": True, "false": False, "0": False, word: word}
+def switch(value: object) -> bool:
+    """Return a boolean, which may also be 0, 1, or one of the words true, false, 1 and 0. Raises ValueError."""
+    words = {"true": True, "1": True, "false": False, "0": False}
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    raise ValueError
 
+
+def _on_off_or(word: str) -> Kind:
     def parse(value: object) -> object:
-        if isinstance(value, str):
-            return words[value.lower()]
-        if isinstance(value, int) and value in (0, 1):
-            return bool(value)
-        raise ValueError
+        return word if isinstance(value, str) and value.lower() == word else switch(value)
 
     return Kind(f'true, false or "{word}"', parse)
 

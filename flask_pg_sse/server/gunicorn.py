@@ -49,6 +49,13 @@ def connections_of(worker: Any) -> int:
     return int(worker.cfg.worker_connections)
 
 
+def cannot_boot(reason: str) -> Exception:
+    """Return the exception for which gunicorn prints one line, the reason, and stops with an exit status."""
+    from gunicorn.errors import AppImportError
+
+    return AppImportError(reason)
+
+
 # -- one request and its response
 
 

@@ -244,11 +244,13 @@ class _Permission:
 def _permission(state: State, channels: Collection[str], signed: str) -> _Permission:
     token = read_token(state.runtime.keys(), signed) if signed else None
     opened = token.channels if token is not None else frozenset[str]()
-    closed = [name for name in channels if not authorize.is_public(name, state.runtime.settings.channels)]
+    authorizer = state.authorize or sse_bp.default_authorize
+    patterns = ["*"] if state.open_to_all(authorizer) else state.runtime.settings.channels
+    closed = [name for name in channels if not authorize.is_public(name, patterns)]
     return _Permission(
         token,
         bad_token=bool(signed) and token is None,
-        authorizer=state.authorize or sse_bp.default_authorize,
+        authorizer=authorizer,
         subject=state.subject or sse_bp.default_subject,
         to_ask=[name for name in closed if name not in opened],
         revocable=bool(closed),

@@ -23,6 +23,12 @@ class State:
         self.refusals = Repeats(60, 60)  # the streams that this app or its server cannot serve at all
         self.authorize: Authorizer | None = None
         self.subject: SubjectOf | None = None
+        # In the server that stands alone: whether nothing says who may listen, so that all channels are open.
+        self.open_unless_asked = False
+
+    def open_to_all(self, authorizer: Authorizer | None) -> bool:
+        """Tell whether every channel is open to everybody. `authorizer` is the one that would be asked otherwise."""
+        return self.open_unless_asked and authorizer is None
 
     def set_hooks(self, authorize: Any, subject: Any) -> None:
         """Set the app's hooks; None leaves one as it is. Raises RuntimeError if another one is set already."""

@@ -195,14 +195,14 @@ def configured_databases(settings: Settings, config: Mapping[str, Any]) -> tuple
 
     Raises `DatabaseNotConfigured` and `ConfigurationError`.
     """
-    for source, value, connect_args in database_sources(settings, config, os.environ):
-        if source == "SSE_DATABASE_URL" or is_postgres(value):
-            dsn = to_dsn(value, source, connect_args)
-            if source == "SQLALCHEMY_DATABASE_URI":
-                _warn_of_psycopg2(value)
-            break
-    else:
+    sources = list(database_sources(settings, config, os.environ))
+    if not sources:
         raise DatabaseNotConfigured(_NO_DATABASE)
+    # If none is PostgreSQL's, the first one is named in the error.
+    source, value, connect_args = next((one for one in sources if is_postgres(one[1])), sources[0])
+    dsn = to_dsn(value, source, connect_args)
+    if source == "SQLALCHEMY_DATABASE_URI":
+        _warn_of_psycopg2(value)
     listen = dsn
     if settings.listen_url is not None:
         listen = to_dsn(settings.listen_url, "SSE_LISTEN_URL")

@@ -1,0 +1,171 @@
+"""The server that stands alone: the streams without an app of yours, configured by environment variables alone.
+
+`gunicorn -k gevent flask_pg_sse.serve:app` serves it, and `flask-pg-sse serve` is the same thing. It understands the
+URLs and the variables of sse_relay_server and sse_server_postgres_listen_notify: docs/migrate.md has them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dotenv import load_dotenv
+from flask import Flask, abort
+from flask.helpers import get_load_dotenv
+from flask.typing import ResponseReturnValue
+
+from .engine.base import Readiness
+from .errors import ConfigurationError, DatabaseNotConfigured
+from .hub.admission import TryLater
+from .server.gunicorn import cannot_boot
+from .settings import ORIGINS, Settings, switch
+from .web.blueprint import sse_bp
+from .web.state import State, current_state, state_of
+
+logger = logging.getLogger(__name__)
+
+_TRACE = 5
+_LOG_FORMAT = "[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s"
+
+_PLAIN = {"Content-Type": "text/plain; charset=utf-8"}
+_OK = "ok\n", 200, _PLAIN
+# Seconds that the first question waits for the database. Those who ask usually wait a second or two.
+_READY_WITHIN = 1.0
+
+# Every path is a channel. These are what browsers and scanners ask for by themselves: each would be a stream that
+# nobody reads, and a LISTEN.
+_NO_CHANNEL = re.compile(r"(favicon\.ico|robots\.txt)\Z|apple-touch-icon|(.*/)?\.|.*\.php\Z", re.IGNORECASE | re.DOTALL)
+
+
+def read_environment() -> None:
+    """Add the variables of the file `.env` in the working directory to the environment, where they are not set there.
+
+    As Flask does it: `FLASK_SKIP_DOTENV=1` leaves the file alone. Raises `ConfigurationError`.
+    """
+    if not get_load_dotenv():
+        return
+    try:
+        load_dotenv(".env", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"The file .env cannot be read: {error}. Correct it, or remove it.") from None
+
+
+def create_app(environ: Mapping[str, str]) -> Flask:
+    """Return the app that the environment describes. Raises `ConfigurationError` for a wrong value.
+
+    Without `SSE_CHANNELS`, a key for signed URLs or an authorizer, all channels are open.
+    """
+    app = Flask(__name__, static_folder=None)
+    app.config.update(_config(environ))
+    app.debug = _switch(environ, "RELAY_SERVER_DEBUG")
+    app.url_value_preprocessor(_read_path)
+    app.add_url_rule("/livez", view_func=_live)
+    app.add_url_rule("/healthz", "ready", view_func=_ready)
+    app.add_url_rule("/readyz", "ready")
+    app.register_blueprint(sse_bp, url_prefix="/")
+    state = state_of(app)
+    state.open_unless_asked = "SSE_CHANNELS" not in environ and not state.runtime.keys()
+    return app
+
+
+def _live() -> ResponseReturnValue:
+    """Answer while the process serves. A server whose database is away must not be restarted: its streams wait."""
+    return _OK
+
+
+def _ready() -> ResponseReturnValue:
+    """Answer 200 if the database is heard, and 503 if it is not."""
+    worker = current_state().runtime.worker
+    with contextlib.suppress(TryLater):
+        _ = worker.streams  # starts to listen, if no stream has come yet
+        worker.admission.wait_for_answer(_READY_WITHIN)
+        if worker.engine.status().readiness is Readiness.READY:
+            return _OK
+    return "The database is not heard.\n", 503, _PLAIN
+
+
+def check_database(app: Flask) -> None:
+    """Raise `ConfigurationError` if the app has no database to listen to."""
+    state = state_of(app)
+    if state.runtime.settings.broker_url is not None:
+        return
+    if not (os.environ.get("DATABASE_URL") or app.config.get("SSE_DATABASE_URL")):
+        raise DatabaseNotConfigured(
+            "No database is configured: set DATABASE_URL to postgresql://user:password@host/database, in the "
+            "environment or in the file .env."
+        )
+    state.runtime.databases()
+
+
+def log_level(environ: Mapping[str, str]) -> int:
+    """Return the level that `LOG_LEVEL` names. Raises `ConfigurationError`."""
+    logging.addLevelName(_TRACE, "TRACE")
+    name = environ.get("LOG_LEVEL") or "INFO"
+    level = logging.getLevelName(name.upper())
+    if not isinstance(level, int):
+        raise ConfigurationError(f"LOG_LEVEL is {name!r}, and must be CRITICAL, ERROR, WARNING, INFO, DEBUG or TRACE.")
+    return level
+
+
+def _config(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return the app's config: every `SSE_` variable by its name, and the older projects' variables."""
+    config: dict[str, Any] = {name: value for name, value in environ.items() if name.startswith("SSE_")}
+    if "SSE_ALLOWED_ORIGINS" not in config and "ALLOWED_ORIGINS" in environ:
+        # sse_relay_server ignored what is empty between two commas.
+        origins = [origin.strip() for origin in environ["ALLOWED_ORIGINS"].split(",") if origin.strip()]
+        try:
+            Settings.from_config({"SSE_ALLOWED_ORIGINS": origins})
+        except ConfigurationError:
+            raise ConfigurationError(
+                f"ALLOWED_ORIGINS is {environ['ALLOWED_ORIGINS']!r}, and must be {ORIGINS.expects}."
+            ) from None
+        config["SSE_ALLOWED_ORIGINS"] = origins
+    return config
+
+
+def _switch(environ: Mapping[str, str], name: str) -> bool:
+    try:
+        return switch(environ.get(name) or False)
+    except ValueError:
+        raise ConfigurationError(f"{name} is {environ[name]!r}, and must be true or false.") from None
+
+
+def _read_path(endpoint: str | None, values: dict[str, Any] | None) -> None:
+    """Refuse the paths that are no channels, and read `/channel=orders`, as sse_relay_server's README has it."""
+    path = (values or {}).get("channel")
+    if path is not None and values is not None:
+        if _NO_CHANNEL.match(path):
+            abort(404)
+        values["channel"] = path.removeprefix("channel=")
+
+
+def _serve() -> Flask:
+    """Return the app for this process, with its log set up."""
+    read_environment()
+    logging.basicConfig(level=log_level(os.environ), format=_LOG_FORMAT)
+    app = create_app(os.environ)
+    check_database(app)
+    _say_what_is_open(state_of(app))
+    return app
+
+
+def _say_what_is_open(state: State) -> None:
+    if state.open_to_all(sse_bp.default_authorize):
+        logger.warning(
+            "All channels are open to everybody who reaches this server. To close them, set SSE_CHANNELS to those that "
+            "may stay open, or SSE_SECRET_KEY for signed URLs."
+        )
+
+
+def __getattr__(name: str) -> Any:
+    """Make `app` when it is asked for first, so that the command can look at the environment before."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return globals().setdefault("app", _serve())
+    except ConfigurationError as error:
+        raise cannot_boot(str(error)) from None
