@@ -1,4 +1,4 @@
-"""Open the package's own connections: asynchronous psycopg2. `wait()` is the only function that waits for them.
+"""Open the package's own connections: asynchronous psycopg2. Only `connect()` and `wait()` wait for them.
 
 A psycopg2 connection with `async_=1` never blocks; `wait()` drives it with poll(). Under gevent only the calling
 greenlet waits. psycopg2's wait callback is not used: it is set for the whole process, breaks the app's own COPY and
@@ -12,6 +12,7 @@ import os
 import random
 import select
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,44 +25,126 @@ from .dsn import Dsn
 
 # Seconds that one host may take to answer, unless the URL has a connect_timeout.
 CONNECT_TIMEOUT = 10.0
+# Seconds that a host has for itself before the next host is tried beside it. A host that loses all packets then costs
+# this much, and not its whole time.
+_HEAD_START = 1.0
+# A server or a network that vanishes silently is noticed within these times. A URL may have others.
+# https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNECT-KEEPALIVES-IDLE
+_DEFAULTS = {
+    "keepalives_idle": "30",
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "10000",
+}
 
 _STANDBY = (
     "The PostgreSQL server at {0.host}:{0.port} is a standby. Sending and listening need the primary: set "
     "SSE_DATABASE_URL (and SSE_LISTEN_URL, if you use it) to the primary's URL, or name all servers in it, with "
     "?target_session_attrs=primary."
 )
+_STANDBY_OF_SEVERAL = (
+    "The PostgreSQL server at {0.host}:{0.port} is a standby. Sending and listening need the primary, and {1} names "
+    "several hosts without saying which one is wanted: add ?target_session_attrs=primary to it."
+)
 
 
 def connect(dsn: Dsn, application_name: str) -> Any:
     """Return a new connection in autocommit mode, with client encoding UTF-8.
 
-    The hosts are tried one after another. Each may be silent for `connect_timeout` seconds (10 by default). Raises
-    `DatabaseUnavailable` if none answers.
+    The hosts are tried in order, and one that is slow does not hold up the next. Each may be silent for
+    `connect_timeout` seconds (10 by default). Raises `DatabaseUnavailable` if none answers.
     """
-    errors = []
-    defaults = {"application_name": application_name, "keepalives_idle": "30"}
-    params = {**defaults, **dsn.params, "client_encoding": "UTF8"}
+    params = {"application_name": application_name, **_DEFAULTS, **dsn.params, "client_encoding": "UTF8"}
     timeout = _timeout(params.pop("connect_timeout", ""))
-    for attempt in _attempts(params):
-        connection = None
-        try:
-            # The class itself, because apps and agents replace psycopg2.connect().
-            connection = psycopg2.extensions.connection(make_dsn(**attempt), async_=1)
-            wait(connection, timeout)
-            use_own_typecasters(connection)
-            return connection
-        except (psycopg2.Error, OSError, UnicodeDecodeError) as error:
-            errors.append(_reason(error, connection))
-            if connection is not None:
-                connection.close()
-        except BaseException:  # for example, the greenlet is killed while it waits
-            if connection is not None:
-                connection.close()
-            raise
-    why = "; ".join(dict.fromkeys(errors)).rstrip(".?")
+    race = _Race(timeout)
+    try:
+        connection = race.first(_attempts(params))
+    finally:  # also when, for example, the greenlet is killed while it waits
+        race.close()
+    if connection is not None:
+        if "," in params.get("host", "") and "target_session_attrs" not in params:
+            _refuse_standby(connection, dsn)
+        use_own_typecasters(connection)
+        return connection
+    why = "; ".join(dict.fromkeys(race.errors)).rstrip(".?")
     raise DatabaseUnavailable(
         f"PostgreSQL cannot be reached ({dsn}): {why}. Check that it runs, and that {dsn.source} is right."
     )
+
+
+def _refuse_standby(connection: Any, dsn: Dsn) -> None:
+    """Raise `DatabaseUnavailable` if libpq took a standby because no kind of server was asked for."""
+    if connection.info.parameter_status("in_hot_standby") == "on":
+        text = _STANDBY_OF_SEVERAL.format(connection.info, dsn.source)
+        connection.close()
+        raise DatabaseUnavailable(text)
+
+
+class _Race:
+    """Attempts to connect, each with a head start over the next. The first that succeeds wins."""
+
+    def __init__(self, timeout: float) -> None:
+        self.errors: list[str] = []
+        self._timeout = timeout
+        self._running: dict[Any, tuple[int, float]] = {}  # what each waits for, and until when
+
+    def first(self, attempts: Iterator[dict[str, str]]) -> Any:
+        """Return the first connection that succeeds, or None. Each attempt is libpq's parameters for one server."""
+        following = next(attempts, None)
+        start_at = 0.0
+        while following is not None or self._running:
+            now = time.monotonic()
+            if following is not None and (now >= start_at or not self._running):
+                self._start(following)
+                following, start_at = next(attempts, None), now + _HEAD_START
+            deadlines = [deadline for _, deadline in self._running.values()]
+            failed = len(self.errors)
+            winner = self._step(min([*deadlines, start_at] if following is not None else deadlines, default=now))
+            if winner is not None:
+                return winner
+            if len(self.errors) > failed:  # the next one need not wait any longer
+                start_at = 0.0
+        return None
+
+    def _start(self, params: dict[str, str]) -> None:
+        try:
+            # The class itself, because apps and agents replace psycopg2.connect().
+            connection = psycopg2.extensions.connection(make_dsn(**params), async_=1)
+        except psycopg2.Error as error:
+            self.errors.append(_reason(error, None))
+            return
+        self._running[connection] = (connection.poll(), time.monotonic() + self._timeout)
+
+    def _step(self, until: float) -> Any:
+        """Wait until one of the connections can go on, or until a time. Return one that is complete, or None."""
+        poller = select.poll()  # not select(): it cannot take a descriptor above 1023
+        by_number = {}
+        for connection, (state, _) in self._running.items():
+            by_number[connection.fileno()] = connection
+            poller.register(connection.fileno(), select.POLLIN if state == POLL_READ else select.POLLOUT)
+        ready = {by_number[number] for number, _ in poller.poll(max(0.0, until - time.monotonic()) * 1000)}
+        now = time.monotonic()
+        for connection, (_, deadline) in list(self._running.items()):
+            try:
+                if connection in ready:
+                    state = connection.poll()
+                    self._running[connection] = (state, now + self._timeout)
+                    if state == POLL_OK:
+                        del self._running[connection]
+                        return connection
+                elif now >= deadline:
+                    raise TimeoutError("no answer in time")
+            except (psycopg2.Error, OSError, UnicodeDecodeError) as error:
+                self.errors.append(_reason(error, connection))
+                del self._running[connection]
+                connection.close()
+        return None
+
+    def close(self) -> None:
+        """Give up the attempts that have not won."""
+        for connection in self._running:
+            connection.close()
+        self._running.clear()
 
 
 def _reason(error: Exception, connection: Any) -> str:
