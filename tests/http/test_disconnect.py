@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
@@ -23,14 +22,14 @@ from flask_pg_sse import ConfigurationError, PgSSE, disconnect, schema_sql, sse_
 from flask_pg_sse.testing import capture, stream
 from flask_pg_sse.tokens import Token, sign_disconnect, sign_token
 from tests.support.client import Response, eventually, request
+from tests.support.clock import needs_faketime, postgres_with_a_clock
 from tests.support.link import Link, through
-from tests.support.postgres import Running, connect, execute, members, scratch
+from tests.support.postgres import Running, connect, execute, members
 from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]
 KEY = ["a secret"]
 REVOKED = {"reason": "revoked"}
-FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 EVERYBODY = [("7", "a"), ("7", "b"), ("8", "a"), ("8", "b")]
 
 
@@ -254,30 +253,20 @@ def test_a_worker_that_was_frozen_obeys_before_it_sends_what_came_then(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(FAKETIME is None, reason="apt-get install libfaketime")
+@needs_faketime
 @pytest.mark.parametrize("logged", [False, True])
 def test_no_step_of_postgresqls_clock_loses_a_command(
     running_postgres: Running, start_server: Start, logged: bool
 ) -> None:
     """By an hour, forwards and back, as NTP or a machine that resumes does."""
-    with ExitStack() as stack:
-        clock = stack.enter_context(scratch()) / "clock"  # the server runs as another user
-        clock.write_text("+0")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("LD_PRELOAD", str(FAKETIME))
-            patch.setenv("FAKETIME_TIMESTAMP_FILE", str(clock))
-            patch.setenv("FAKETIME_NO_CACHE", "1")
-            patch.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
-            url = stack.enter_context(running_postgres()).url()
+    with postgres_with_a_clock(running_postgres) as (url, put_off):
         members(url, *EVERYBODY)
         if logged:
             execute(url, schema_sql())
         server = start_members(start_server, url)
         for step in ("+3600", "-3600"):
             with listen(server, "7", "a") as seven:
-                clock.write_text(step)
-                [(there,)] = execute(url, "SELECT extract(epoch FROM clock_timestamp())::float8")
-                assert abs(there - time.time() - float(step)) < 60, "the clock was not set"
+                put_off(step)
                 end(server, subject="7")
                 assert_revoked(seven)
 

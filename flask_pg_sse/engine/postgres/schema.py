@@ -43,6 +43,7 @@ DECLARE
     installed integer := 0;
     found integer;
     old pg_catalog.oid[];  -- the objects that exist already
+    timelines boolean := true;
     grantees pg_catalog.text[] := {grant_to};
     functions pg_catalog.text;
     grantee pg_catalog.text;
@@ -84,6 +85,16 @@ BEGIN
     END IF;
     PERFORM set_config('{schema}.version_before', coalesce(installed, 0)::text, true);  -- for install()
 {steps}
+    IF installed <= {version} THEN
+        -- Ask for the server's timeline as draw_v1() does, with the owner's rights.
+        BEGIN
+            PERFORM pg_walfile_name(pg_current_wal_lsn());
+        EXCEPTION WHEN OTHERS THEN
+            timelines := false;
+        END;
+        EXECUTE 'UPDATE {schema}.installation i SET timelines = $1 WHERE i.timelines <> $1' USING timelines;
+    END IF;
+
     -- No role gets rights on new objects by default. PostgreSQL grants EXECUTE on new functions to PUBLIC, and the
     -- owner's default privileges (ALTER DEFAULT PRIVILEGES) may be meant for other tables.
     FOR revoke IN

@@ -34,10 +34,10 @@ SECURITY = Document("docs/security.md")  # there the database is `shop`
 
 SENDER_MAY = {"notify"}
 APP_MAY = {
-    "beat_v1", "enqueue_v1", "head_v1", "holders_v1", "installed_v1", "notify", "number_v1", "page_v1", "prune_v1",
-    "publish_v1", "server_v1", "tail_v1", "version_v1",
+    "beat_v1", "draw_v1", "enqueue_v1", "head_v1", "holders_v1", "installed_v1", "notify", "number_v1", "page_v1",
+    "prune_v1", "publish_v1", "tail_v1", "version_v1",
 }  # fmt: skip
-TRIGGER_FUNCTIONS = {"publish_pending_v1"}
+TRIGGER_FUNCTIONS = {"publish_pending_v1", "replicated_v1"}
 
 
 class Place(NamedTuple):
@@ -396,7 +396,7 @@ def lay_traps(place: Place, connection: Any, where: str = "public") -> None:
         run(connection, f"CREATE FUNCTION {trap}({left}, {right}) RETURNS {result} LANGUAGE plpgsql AS '{SPRING}'")
         run(connection, f"CREATE OPERATOR {where}.{name} (LEFTARG = {left}, RIGHTARG = {right}, FUNCTION = {trap})")
     run(connection, f"CREATE FUNCTION {where}.trap() RETURNS bigint LANGUAGE plpgsql AS '{SPRING}'")
-    for name in ("event", "pending", "installation", "retention", "event_id", "numbered_by", "pg_proc", "pg_namespace"):
+    for name in ("event", "pending", "installation", "retention", "event_id", "pg_proc", "pg_namespace"):
         run(connection, f"CREATE VIEW {where}.{name} AS SELECT {where}.trap() AS id")
     for kind in ("text", "json", "oid"):
         run(connection, f"CREATE DOMAIN {where}.{kind} AS pg_catalog.{kind} CHECK ({where}.trap() > 0)")
@@ -422,7 +422,7 @@ def use_all_of_it(connection: Any, *, only_notify: bool = False, install: bool =
     run(connection, f"SELECT flask_pg_sse.publish_v1('orders', {arrays})")
     run(connection, f"SELECT * FROM flask_pg_sse.page_v1(ARRAY['orders']{text}[], 0, 1000, 1000)")
     run(connection, f"SELECT * FROM flask_pg_sse.tail_v1(ARRAY['orders']{text}[], ARRAY[9]::pg_catalog.int8[], 65536)")
-    run(connection, "SELECT flask_pg_sse.beat_v1('x'), flask_pg_sse.head_v1(), flask_pg_sse.server_v1()")
+    run(connection, "SELECT flask_pg_sse.beat_v1('x'), flask_pg_sse.head_v1(), flask_pg_sse.draw_v1(1)")
     run(connection, "SELECT * FROM flask_pg_sse.installed_v1()")
     run(connection, "SELECT flask_pg_sse.holders_v1('pruning')")
     run(connection, "SELECT flask_pg_sse.prune_v1('0 s'::pg_catalog.interval, 1)")

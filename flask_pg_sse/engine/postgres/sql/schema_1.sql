@@ -8,7 +8,9 @@
 CREATE TABLE flask_pg_sse.installation (
     version integer NOT NULL,
     -- Signs the events in NOTIFY payloads, because every role of the database can send a NOTIFY: see number_v1().
-    key bytea NOT NULL
+    key bytea NOT NULL,
+    -- Whether this server tells its timeline: see draw_v1(). Some servers that are only similar to PostgreSQL do not.
+    timelines boolean NOT NULL
 );
 
 -- The log. It contains only committed events, with ids in the order of their commits.
@@ -48,19 +50,8 @@ ALTER TABLE flask_pg_sse.retention REPLICA IDENTITY FULL;
 CREATE VIEW flask_pg_sse.numbering AS SELECT true AS locked;
 CREATE VIEW flask_pg_sse.pruning AS SELECT true AS locked;
 
+-- Its last value is the last id that was drawn, or that logical replication has brought.
 CREATE SEQUENCE flask_pg_sse.event_id;
--- The server and database that numbered the last event. It is a sequence, because setval() is visible to all at once and
--- causes no serialization failure.
-CREATE SEQUENCE flask_pg_sse.numbered_by;
-
--- The sum of the server's start time in microseconds and the oids of the database and the table. It changes with a restart
--- or a failover, and when a copy replaces the database or the schema.
-CREATE FUNCTION flask_pg_sse.server_v1() RETURNS bigint
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint + d.oid::bigint
-        + 'flask_pg_sse.event'::regclass::oid::bigint
-    FROM pg_database d WHERE d.datname = current_database()
-$function$;
 
 -- The sessions that hold one of the two locks, in words. A role without pg_read_all_stats does not see the state of other
 -- roles' sessions.
@@ -76,31 +67,22 @@ LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 
             WHERE c.relname = $1 AND c.relnamespace = 'flask_pg_sse'::regnamespace)
 $function$;
 
--- Number an event, write it to the log and notify. Call it last in a transaction, because other publishers wait for the
--- lock until the transaction ends. They wait for 8 s at most, or for a shorter lock_timeout of the caller.
+-- Draw ids for some events, and return the first one. The others follow in steps of four.
 --
--- The signature covers the id, the channel, and everything that follows it in the payload. It is sha256() of the key and
--- these, of which only 64 of 256 bits are sent. So nobody can compute from it the signature of a longer text, which is the
--- weakness of a hash with a key in front. The id has a fixed length and the channel its length in front, so two different
--- events never give the same bytes.
-CREATE FUNCTION flask_pg_sse.number_v1(channel text, fields json, data text) RETURNS bigint
+-- From here to the end of the transaction no other transaction can draw ids. So ids are in the order of commits. Other
+-- publishers wait for 8 s at most, or for a shorter lock_timeout of their own.
+--
+-- An id is 4 * the microseconds since 2020 + the server's timeline modulo 4, or higher if the last id was not lower. So no
+-- id is given out twice, whatever was lost, restored or copied in between: the clock has gone on. Two servers that publish
+-- after a failover, because the old one lives on, have different timelines and cannot draw the same id. The steps keep the
+-- timeline where the clock is behind. All ids are below 2^53 until 2091, so they are exact in JavaScript. (The largest id
+-- in the log is not read for this: publishers in SERIALIZABLE transactions would fail.)
+CREATE FUNCTION flask_pg_sse.draw_v1(events integer) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
-#variable_conflict use_variable
 DECLARE
-    server bigint := flask_pg_sse.server_v1();
+    timeline integer := 0;
     number bigint;
-    head text;
-    rest text;
-    utf8 bytea := convert_to(channel, 'UTF8');
 BEGIN
-    -- An event that cannot be read would block readers of the log from all later events.
-    IF json_typeof(fields) <> 'object' THEN
-        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = 'An event''s fields must be a JSON object.';
-    END IF;
-    IF getdatabaseencoding() <> 'UTF8' THEN
-        PERFORM convert_to(concat(channel, fields, data), 'UTF8');
-    END IF;
-    -- From here to the end of the transaction no other transaction can number events. So ids are in the order of commits.
     -- The first attempt does not wait, because to set a timeout and to set it back takes longer than all the rest.
     BEGIN
         LOCK TABLE flask_pg_sse.numbering IN SHARE UPDATE EXCLUSIVE MODE NOWAIT;
@@ -120,21 +102,63 @@ BEGIN
                 HINT = 'Try again. If that session does not go on, end it with pg_terminate_backend().';
         END;
     END;
+    IF (SELECT i.timelines FROM flask_pg_sse.installation i) THEN
+        timeline := strpos('123456789ABCDEF', substr(pg_walfile_name(pg_current_wal_lsn()), 8, 1)) & 3;
+    END IF;
+    SELECT 4 * greatest(s.last_value / 4 + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint - 1577836800000000)
+        + timeline INTO number FROM flask_pg_sse.event_id s;
+    PERFORM setval('flask_pg_sse.event_id', number + 4 * (events - 1));
+    RETURN number;
+END $function$;
+
+-- Rows that logical replication brings into the log move the sequence, so the events that this server publishes later
+-- have higher ids. It takes the same lock as draw_v1(): otherwise a publisher could put the sequence back.
+CREATE FUNCTION flask_pg_sse.replicated_v1() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    -- An ordinary trigger, as pg_restore --disable-triggers leaves it, also fires for the log's own events.
+    IF TG_RELID <> 'flask_pg_sse.event'::regclass OR current_setting('session_replication_role') <> 'replica' THEN
+        RETURN NULL;
+    END IF;
+    IF NEW.id > (SELECT s.last_value FROM flask_pg_sse.event_id s) THEN
+        LOCK TABLE flask_pg_sse.numbering IN SHARE UPDATE EXCLUSIVE MODE;
+        PERFORM setval('flask_pg_sse.event_id', greatest(NEW.id, s.last_value)) FROM flask_pg_sse.event_id s;
+    END IF;
+    RETURN NULL;
+END $function$;
+
+CREATE TRIGGER replicated AFTER INSERT ON flask_pg_sse.event
+FOR EACH ROW EXECUTE FUNCTION flask_pg_sse.replicated_v1();
+ALTER TABLE flask_pg_sse.event ENABLE REPLICA TRIGGER replicated;
+
+-- Number an event, write it to the log and notify. Call it last in a transaction, because other publishers wait until the
+-- transaction ends.
+--
+-- The signature covers the id, the channel, and everything that follows it in the payload. It is sha256() of the key and
+-- these, of which only 64 of 256 bits are sent. So nobody can compute from it the signature of a longer text, which is the
+-- weakness of a hash with a key in front. The id has a fixed length and the channel its length in front, so two different
+-- events never give the same bytes.
+CREATE FUNCTION flask_pg_sse.number_v1(channel text, fields json, data text) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_variable
+DECLARE
+    number bigint;
+    head text;
+    rest text;
+    utf8 bytea := convert_to(channel, 'UTF8');
+BEGIN
+    -- An event that cannot be read would block readers of the log from all later events.
+    IF json_typeof(fields) <> 'object' THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = 'An event''s fields must be a JSON object.';
+    END IF;
+    IF getdatabaseencoding() <> 'UTF8' THEN
+        PERFORM convert_to(concat(channel, fields, data), 'UTF8');
+    END IF;
     -- Listeners receive an event after its commit. A crash must not lose it after that.
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;
-    -- After a failover or a restore the database may have lost events whose ids clients have seen. Jump over those ids.
-    -- The jump goes to the clock's time, because the database cannot tell how many events were lost, or how often there
-    -- was a jump since the backup. In case the clock is wrong, the jump is at least 0.1 s, which is less than a restart
-    -- takes.
-    IF (SELECT s.last_value FROM flask_pg_sse.numbered_by s) <> server THEN
-        PERFORM setval('flask_pg_sse.event_id', greatest(
-            (extract(epoch FROM clock_timestamp()) * 1000000)::bigint,
-            nextval('flask_pg_sse.event_id') + 100000));
-        PERFORM setval('flask_pg_sse.numbered_by', server);
-    END IF;
-    number := nextval('flask_pg_sse.event_id');
+    number := flask_pg_sse.draw_v1(1);
     INSERT INTO flask_pg_sse.event VALUES (number, channel, fields, data, clock_timestamp());
 
     head := concat(chr(30), '1{"i":', number, ',"s":"');
