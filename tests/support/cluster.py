@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,9 +61,10 @@ class Cluster:
         _give_to_the_servers_user(data)
         return data
 
-    def server(self, data: Path, **options: str) -> postgres.Server:
+    def server(self, data: Path, bin_dir: Path | None = None, **options: str) -> postgres.Server:
         """Return a server on such data, not started; it is stopped with the cluster."""
-        server = postgres.Server(data, options={**self.primary.options, **options}, bin_dir=self._bin_dir)
+        options = {**self.primary.options, **options}
+        server = postgres.Server(data, options=options, bin_dir=bin_dir or self._bin_dir)
         self._ends.callback(server.stop, "immediate")
         return server
 
@@ -84,6 +86,21 @@ class Cluster:
         _signal(old, "standby")
         old.start()
         self._streams("old", new)
+
+    def upgrade(self, version: str = "18") -> postgres.Server:
+        """Carry the data of the primary, which was stopped, over to a newer PostgreSQL; return its server, not started.
+
+        (https://www.postgresql.org/docs/current/pgupgrade.html)
+        """
+        bin_dir, data = binaries_of(version), self._folder / "upgraded"
+        data.mkdir()
+        _give_to_the_servers_user(data)
+        options = ["-U", postgres.USER, "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
+        _as_the_servers_user(data, bin_dir / "initdb", "-D", data, "--no-data-checksums", *options)
+        old: list[str | Path] = ["-b", program("postgres", self._bin_dir).parent, "-d", self.primary.data_dir]
+        new: list[str | Path] = ["-B", bin_dir, "-D", data, "-s", data, "-U", postgres.USER, "--link"]
+        _as_the_servers_user(data, bin_dir / "pg_upgrade", *old, *new)
+        return self.server(data, bin_dir=bin_dir)
 
     def _streams(self, name: str, source: postgres.Server) -> None:
         query = "SELECT 1 FROM pg_stat_replication WHERE application_name = %s AND state = 'streaming'"
@@ -133,6 +150,14 @@ def _give_to_the_servers_user(path: Path) -> None:
     if os.geteuid() == 0:  # root's servers run as nobody
         nobody = pwd.getpwnam("nobody")
         subprocess.run(["chown", "-R", f"{nobody.pw_uid}:{nobody.pw_gid}", path], check=True)
+
+
+def _as_the_servers_user(cwd: Path, *command: str | Path) -> None:
+    as_nobody: dict[str, Any] = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": []}
+    user = as_nobody if os.geteuid() == 0 else {}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, **user)
+    logs = "".join(path.read_text() for path in cwd.glob("pg_upgrade_output.d/*/log/*_dump_*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
 
 
 @pytest.fixture(scope="session")

@@ -86,6 +86,16 @@ def program(name: str, bin_dir: Path | None = None) -> Path:
     return own if own.exists() else postgres.binaries() / name
 
 
+def copy_database(source: str, target: str, *options: str, bin_dir: Path | None = None) -> None:
+    """Dump a database, with options for pg_dump, and restore it into another one with psql."""
+    dump = [str(program("pg_dump", bin_dir)), *options, source]
+    dumped = subprocess.run(dump, capture_output=True, check=True).stdout
+    # What the newest pg_dump writes even for servers that do not know it (those before 17).
+    dumped = dumped.replace(b"SET transaction_timeout = 0;\n", b"")
+    psql = [str(program("psql", bin_dir)), "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", target]
+    subprocess.run(psql, input=dumped, capture_output=True, check=True)
+
+
 @pytest.fixture(scope="session")
 def running_postgres(pytestconfig: pytest.Config) -> Iterator[Running]:
     """Runs servers on data of their own: initdb's, once for each PostgreSQL, and copies of it."""

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
-import psycopg2
 import pytest
 from flask import Flask
 
@@ -19,51 +12,17 @@ from flask_pg_sse import notify, notify_many
 from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.testing import Received, stream
 from tests.support.client import eventually
-from tests.support.postgres import connect, execute
-from tests.support.servers import free_port
-from tools import postgres
+from tests.support.pgbouncer import pgbouncer
+from tests.support.postgres import execute
 
 MakeApp = Callable[..., Flask]
-PROGRAM = shutil.which("pgbouncer", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 
 
 @pytest.fixture
 def through_pgbouncer(database_url: str) -> Iterator[str]:
     """The URL of the test's database through a PgBouncer of this test's own."""
-    if PROGRAM is None:
-        pytest.skip("no PgBouncer: install it (Debian: apt-get install pgbouncer)")
-    direct = urlsplit(database_url)
-    port = free_port()
-    folder = postgres.scratch()
-    config = folder / "pgbouncer.ini"
-    config.write_text(
-        f"[databases]\n* = host=127.0.0.1 port={direct.port} user=postgres\n"
-        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
-        "pool_mode = transaction\nserver_idle_timeout = 1\n"
-    )
-    config.chmod(0o644)
-    user: dict[str, Any] = {"user": "nobody"} if os.geteuid() == 0 else {}  # it refuses to run as root
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [PROGRAM, str(config)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", **user
-        )
-    url = f"postgresql://postgres@127.0.0.1:{port}{direct.path}"
-    try:
-        eventually(lambda: answers(url, process, folder / "log"), 10, "PgBouncer answers")
+    with pgbouncer(database_url) as url:
         yield url
-    finally:
-        process.kill()
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def answers(url: str, process: subprocess.Popen[bytes], log: Path) -> bool:
-    assert process.poll() is None, log.read_text()
-    try:
-        connect(url).close()
-    except psycopg2.OperationalError:
-        return False
-    return True
 
 
 def opened(app: Flask, url: str = "/sse?channel=orders") -> tuple[Received, Iterator[Received]]:

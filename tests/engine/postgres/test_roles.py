@@ -228,7 +228,8 @@ def test_what_is_not_granted_is_refused_when_it_is_tried(place: Place) -> None:
                 execute(place.superuser, "ANALYZE")
                 stats = "SELECT count(*) FROM pg_stats WHERE schemaname = 'flask_pg_sse'"
                 assert run(connection, stats) == [(0,)]
-                assert run(connection, f"SELECT has_schema_privilege('{name}', 'public', 'CREATE')") == [(False,)]
+                may_create = connection.server_version < 150000  # every role's right until then
+                assert run(connection, f"SELECT has_schema_privilege('{name}', 'public', 'CREATE')") == [(may_create,)]
     assert execute(place.superuser, "SELECT count(*) > 0 FROM pg_stats WHERE schemaname = 'flask_pg_sse'") == [(True,)]
     assert [row[3] for row in logged(place.superuser)] == ["secret"]
 

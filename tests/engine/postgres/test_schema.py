@@ -31,7 +31,7 @@ from flask_pg_sse.engine.postgres.dsn import to_dsn
 from flask_pg_sse.testing import stream
 from tests.docs.test_readme import example
 from tests.support.catalog import NotDescribed, describe, read_catalog
-from tests.support.postgres import connect, execute, fresh_database
+from tests.support.postgres import connect, copy_database, execute, fresh_database
 from tools import postgres
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -342,13 +342,10 @@ def restored(
 
     It is dropped before the roles that were let into it.
     """
-    programs = log_binaries or postgres.binaries()
     with fresh_database(log_server) as target:
 
         def copy(*options: str) -> str:
-            dumped = subprocess.run([programs / "pg_dump", *options, url], capture_output=True, check=True).stdout
-            psql = [str(programs / "psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", target]
-            subprocess.run(psql, input=dumped, capture_output=True, check=True)
+            copy_database(url, target, *options, bin_dir=log_binaries)
             return target
 
         yield copy

@@ -1,0 +1,374 @@
+"""What streams and publishers see of failovers, restores and copies: the rows of docs/failover.md, on real clusters."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg2
+import pytest
+from flask import Flask
+from psycopg2.extensions import parse_dsn
+
+from flask_pg_sse import notify
+from flask_pg_sse.engine.postgres.schema import schema_sql
+from flask_pg_sse.errors import DatabaseUnavailable
+from flask_pg_sse.testing import stream
+from tests.promises.test_outages import events_come
+from tests.promises.test_resume import listening, run_to_the_end
+from tests.support.client import eventually
+from tests.support.cluster import Cluster, MakeCluster, promote
+from tests.support.eventsource import LOGGED, Browser, check, for_ever
+from tests.support.pgbouncer import pgbouncer
+from tests.support.postgres import Running, connect, copy_database, execute, fresh_database
+from tests.support.publishers import install_log, logged
+from tests.support.servers import WebServer
+from tools import postgres
+
+Start = Callable[..., WebServer]
+MakeApp = Callable[..., Flask]
+Event = tuple[int, str, str]
+
+CHANNELS = ["orders", "kitchen"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a publisher: what it sent, how long that took, and whether it was told that it did not work."""
+
+    text: str
+    seconds: float
+    failure: Exception | None
+
+
+class Sender(threading.Thread):
+    """Calls `notify()` a hundred times a second, or (`in_transaction`) in transactions on a connection of its own."""
+
+    def __init__(self, app: Flask, url: str, *, in_transaction: bool) -> None:
+        super().__init__(name="transactions" if in_transaction else "notify")
+        self.calls: list[Call] = []
+        self.failure: BaseException | None = None
+        self._app = app
+        self._url = url
+        self._in_transaction = in_transaction
+        self._connection: Any = None
+        self._stop_asked = threading.Event()
+
+    def run(self) -> None:
+        try:
+            with self._app.app_context():
+                while not self._stop_asked.wait(0.01):
+                    self._call(f"{LOGGED}{self.name} {len(self.calls)}")
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self._disconnect()
+
+    def _call(self, text: str) -> None:
+        begun, failure = time.monotonic(), None
+        channel = CHANNELS[len(self.calls) % 2]
+        try:
+            if self._in_transaction:
+                self._connection = self._connection or connect(self._url)
+                self._connection.autocommit = False
+                notify(channel, text, connection=self._connection)
+                self._connection.commit()
+            else:
+                notify(channel, text)
+        except (psycopg2.Error, DatabaseUnavailable) as error:
+            failure = error
+            self._disconnect()
+        self.calls.append(Call(text, time.monotonic() - begun, failure))
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(psycopg2.Error):
+                self._connection.close()
+        self._connection = None
+
+    @property
+    def failures(self) -> list[Call]:
+        return [call for call in list(self.calls) if call.failure is not None]
+
+    def stop(self) -> None:
+        self._stop_asked.set()
+        self.join()
+
+
+class Scene:
+    """An app with two workers, streams that stay, streams that come and go, and two publishers."""
+
+    def __init__(self, server: WebServer, senders: list[Sender], url: str) -> None:
+        self.server = server
+        self.senders = senders
+        self.url = url
+        self.log: list[Event] = []
+        sets = [CHANNELS, CHANNELS[:1], CHANNELS[1:], CHANNELS]
+        self.staying = [Browser([server.port], channels, seed, for_ever) for seed, channels in enumerate(sets)]
+        self.leaving = [Browser([server.port], channels, 10 + seed) for seed, channels in enumerate(sets[:2])]
+        self.browsers = self.staying + self.leaving
+
+    def goes_on(self) -> None:
+        """Wait until each stream has more events, and each publisher has sent some without a failure."""
+        before = {sender: len(sender.calls) for sender in self.senders}
+
+        def all_have_sent() -> bool:
+            return all(len(sender.calls) > before[sender] + 5 and not sender.calls[-1].failure for sender in before)
+
+        eventually(all_have_sent, 40, "publishers go on")
+        events_come(self.browsers)
+
+    def end(self) -> None:
+        for sender in self.senders:
+            sender.stop()
+        run_to_the_end(self.browsers, self.url, 30)
+        assert not [sender.failure for sender in self.senders if sender.failure]
+        assert "Traceback" not in self.server.log()
+        self.log = logged(self.url)
+
+    def check_all_exact(self) -> None:
+        """Every stream has every event of the log once, in order, and the log has all that publishers were promised."""
+        for browser in self.browsers:
+            check(browser, self.log)
+            assert not browser.resets, browser.resets
+        assert [browser.connections for browser in self.staying] == [1] * len(self.staying), "their streams stayed open"
+        texts = [data for _, _, data in self.log]
+        assert len(texts) == len(set(texts))
+        for sender in self.senders:
+            promised = {call.text for call in sender.calls if call.failure is None}
+            assert promised <= set(texts), sorted(promised - set(texts))[:5]
+
+    def report(self, row: str) -> None:
+        print(f"\n{row}: {len(self.log)} events, {sum(browser.deliveries for browser in self.browsers)} deliveries")
+        for sender in self.senders:
+            longest = max(call.seconds for call in sender.calls)
+            print(f"  {sender.name}: {len(sender.calls)} calls, {len(sender.failures)} failed, longest {longest:.2f} s")
+            print("  ", *{str(call.failure).splitlines()[0][:100] for call in sender.failures}, sep="\n    ")
+
+
+Play = Callable[..., contextlib.AbstractContextManager[Scene]]
+
+
+@pytest.fixture
+def play(start_server: Start, make_app: MakeApp) -> Play:
+    """Let streams and publishers run over the address of a cluster for the time of the context, and end in peace."""
+
+    @contextmanager
+    def run(cluster: Cluster, url: str | None = None, listen_url: str | None = None) -> Iterator[Scene]:
+        url = url or cluster.url
+        app = make_app(url, SSE_LISTEN_URL=listen_url)
+        settings = {"FLASK_SSE_HEARTBEAT": "0.5", "FLASK_SSE_RETRY": "100"}
+        if listen_url is not None:
+            settings["FLASK_SSE_LISTEN_URL"] = listen_url
+        server = start_server(url, "-w", "2", **settings)
+        senders = [Sender(app, url, in_transaction=way) for way in (False, True)]
+        scene = Scene(server, senders, url)
+        try:
+            with listening(scene.browsers):
+                for sender in senders:
+                    sender.start()
+                scene.goes_on()
+                yield scene
+                scene.end()
+        finally:
+            for sender in senders:
+                sender.stop()
+
+    return run
+
+
+def synchronous(cluster: Cluster, name: str = "standby") -> None:
+    """Let commits wait for a standby, so that it has every event that anybody has seen."""
+    execute(cluster.primary.url(), f"ALTER SYSTEM SET synchronous_standby_names = '{name}'")
+    execute(cluster.primary.url(), "SELECT pg_reload_conf()")
+    query = "SELECT sync_state FROM pg_stat_replication WHERE application_name = %s"
+    eventually(lambda: execute(cluster.primary.url(), query, (name,)) == [("sync",)], 10)
+
+
+@pytest.fixture
+def logged_cluster(cluster: Cluster) -> Cluster:
+    install_log(cluster.primary.url())
+    return cluster
+
+
+# -- nothing is lost
+
+
+def test_managed_failover(any_cluster: Cluster, play: Play) -> None:
+    """The primary dies, the synchronous standby takes over, and the address moves to it."""
+    cluster = any_cluster
+    install_log(cluster.primary.url())
+    standby = cluster.standby()
+    synchronous(cluster)
+    with play(cluster) as scene:
+        cluster.primary.stop("kill")
+        promote(standby)
+        cluster.lead_to(standby)
+        scene.goes_on()
+    scene.report("managed failover")
+    scene.check_all_exact()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["an address that moves", "a list of hosts"])
+def test_switchover(logged_cluster: Cluster, play: Play, way: str) -> None:
+    """The primary is stopped and follows its standby, then it is the other way round, as Patroni does it.
+
+    With a list of hosts no address moves: `target_session_attrs` finds the primary.
+    """
+    first = logged_cluster.primary
+    second = logged_cluster.standby()
+    hosts = ",".join(f"{postgres.HOST}:{server.port}" for server in (first, second))
+    listed = f"postgresql://{postgres.USER}@{hosts}/postgres?target_session_attrs=primary"
+    with play(logged_cluster, listed if way == "a list of hosts" else logged_cluster.url) as scene:
+        for old, new in ((first, second), (second, first)):
+            old.stop("fast")  # which sends the standby all that it has
+            promote(new)
+            logged_cluster.lead_to(new)
+            logged_cluster.follow(old, new)
+            scene.goes_on()
+    scene.report(f"switchover, {way}")
+    scene.check_all_exact()
+
+
+@pytest.mark.slow
+def test_dump_and_restore_into_a_new_server(logged_cluster: Cluster, play: Play, running_postgres: Running) -> None:
+    """Nobody writes meanwhile; then the address leads to the copy."""
+    with running_postgres() as new, play(logged_cluster) as scene:
+        logged_cluster.address.cut()
+        copy_database(logged_cluster.primary.url(), new.url())
+        logged_cluster.lead_to(new)
+        scene.goes_on()
+    scene.report("dump and restore")
+    scene.check_all_exact()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prepared", ["the schema of a dump"])
+def test_logical_replication_and_cutover(
+    logged_cluster: Cluster, play: Play, running_postgres: Running, prepared: str
+) -> None:
+    """A new server has all tables by a subscription; then nobody writes for a moment, and the address leads there."""
+    old = logged_cluster.primary
+    with running_postgres(wal_level="logical") as new, play(logged_cluster) as scene:
+        if prepared == "the schema of a dump":
+            copy_database(old.url(), new.url(), "--schema-only")
+        else:
+            install_log(new.url())
+        execute(old.url(), "CREATE PUBLICATION everything FOR ALL TABLES")
+        execute(new.url(), f"CREATE SUBSCRIPTION everything CONNECTION '{old.url()}' PUBLICATION everything")
+        tables = "SELECT count(*) > 0 AND bool_and(srsubstate = 'r') FROM pg_subscription_rel"
+        eventually(lambda: execute(new.url(), tables) == [(True,)], 30, "all tables have been copied")
+        if prepared == "an event of its own":
+            execute(new.url(), "SELECT flask_pg_sse.notify('health', 'of the new server')")
+        scene.goes_on()
+        logged_cluster.address.cut()
+        ((lsn,),) = execute(old.url(), "SELECT pg_current_wal_lsn()::text")
+        behind = f"SELECT confirmed_flush_lsn >= '{lsn}' FROM pg_replication_slots WHERE slot_name = 'everything'"
+        eventually(lambda: execute(old.url(), behind) == [(True,)], 30, "the subscription has all")
+        execute(new.url(), "DROP SUBSCRIPTION everything")
+        execute(new.url(), schema_sql())
+        logged_cluster.lead_to(new)
+        scene.goes_on()
+    scene.report("logical replication")
+    scene.check_all_exact()
+
+
+@pytest.mark.slow
+def test_pg_upgrade(make_cluster: MakeCluster, play: Play) -> None:
+    with make_cluster(version="15") as cluster:
+        install_log(cluster.primary.url())
+        with play(cluster) as scene:
+            # Debian's 15.20 counts versions of a column in an option that 18.6 does not know.
+            options = "UPDATE pg_attribute SET attoptions = NULL WHERE attoptions::text LIKE '{pg_attver=%}'"
+            execute(cluster.primary.url(), options)
+            cluster.primary.stop("fast")
+            new = cluster.upgrade()
+            new.start()
+            cluster.lead_to(new)
+            scene.goes_on()
+    scene.report("pg_upgrade")
+    scene.check_all_exact()
+
+
+@pytest.mark.slow
+def test_a_failover_behind_a_pooler(logged_cluster: Cluster, play: Play) -> None:
+    """PgBouncer in transaction mode publishes, and LISTEN has a way of its own to the same address."""
+    standby = logged_cluster.standby()
+    synchronous(logged_cluster)
+    with pgbouncer(logged_cluster.url) as pooled, play(logged_cluster, pooled, logged_cluster.url) as scene:
+        logged_cluster.primary.stop("kill")
+        promote(standby)
+        logged_cluster.lead_to(standby)
+        scene.goes_on()
+    scene.report("pooler")
+    scene.check_all_exact()
+
+
+# -- a dump every night
+
+
+@pytest.fixture
+def by(logged_url: str) -> Iterator[Callable[..., str]]:
+    """Give the URL of a database for a role: the app's own, which has orders and may use the log, or "backup"."""
+    name = parse_dsn(logged_url)["dbname"]
+    app, backup = f"app_{name}", f"backup_{name}"
+    execute(logged_url, f"CREATE ROLE {app} LOGIN; CREATE ROLE {backup} LOGIN IN ROLE pg_read_all_data")
+    execute(logged_url, f"CREATE TABLE orders (dish text); ALTER TABLE orders OWNER TO {app}")
+    execute(logged_url, schema_sql([app]))
+    yield lambda role, url=logged_url: url.replace("postgres@", f"{role}_{name}@")
+    for role in (app, backup):
+        execute(logged_url, f"DROP OWNED BY {role} CASCADE")
+        execute(logged_url, f"DROP ROLE {role}")
+
+
+@pytest.fixture
+def seen(by: Callable[..., str], make_app: MakeApp) -> int:
+    """The id of the first of two events, which a browser has got before it went away."""
+    with make_app(by("app")).app_context():
+        first, _ = notify("orders", "one"), notify("orders", "two")
+    assert first is not None
+    return first
+
+
+def test_a_dump_by_a_role_that_may_read_all(
+    by: Callable[..., str], seen: int, postgres_server: postgres.Server, make_app: MakeApp
+) -> None:
+    """It has the log, and browsers miss nothing."""
+    with fresh_database(postgres_server) as copy:
+        copy_database(by("backup"), copy)
+        app = make_app(by("app", copy))
+        with app.app_context():
+            events = stream(app.test_client(), f"/sse?channel=orders&last_event_id={seen}")
+            assert [next(events).event, next(events).data] == ["sse-open", "two"]
+            notify("orders", "three")
+            assert next(events).data == "three"
+        app.extensions["pg_sse"].close()
+
+
+def test_a_dump_by_the_apps_own_role(
+    by: Callable[..., str], seen: int, postgres_server: postgres.Server, make_app: MakeApp
+) -> None:
+    """It leaves the log out; `flask sse init` makes a new one, and browsers load their pages again."""
+    with fresh_database(postgres_server) as copy:
+        with pytest.raises(subprocess.CalledProcessError) as caught:
+            copy_database(by("app"), copy)
+        assert b"permission denied for table" in caught.value.stderr
+        copy_database(by("app"), copy, "--exclude-schema=flask_pg_sse")
+        assert execute(copy, "SELECT count(*) FROM orders") == [(0,)]
+        execute(copy, schema_sql([parse_dsn(by("app"))["user"]]))
+        app = make_app(by("app", copy))
+        with app.app_context():
+            events = stream(app.test_client(), f"/sse?channel=orders&last_event_id={seen}")
+            assert next(events).event == "sse-open"
+            reset = next(events)
+            assert (reset.event, reset.json["reason"]) == ("sse-reset", "too-old")
+            assert (notify("orders", "three") or 0) > seen
+            assert next(events).data == "three"
+        app.extensions["pg_sse"].close()
