@@ -63,12 +63,13 @@ def create_app(environ: Mapping[str, str]) -> Flask:
     app.config.update(_config(environ))
     app.debug = _switch(environ, "RELAY_SERVER_DEBUG")
     app.url_value_preprocessor(_read_path)
-    app.add_url_rule("/livez", view_func=_live)
-    app.add_url_rule("/healthz", "ready", view_func=_ready)
-    app.add_url_rule("/readyz", "ready")
+    for name, view in _HEALTH.items():
+        app.add_url_rule(f"/{name}", name, view)
     app.register_blueprint(sse_bp, url_prefix="/")
     state = state_of(app)
     state.open_unless_asked = "SSE_CHANNELS" not in environ and not state.runtime.keys()
+    state.hears_unquoted = state.runtime.settings.broker_url is None  # only PostgreSQL's senders fold names
+    state.no_channels = frozenset(_HEALTH)
     return app
 
 
@@ -86,6 +87,9 @@ def _ready() -> ResponseReturnValue:
         if worker.engine.status().readiness is Readiness.READY:
             return _OK
     return "The database is not heard.\n", 503, _PLAIN
+
+
+_HEALTH = {"livez": _live, "healthz": _ready, "readyz": _ready}
 
 
 def check_database(app: Flask) -> None:

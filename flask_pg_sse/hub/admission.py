@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
+from ..channels import heard_unquoted
 from ..engine.base import Disconnect, Readiness
 from .subscription import Subscription, Terms
 
@@ -218,5 +219,6 @@ class Admission:
 def concerns(subscription: Subscription, command: Disconnect) -> bool:
     """Tell whether a disconnect command applies to this stream."""
     return (command.subject is None or command.subject in subscription.terms.subjects) and (
-        command.channel is None or command.channel in subscription.channels
+        command.channel is None
+        or not subscription.channels.isdisjoint((command.channel, heard_unquoted(command.channel)))
     )

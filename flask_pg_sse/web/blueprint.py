@@ -16,7 +16,7 @@ from flask.blueprints import BlueprintSetupState
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import NotFound
 
-from ..channels import check_channel
+from ..channels import check_channel, heard_unquoted, unquoted
 from ..errors import ConfigurationError, EventLogMissing, InvalidChannel
 from ..hub.admission import TryLater
 from ..hub.stream import stream
@@ -190,6 +190,9 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
         most = settings.max_channels
         return refusal(400, f"The URL names {len(channels)} channels, and one stream has at most {most}.")
 
+    if not state.no_channels.isdisjoint(channels):
+        return refusal(404, f"These names are no channels here: {', '.join(sorted(state.no_channels))}.")
+
     last_event_id = position_of(environ.get("HTTP_LAST_EVENT_ID", ""), query)
     connection = Connection(environ)
     permission = _permission(state, channels, query.get("token", [""])[0])
@@ -224,7 +227,8 @@ class _Permission:
     bad_token:  whether the URL has one that is not
     authorizer: the hook that decides on the channels `to_ask`; None if the app has none
     subject:    the hook that names the client; None if the app has none
-    to_ask:     the channels that neither `SSE_CHANNELS` nor the token opens
+    unquoted:   the names on which the stream also hears raw notifications, if they are open to the client too
+    to_ask:     the channels, and names of `unquoted`, that neither `SSE_CHANNELS` nor the token opens
     revocable:  whether `disconnect()` and missed commands end the stream: it has a channel that is not public
     """
 
@@ -232,6 +236,7 @@ class _Permission:
     bad_token: bool
     authorizer: Authorizer | None
     subject: SubjectOf | None
+    unquoted: Collection[str]
     to_ask: Sequence[str]
     revocable: bool
 
@@ -246,12 +251,16 @@ def _permission(state: State, channels: Collection[str], signed: str) -> _Permis
     opened = token.channels if token is not None else frozenset[str]()
     authorizer = state.authorize or sse_bp.default_authorize
     patterns = ["*"] if state.open_to_all(authorizer) else state.runtime.settings.channels
-    closed = [name for name in channels if not authorize.is_public(name, patterns)]
+    also = {name for name in map(unquoted, channels) if name} - set(channels) if state.hears_unquoted else set[str]()
+    if authorizer is None:
+        also = {name for name in also if name in opened or authorize.is_public(name, patterns)}
+    closed = [name for name in (*channels, *also) if not authorize.is_public(name, patterns)]
     return _Permission(
         token,
         bad_token=bool(signed) and token is None,
         authorizer=authorizer,
         subject=state.subject or sse_bp.default_subject,
+        unquoted=also,
         to_ask=[name for name in closed if name not in opened],
         revocable=bool(closed),
     )
@@ -289,11 +298,17 @@ def _admitted(
             terms = Terms(subjects, clients, asked_at, *end, revocable=permission.revocable)
             worker.admission.count_for(subscription, terms)
             worker.wait_until_decidable(asks=bool(to_ask) and current.method != "HEAD")
+            also = set(permission.unquoted)
             for channel in to_ask:
-                if not authorize.may_listen(permission.authorizer, channel):
+                if authorize.may_listen(permission.authorizer, channel):
+                    continue
+                if channel not in also:
                     raise _Refused(closed(channel))
+                also.remove(channel)
     except authorize.HookFailed:
         raise TryLater("unavailable") from None
+    if also:
+        subscription.channels |= {heard_unquoted(name) for name in also}
     return subscription
 
 

@@ -23,8 +23,12 @@ class State:
         self.refusals = Repeats(60, 60)  # the streams that this app or its server cannot serve at all
         self.authorize: Authorizer | None = None
         self.subject: SubjectOf | None = None
-        # In the server that stands alone: whether nothing says who may listen, so that all channels are open.
+        # The differences of the server that stands alone. Nothing says who may listen, so all channels are open:
         self.open_unless_asked = False
+        # A stream also hears what is sent to its channel's name without quotes, as `unquoted()` has it.
+        self.hears_unquoted = False
+        # Names that no stream can listen to, because its URLs mean something else.
+        self.no_channels = frozenset[str]()
 
     def open_to_all(self, authorizer: Authorizer | None) -> bool:
         """Tell whether every channel is open to everybody. `authorizer` is the one that would be asked otherwise."""

@@ -14,13 +14,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ...channels import RESERVED_PREFIX
+from ...channels import MAX_BYTES_IN_POSTGRES, RESERVED_PREFIX
 from ...errors import InvalidEvent, PayloadTooLarge
 from ...event import FIELDS, MAX_NUMBER, Event, Head, encode
 from ..raw import Dropped, object_in, read_raw, to_event
 
-# PostgreSQL's longest name (NAMEDATALEN - 1). LISTEN silently cuts a longer one, and pg_notify() refuses it.
-_MAX_NAME_BYTES = 63
 # A payload "must be shorter than 8000 bytes": https://www.postgresql.org/docs/current/sql-notify.html
 MAX_PAYLOAD_BYTES = 7999
 
@@ -122,6 +120,11 @@ def from_payload(payload: str) -> Message:
     return _from_wire(payload) if payload.startswith(_WIRE_MARK) else Message(read_raw(payload))
 
 
+def is_raw(payload: str) -> bool:
+    """Tell whether a payload is another program's, and not in the wire form of this package."""
+    return not payload.startswith(_WIRE_MARK)
+
+
 def is_logged(payload: str) -> bool:
     """Tell whether a payload comes from the log, or claims to."""
     return payload.startswith(_LOGGED)
@@ -178,7 +181,7 @@ def pg_name(channel: str) -> str:
     have this name, by chance or on purpose.
     """
     raw = channel.encode()
-    if len(raw) <= _MAX_NAME_BYTES:
+    if len(raw) <= MAX_BYTES_IN_POSTGRES:
         return channel
     return f"{RESERVED_PREFIX}:{hashlib.sha256(raw).hexdigest()[:40]}"
 

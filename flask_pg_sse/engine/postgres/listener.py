@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import psycopg2
@@ -18,7 +18,7 @@ from psycopg2.extensions import quote_ident
 from ...errors import DatabaseUnavailable
 from ..base import Readiness, Sink, Status
 from ..listener import LINGER, Listener
-from ..listens import ListenTable
+from ..listens import ListenTable, ListenTicket
 from ..outage import Outage
 from . import control
 from .codec import pg_name
@@ -77,6 +77,12 @@ class PostgresListener(Listener):
     def stop(self, timeout: float) -> None:
         self._receiver.stopping = True
         super().stop(timeout)
+
+    def subscribe(self, channels: Iterable[str]) -> ListenTicket:
+        return super().subscribe(self._receiver.unquoted.add(channels))
+
+    def unsubscribe(self, channels: Iterable[str]) -> None:
+        super().unsubscribe(self._receiver.unquoted.remove(channels))
 
     def status(self) -> Status:
         return Status(self._readiness, self._receiver.position, self._listens.count())

@@ -21,6 +21,7 @@ from .connect import execute
 from .control import Control, DisconnectCommands
 from .dsn import Dsn
 from .history import LONGEST_READ, read_page
+from .unquoted import UnquotedNames
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Receiver:
         self._dsn = dsn
         self._sink = sink
         self._listens = listens
+        self.unquoted = UnquotedNames()
         self.decoder = Decoder()
         self.control = Control(sink.pruned, commands, self.decoder)
         self.position = 0  # in the log; 0 if it is not known or there is no log
@@ -103,6 +105,9 @@ class Receiver:
                 self.position = log_id or self.position
                 turn.append((channel, block, log_id))
                 size += len(block)
+                also = self.unquoted.heard.get(notification.channel)
+                if also is not None and codec.is_raw(notification.payload):
+                    turn.append((also, block, 0))
         finally:  # deliver the events that arrived before the connection broke
             if turn or self.position != before:
                 self._sink.deliver(turn, self.position)
