@@ -11,7 +11,7 @@ Only the engine knows how ids are made; the hub only compares them. 0 means that
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,25 +23,30 @@ Item = tuple[str, bytes, int]
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The next events of some channels, complete up to the id `upto`.
+    """The next events of some channels after an id, complete up to the id `upto`. The log ends with the id `head`.
 
-    The log has the events after the id `pruned_through`, up to the id `head`. If the next event is larger than the
-    allowed size, `too_large` is its id and its size in bytes, and `items` does not include it.
+    If the next event is larger than the allowed size, `too_large` is its id and its size in bytes, and `items` does not
+    include it. If a stream cannot go on after the id, `refusal` is the reason (see `Look`), and `upto` is the last id
+    before it that the log still has.
     """
 
-    pruned_through: int
     head: int
     upto: int
-    items: Sequence[Item]
+    items: Sequence[Item] = ()
     too_large: tuple[int, int] | None = None
+    refusal: str | None = None
 
-    def why_not_from(self, after: int) -> str | None:
-        """Return why a stream cannot resume after the id `after`, or None if it can. 0 means all events in the log."""
-        if after > self.head:
-            return "future-id"
-        if after and after < self.pruned_through:
-            return "too-old"
-        return None
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the log says of ids that clients hold: its last id, and for each id after which no stream can go on, why.
+
+    "too-old": events after it were pruned. "undone": the log had it and has lost it, by a failover or a restore.
+    "future-id": it lies far beyond the log. 0 means all events in the log, and is always known.
+    """
+
+    head: int
+    refusals: Mapping[int, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +151,9 @@ class Engine(Protocol):
 
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
         """Return the events after an id: at most `max_bytes`, or one larger event alone, up to `max_event` bytes."""
+
+    def look(self, ids: Collection[int]) -> Look:
+        """Tell which of these ids no stream can go on after."""
 
     def last(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[Tail]:
         """Return the last events of each channel up to the id given for it, at most `max_bytes` for each channel."""

@@ -8,15 +8,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..concurrency import FairLock
 from ..event import Event, encode
-from .base import ControlMessage, Item, Page, Readiness, Sink, Status, Tail
+from .base import ControlMessage, Item, Look, Page, Readiness, Sink, Status, Tail
 
 # At most this many bytes of events are kept.
 KEPT_BYTES = 16 * 1024 * 1024
+# As many ids, at one a microsecond.
+_A_DAY = 86_400_000_000
 
 
 class _Heard:
@@ -103,14 +105,25 @@ class MemoryEngine:
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
         items: list[Item] = []
         size, head = 0, self._head
+        if refusal := self.look([after]).refusals.get(after):
+            return Page(head, after, refusal=refusal)
         for item in self._between(channels, after, head):
             if not items and len(item[1]) > max(max_bytes, max_event):
-                return Page(self._pruned_through, head, after, [], (item[2], len(item[1])))
+                return Page(head, after, [], (item[2], len(item[1])))
             size += len(item[1])
             if items and size > max_bytes:
-                return Page(self._pruned_through, head, items[-1][2], items)
+                return Page(head, items[-1][2], items)
             items.append(item)
-        return Page(self._pruned_through, head, max(after, head), items)
+        return Page(head, max(after, head), items)
+
+    def look(self, ids: Collection[int]) -> Look:
+        kept = {item[2] for _, item in list(self._kept)}
+        refusals = {}
+        for id in set(ids) - kept - {0, self._pruned_through}:
+            refusals[id] = "too-old" if id < self._pruned_through else "undone"
+            if id > self._head + _A_DAY:
+                refusals[id] = "future-id"
+        return Look(self._head, refusals)
 
     def last(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[Tail]:
         found = []

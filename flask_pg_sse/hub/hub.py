@@ -73,6 +73,8 @@ class Hub:
         self._sets: dict[frozenset[str], SubscriberSet] = {}
         self._sets_of: dict[str, set[SubscriberSet]] = {}
         self.position = 0  # in the log; 0 without one
+        # Counts how often the log may have lost what it had. What it said before does not hold after that.
+        self.lineage = 1
         self._history = History()
         self._closed: deque[Subscription] = deque()  # closed streams that are still in the tables
         self.hangups = Hangups[Subscription]()
@@ -124,15 +126,15 @@ class Hub:
             subscription.go_live(position, Block(b""), now, like=subscribers.position)
             return position
 
-    def join(self, subscription: Subscription, *, exists: bool) -> bool:
+    def join(self, subscription: Subscription, *, ahead: bool) -> bool:
         """Let a stream that has everything up to `sent` go live without a gap. Returns whether it could.
 
         It cannot if it lacks more than the hub remembers, or more than its buffer takes. Then it must read the log.
-        `exists` says that its position is known to be in the log. A client may invent a position that no event reaches
-        for a long time. A real position may also be beyond the hub's, if another worker was faster.
+        Nor can it if its position is not known to be in the log. If another worker was faster, a position may be beyond
+        the hub's; with `ahead` it may stay so, until what comes next is delivered.
         """
         with self._dispatch:
-            if subscription.sent > self.position and not exists:
+            if subscription.lineage != self.lineage or (subscription.sent > self.position and not ahead):
                 return False
             items = self._history.missed(subscription.channels, subscription.sent)
             if items is None:
@@ -245,6 +247,7 @@ class Hub:
     def _fall_behind(self, subscription: Subscription) -> None:
         """Stop buffering for a client that reads slower than events come."""
         if subscription.sent:  # 0 while the stream has no position in the log, as before the log is installed
+            subscription.lineage = self.lineage
             subscription.fall_behind()
         else:
             logger.info("A stream was ended: its client reads slower than events come.")
@@ -253,7 +256,7 @@ class Hub:
     def gap(self, reason: str, position: int) -> None:
         """Tell every live stream that events may have been missed and cannot be replayed.
 
-        Streams continue from the log's `position`; 0 without a log. Streams that are behind find out by themselves. A
+        Streams continue from the log's `position`; 0 without a log. Streams that are behind ask the log again. A
         command to end streams may have been missed too. So a stream whose right can be taken away ends, and what waits
         for it is dropped: its client comes back, and the right is checked again.
         """
@@ -264,6 +267,7 @@ class Hub:
             self.admission.missed_commands()
             self._look_at = min(self._look_at, cut_at)
             self.position = position
+            self.lineage += 1
             self._history.restart(position)
             after = Position(position, position, now, now, shared=True)
             for subscribers in self._sets.values():

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from .. import event
-from ..engine.base import Page, Tail
+from ..engine.base import Look, Page, Tail
 from ..errors import DatabaseUnavailable
 from .buffer import PIECE_BYTES
 from .hub import Hub
@@ -39,9 +39,11 @@ _RETRY = 1.0
 
 
 class Log(Protocol):
-    """The methods of an engine that read the log. Both raise `DatabaseUnavailable`."""
+    """The methods of an engine that read the log. All raise `DatabaseUnavailable`."""
 
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page: ...
+
+    def look(self, ids: Collection[int]) -> Look: ...
 
     def last(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[Tail]: ...
 
@@ -54,6 +56,7 @@ class Replay:
         self._log = log
         self._heartbeat = heartbeat
         self._readers: set[object] = set()
+        self._looks = _Looks(log)
         self._filling = _Attempts()
         self._unfilled: dict[str, None] = {}  # the channels whose last events streams wait for, in order
         self._large = _LargeEvents(LARGE_BYTES)
@@ -75,21 +78,29 @@ class Replay:
 
     def _pages(self, subscription: Subscription, opening: bool) -> Iterator[bytes]:
         channels = sorted(subscription.channels)
-        exists = not opening  # whether the stream's position is known to be in the log
+        ahead = not opening  # the log has been read, so the client does not wait for a hub that is behind the log
         heartbeat_at = time.monotonic() + self._heartbeat  # sent if the log does not answer until then
         while not (subscription.live or subscription.ended):
             try:
-                self._fill(channels)
-                if self._hub.join(subscription, exists=exists):
-                    return
-                page = self._log.page(channels, subscription.sent, self._page_bytes(), 0)
+                lineage = self._hub.lineage  # before the log is asked
+                if subscription.lineage != lineage:  # before memory is: it does not know what the log has lost
+                    look = self._looks.look(subscription.sent)
+                    refusal, head = look.refusals.get(subscription.sent), look.head
+                    if refusal is None:
+                        subscription.lineage = lineage
+                        continue
+                else:
+                    self._fill(channels)
+                    if self._hub.join(subscription, ahead=ahead):
+                        return
+                    page = self._log.page(channels, subscription.sent, self._page_bytes(), 0)
+                    refusal, head = page.refusal, page.head
                 if subscription.ended:  # meanwhile; a client that has lost the right to listen must hear no more
                     return
-                opening, exists = False, True
-                reason = page.why_not_from(subscription.sent)
-                if reason is not None:
-                    subscription.sent = page.head
-                    yield event.control_block("reset", {"reason": reason}, id=page.head)
+                opening, ahead = False, True
+                if refusal is not None:
+                    subscription.sent, subscription.lineage = head, lineage
+                    yield event.control_block("reset", {"reason": refusal}, id=head)
                 elif page.too_large:
                     yield from self._one_large(subscription, channels, *page.too_large)
                 else:
@@ -115,7 +126,7 @@ class Replay:
             if page is None:
                 logger.info("A stream was ended: too many large events wait for clients that read slowly.")
                 subscription.end(self._hub.end_block("behind"))
-            elif page.why_not_from(after) is None and not page.too_large and not subscription.ended:
+            elif page.refusal is None and not page.too_large and not subscription.ended:
                 # The page may be another stream's. Apart from this event, it is then about that stream's channels.
                 subscription.sent = log_id
                 yield from (data for _, data, item_id in page.items if item_id == log_id)
@@ -177,6 +188,34 @@ class _Attempts:
             except DatabaseUnavailable:
                 self._failed += 1
                 raise
+
+
+class _Looks:
+    """Looks up in the log the positions that clients come back with: one query for all that come during another."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._joining = threading.Lock()
+        self._next = _Batch()
+        self._attempts = _Attempts()
+
+    def look(self, log_id: int) -> Look:
+        """Return what the log says of this id, and perhaps of others."""
+        with self._joining:
+            batch = self._next
+            batch.ids.add(log_id)
+        with self._attempts.attempt():
+            if batch.answer is None:
+                with self._joining:
+                    self._next = _Batch()
+                batch.answer = self._log.look(batch.ids)
+            return batch.answer
+
+
+class _Batch:
+    def __init__(self) -> None:
+        self.ids: set[int] = set()
+        self.answer: Look | None = None
 
 
 class _LargeEvents:

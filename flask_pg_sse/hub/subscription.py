@@ -97,6 +97,7 @@ class Subscription:
         "connection",
         "due",
         "limit",
+        "lineage",
         "live",
         "place",
         "position",
@@ -114,6 +115,7 @@ class Subscription:
         self.live = False
         self.position = _NOWHERE
         self._sent = 0  # see `sent`
+        self.lineage = 0  # the hub's when the log was known to have `sent`; 0: it has not been asked
         self.connection: Connection | None = None  # once the stream has begun
         self.awake: set[Subscription] = set()  # has this stream while its generator is not parked; once open, the hub's
         self.watched_as = -1  # the number of its socket while `Hangups` watches that; -1: it does not

@@ -187,7 +187,7 @@ def test_pages_have_every_event_once_and_in_order(start: Start) -> None:
         while True:
             page = engine.page(channels, after, 100, 0)
             pages += 1
-            assert page.why_not_from(after) is None and page.upto >= after and page.head == sent[-1][1]
+            assert page.refusal is None and page.upto >= after and page.head == sent[-1][1]
             found += [id for _, _, id in page.items]
             after = page.upto
             if after >= page.head:
@@ -239,13 +239,21 @@ def test_the_last_events_of_a_channel_are_complete_from_where_they_say(start: St
 
 
 @keeps_events
-def test_a_position_beyond_the_log_is_told(start: Start) -> None:
+def test_a_position_that_is_not_in_the_log_is_told(start: Start) -> None:
     engine = start().engine
-    last = publish(engine, "a", "x") or 0
-    assert engine.page(["a"], last, 100, 0).why_not_from(last) is None
-    assert engine.page(["a"], last + 1000, 100, 0).why_not_from(last + 1000) == "future-id"
-    assert engine.page(["a"], 0, 100, 0).why_not_from(0) is None, "all that is kept"
-    assert engine.page(["a"], 1, 100, 0).why_not_from(1) == "too-old"
+    begin = engine.head()
+    first = publish(engine, "a", "x") or 0
+    last = publish(engine, "b", "x") or 0
+    reasons: dict[int, str | None] = {0: None, 1: "too-old", begin - 1: "too-old", begin: None, first: None, last: None}
+    # Nobody was ever given such ids, unless the log has lost them.
+    reasons |= {last + 1: "undone", last + 1000: "undone", 2**62: "future-id"}
+    if last > first + 1:
+        reasons[last - 1] = "undone"
+    for after, reason in reasons.items():
+        assert engine.page(["a"], after, 100, 0).refusal == reason, after
+    look = engine.look(reasons)
+    assert look.head == last == engine.head()
+    assert look.refusals == {after: reason for after, reason in reasons.items() if reason}
 
 
 # -- between processes

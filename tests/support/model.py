@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from flask_pg_sse.engine.base import ControlMessage, Item, Page, Readiness, Tail
+from flask_pg_sse.engine.base import ControlMessage, Item, Look, Page, Readiness, Tail
 from flask_pg_sse.errors import DatabaseUnavailable
 from flask_pg_sse.event import control_block
 from flask_pg_sse.hub.hub import Hub
@@ -75,7 +75,7 @@ class ModelLog:
 
     def __init__(self, seed: int, fails: float = 0.0) -> None:
         self.items: list[Item] = []
-        self.pages = self.tail_reads = 0
+        self.pages = self.tail_reads = self.looks = 0
         self._chooser = random.Random(seed)
         self._fails = fails
 
@@ -97,18 +97,29 @@ class ModelLog:
         assert self.pages < 100_000, "a stream reads forever"
         self._fail()
         head = self.head
+        if refusal := self._refusals([after]).get(after):
+            return Page(head, 0, refusal=refusal)
         there = self.on(channels, after, head)
         if not there:
-            return Page(FIRST, head, max(after, head), [])
+            return Page(head, max(after, head))
         most = self._chooser.randrange(20, 200) if not max_event else 0
         if len(there[0][1]) > max(most, max_event):
-            return Page(FIRST, head, after, [], (there[0][2], len(there[0][1])))
+            return Page(head, after, [], (there[0][2], len(there[0][1])))
         kept, size = 1, len(there[0][1])
         while kept < len(there) and size + len(there[kept][1]) <= most:
             size += len(there[kept][1])
             kept += 1
         upto = there[kept - 1][2] if kept < len(there) else head
-        return Page(FIRST, head, upto, there[:kept])
+        return Page(head, upto, there[:kept])
+
+    def look(self, ids: Collection[int]) -> Look:
+        self.looks += 1
+        self._fail()
+        return Look(self.head, self._refusals(ids))
+
+    def _refusals(self, ids: Collection[int]) -> dict[int, str]:
+        known = {0, FIRST, *(one[2] for one in list(self.items))}
+        return {log_id: "too-old" if log_id < FIRST else "undone" for log_id in ids if log_id not in known}
 
     def last(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[Tail]:
         self.tail_reads += 1

@@ -32,8 +32,6 @@ FEW, MANY = 50, 150
 assert MANY < OFFERS_BETWEEN_YIELDS
 
 
-
-
 @pytest.fixture
 def sink() -> Iterator[socket.socket]:
     """A socket that takes whatever is sent: what nobody fetches from the other one is dropped."""

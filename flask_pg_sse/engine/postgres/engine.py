@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ...event import Event
 from ...tokens import Keys, sign_disconnect
-from ..base import ControlMessage, Page, Readiness, Sink, Status, Tail, Ticket
+from ..base import ControlMessage, Look, Page, Readiness, Sink, Status, Tail, Ticket
 from . import control
 from .codec import pg_name, to_payload, to_row
 from .control import DisconnectCommands
@@ -142,6 +142,9 @@ class PostgresEngine:
 
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
         return self._own.history.page(channels, after, max_bytes, max_event)
+
+    def look(self, ids: Collection[int]) -> Look:
+        return self._own.history.look(ids)
 
     def last(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[Tail]:
         return self._own.history.last(uptos, max_bytes)

@@ -6,20 +6,21 @@ sql/schema_1.sql explains the SQL functions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ...event import encode
-from ..base import Item, Page, Tail
+from ..base import Item, Look, Page, Tail
 from ..raw import Dropped
 from . import codec, control
 from .pool import Pool
 
 # The fields are read as text. If psycopg2 read them as JSON, one bad row would be an error for the whole query.
 _PAGE = (
-    "SELECT pruned_through, head, upto, id, channel, fields::text, data, size "
+    "SELECT id, channel, fields::text, data, size, upto, head, refusal "
     "FROM flask_pg_sse.page_v1(%s::text[], %s, %s, %s)"
 )
+_LOOK = "SELECT id, refusal, head FROM flask_pg_sse.look_v1(%s::bigint[])"
 _TAILS = (
     "SELECT channel, complete_after, id, fields::text, data FROM flask_pg_sse.tail_v1(%s::text[], %s::bigint[], %s)"
 )
@@ -45,20 +46,19 @@ def read_page(
     `execute` runs a query on the database. An event that cannot be sent is skipped, and counted in `dropped`. The
     control channel has commands instead of events; `commanded` is called with each.
     """
-    rows = execute(_PAGE, (list(channels), after, max_bytes, max_event))
-    pruned_through, head, upto = rows[0][:3]
+    *rows, (*_, upto, head, refusal) = execute(_PAGE, (list(channels), after, max_bytes, max_event))
+    if refusal is not None:
+        return Page(head, upto or 0, refusal=refusal)
     items: list[Item] = []
-    for _, _, _, log_id, channel, fields, data, size in rows:
-        if log_id is None:
-            break
+    for log_id, channel, fields, data, size, *_ in rows:
         if size > max(max_bytes, max_event):
-            return Page(pruned_through, head, after, items, (log_id, size))
+            return Page(head, after, items, (log_id, size))
         if channel == control.CHANNEL:
             if commanded is not None:
                 commanded(data or "")
         else:
             items += _items(channel, log_id, fields, data, dropped)
-    return Page(pruned_through, head, upto, items)
+    return Page(head, upto, items)
 
 
 def _items(channel: str, log_id: int, fields: str, data: str | None, dropped: Dropped) -> list[Item]:
@@ -79,6 +79,11 @@ class History:
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
         run = functools.partial(self._pool.execute, limit=LONGEST_READ)
         return read_page(run, channels, after, max_bytes, max_event, self._dropped)
+
+    def look(self, ids: Collection[int]) -> Look:
+        """Tell which of these ids no stream can go on after, with one query. `ids` has at least one."""
+        rows = self._pool.execute(_LOOK, (list(ids),))
+        return Look(rows[0][2], {log_id: refusal for log_id, refusal, _ in rows if refusal is not None})
 
     def last(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[Tail]:
         found: dict[str, tuple[int, list[Item]]] = {}

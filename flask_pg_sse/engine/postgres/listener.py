@@ -44,12 +44,16 @@ _SETUP = """
 SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
 WHERE name IN ('idle_session_timeout', 'transaction_timeout')
 """
-# Both beats return which transactions have ended, and the log's key if there is a log.
+# Both beats return which transactions have ended; with a log also its key, and why it does not have the id that the
+# last beat brought.
 _BEAT = (
     "SELECT pg_catalog.pg_notify('flask_pg_sse', pg_catalog.json_build_object('beat', %s::text)::text); "
-    f"{control.SNAPSHOT}, NULL::bytea"
+    f"{control.SNAPSHOT}, NULL::bytea, NULL::text"
 )
-_BEAT_OF_LOG = f"SELECT flask_pg_sse.beat_v1(%s); {control.SNAPSHOT}, (SELECT key FROM flask_pg_sse.installed_v1())"
+_BEAT_OF_LOG = (
+    f"SELECT flask_pg_sse.beat_v1(%s); {control.SNAPSHOT}, (SELECT key FROM flask_pg_sse.installed_v1()), "
+    "(SELECT refusal FROM flask_pg_sse.look_v1(ARRAY[%s::bigint]))"
+)
 _DEAF = "LISTEN receives nothing here, as through PgBouncer: set SSE_LISTEN_URL to a direct connection to PostgreSQL"
 
 
@@ -172,11 +176,17 @@ class PostgresListener(Listener):
 
     def _beat(self, connection: Any, query: str) -> None:
         """Send a beat, and hand over events until it comes back. Raises `_Deaf` if it does not come back in 5 s."""
-        [(ended, key)] = self._execute(connection, query, (self._control.next_beat(),))
+        of_log, known = query == _BEAT_OF_LOG, self._receiver.confirmed
+        nonce = self._control.next_beat()
+        [(ended, key, refusal)] = self._execute(connection, query, (nonce, known) if of_log else (nonce,))
         self._control.beat_sent(ended)
-        if query == _BEAT_OF_LOG and (key is None or bytes(key) != self._receiver.decoder.key):
+        if of_log and (key is None or bytes(key) != self._receiver.decoder.key):
             # Before the position moves: events of the new log were dropped as forged, and must be read from it.
             raise DatabaseUnavailable("The event log is a different one: it was installed again, or restored")
+        if refusal not in (None, "too-old"):
+            # Restored in place. The position may be that of a newer event, so the id that is gone takes its place.
+            self._receiver.position = known
+            raise DatabaseUnavailable("The event log has lost events that it had: it was restored")
         deadline = time.monotonic() + _ANSWER_WITHIN
         poller = select.poll()
         poller.register(connection.fileno(), select.POLLIN)
@@ -184,6 +194,7 @@ class PostgresListener(Listener):
             more = self._receiver.hand_over(connection)
             if self._control.returned == self._control.beats:
                 self._beat_at = time.monotonic()
+                self._receiver.confirmed = self._receiver.position
                 return
             left = deadline - time.monotonic()
             if not more and (left <= 0 or not poller.poll(left * 1000)):

@@ -50,6 +50,8 @@ class Receiver:
         self.decoder = Decoder()
         self.control = Control(sink.pruned, commands, self.decoder)
         self.position = 0  # in the log; 0 if it is not known or there is no log
+        self.confirmed = 0  # the position when the last beat came back: if the log loses it, it has lost events
+        self._behind = False  # the log has to be read before an event or a command of it can be taken
         self.stopping = False  # set by another thread: end what takes long
         self._left: list[Any] = []  # arrived, but not handed over yet, in reverse order
         self._lost_one = False  # a connection was lost on which a LISTEN may have been active
@@ -61,6 +63,7 @@ class Receiver:
     def connected(self) -> None:
         """Note that a new connection follows. What an earlier one received and did not hand over is void."""
         self._left = []
+        self._behind = self.position > 0
 
     def lost(self) -> None:
         """Note that a connection was lost on which a LISTEN may have been active."""
@@ -90,6 +93,8 @@ class Receiver:
                     alone = len(self._left) == 1 and len(self._left[0].payload) < _ALONE_CHARS
                 notification = self._left.pop()
                 if notification.channel == control.CHANNEL:
+                    if self._behind and codec.is_logged(notification.payload):
+                        continue  # the position must not pass what came before it; catch_up() reads it
                     ours = notification.pid == connection.info.backend_pid
                     self.position = self.control.notified(notification.payload, ours, self.position)
                     continue
@@ -119,10 +124,12 @@ class Receiver:
     def recover(self, connection: Any) -> None:
         """Read from the log the events that came while no LISTEN was active, or report that they may be lost."""
         lost_one, self._lost_one = self._lost_one, False
+        self._behind = False
         if self.log_is_on and self.position:
             self.catch_up(connection)
             return
         self.position = self._read(connection, [], 0).head if self.log_is_on else 0
+        self.confirmed = self.position
         if lost_one:
             logger.warning("Events since the connection to %s broke may be lost.", self._dsn)
             self._sink.gap("reconnected", self.position)
@@ -140,17 +147,30 @@ class Receiver:
             arrived, connection.notifies = [*self._left[::-1], *connection.notifies], []
             self._left = [one for one in reversed(arrived) if not codec.is_logged(one.payload)]
             page = self._read(connection, [*self._listens.channels(), control.CHANNEL], self.position)
-            reason = page.why_not_from(self.position)
-            if reason is not None:
-                logger.warning("The event log of %s does not reach back to the last received event.", self._dsn)
-                self.position = page.head
-                self._sink.gap(reason, page.head)
+            if page.refusal is not None:
+                self._restart(page)
                 return
             self.position = page.upto
             self._sink.deliver(page.items, page.upto)
             if page.upto >= page.head:
                 return
             checkpoint(_PAUSE)
+
+    def _restart(self, page: Page) -> None:
+        """Continue from the head of a log that no longer has the position."""
+        lost, self.position, self.confirmed = self.position, page.head, page.head
+        if page.refusal == "too-old":
+            logger.warning("The event log of %s does not reach back to the last received event.", self._dsn)
+            self._sink.gap(page.refusal, page.head)
+            return
+        logger.warning(
+            "The event log of %s has lost events that were sent: those after %d and up to %d, the last that was "
+            "received. A failover or a restore has undone them. All streams are told (sse-reset, undone).",
+            self._dsn,
+            page.upto,
+            lost,
+        )
+        self._sink.gap("undone", page.head)
 
     def _read(self, connection: Any, channels: Sequence[str], after: int) -> Page:
         def run(query: str, args: Sequence[Any]) -> Any:

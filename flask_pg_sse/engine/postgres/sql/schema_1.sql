@@ -260,12 +260,22 @@ BEGIN
         coalesce(data, ''));
 END $function$;
 
+-- The functions that read the log have settings for the planner, so no plan depends on statistics, or on how large the
+-- log was when a session cached the plan. Without sorts, bitmaps and scans of whole tables, only an index in the order of
+-- ORDER BY is left. `ORDER BY id` leads to the primary key, and `(channel, id)`, compared as a row, to the other index.
+-- With `channel = …` the planner could take the primary key instead, and read all other channels' events. What is turned
+-- off and used all the same (for `retention`) seems so dear that PostgreSQL would compile it, if not for `jit = off`.
+
 -- The head of the log. A reader that has read up to it has seen every committed event. (The sequence's last value is not
 -- used, because it may be the id of an event whose transaction is still open.)
 CREATE FUNCTION flask_pg_sse.head_v1() RETURNS bigint
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT greatest(r.pruned_through, (SELECT max(e.id) FROM flask_pg_sse.event e)) FROM flask_pg_sse.retention r
-$function$;
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off AS $function$
+BEGIN
+    RETURN (
+        SELECT greatest(r.pruned_through, (SELECT e.id FROM flask_pg_sse.event e ORDER BY e.id DESC LIMIT 1))
+        FROM flask_pg_sse.retention r);
+END $function$;
 
 -- Send the head and the caller's number to the control channel. NOTIFY delivers in the order of commits. So when the
 -- caller receives this from its own connection, it has received every event up to the head.
@@ -287,62 +297,123 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $f
     SELECT i.version, i.key FROM flask_pg_sse.installation i
 $function$;
 
+-- Tell for each id why a stream cannot go on after it, or NULL if it can. Every id that a client can have is the id of an
+-- event, or pruned_through. So one that is neither, and was not pruned, has been undone: a replica that lagged was
+-- promoted, or a backup was restored. An id that lies more than a day in the future was made up.
+CREATE FUNCTION flask_pg_sse.look_v1(ids bigint[])
+RETURNS TABLE (id bigint, refusal text, pruned_through bigint, head bigint)
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off AS $function$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+    SELECT asked.id,
+        CASE
+            WHEN asked.id IN (0, log.pruned_through, next.id) THEN NULL
+            WHEN asked.id < log.pruned_through THEN 'too-old'
+            WHEN asked.id > greatest(log.head, log.clock) + 86400 * 4000000::bigint THEN 'future-id'
+            ELSE 'undone'
+        END,
+        log.pruned_through, log.head
+    FROM unnest(ids) AS asked (id)
+    CROSS JOIN (
+        SELECT r.pruned_through, flask_pg_sse.head_v1() AS head,
+            (extract(epoch FROM clock_timestamp() - timestamptz '2020-01-01 00:00+00') * 4000000)::bigint AS clock
+        FROM flask_pg_sse.retention r OFFSET 0
+    ) AS log
+    LEFT JOIN LATERAL (
+        SELECT e.id FROM flask_pg_sse.event e WHERE e.id >= greatest(asked.id, log.pruned_through) ORDER BY e.id LIMIT 1
+    ) AS next ON true;
+END $function$;
+
 -- Read the events of some channels after an id: a page of at most max_bytes, or one larger event alone. An event that is
--- also larger than max_event comes without its content, with its size. Every row has the bounds of the log and the id up to
--- which the page is complete. If there is no event, one row has only these. All of it is read in one snapshot, so a page
--- never misses events that are pruned while it is read.
+-- also larger than max_event comes without its content, with its size. A last row has no event, but the log's head, the id
+-- up to which the page is complete. If there can be no page after this id, it has the reason and, if the id was undone, the
+-- last id before it. All of it is read in one snapshot, so a page never misses events that are pruned while it is read.
 CREATE FUNCTION flask_pg_sse.page_v1(channels text[], after bigint, max_bytes bigint, max_event bigint)
-RETURNS TABLE (pruned_through bigint, head bigint, upto bigint, id bigint, channel text, fields json, data text,
-    size bigint)
-LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+RETURNS TABLE (id bigint, channel text, fields json, data text, size bigint, upto bigint, head bigint, refusal text)
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off AS $function$
 #variable_conflict use_column
 DECLARE
-    most constant integer := CASE WHEN cardinality(channels) > 16 THEN 5000 ELSE 500 END;
-    most_event constant bigint := greatest(max_bytes, max_event);
-    pruned bigint;
+    most constant bigint := least(500, max_bytes / 64 + 1);  -- events; a stream needs so many bytes for the smallest
+    names text[] := ARRAY(SELECT DISTINCT name FROM unnest(channels) AS name);
+    number constant bigint := cardinality(names);
+    near constant bigint := least(20 * number, 5000);
     top bigint;
     complete bigint;
     ids bigint[];
-    kept bigint;
+    looked_at bigint;
+    afters bigint[];
+    each bigint := greatest(most / greatest(number, 1), 1);
+    found_names text[];
+    found_ids bigint[];
+    previous bigint;
+    total bigint := 0;
 BEGIN
-    SELECT r.pruned_through, flask_pg_sse.head_v1() INTO pruned, top FROM flask_pg_sse.retention r;
-    IF most = 500 THEN  -- few channels: use the index on channel and id
-        SELECT array_agg(f.id ORDER BY f.id), CASE WHEN count(*) < most THEN top ELSE max(f.id) END INTO ids, complete
-        FROM (
-            SELECT e.id FROM (SELECT DISTINCT name FROM unnest(channels) AS name) AS wanted, LATERAL (
-                SELECT e.id FROM flask_pg_sse.event e WHERE e.channel = wanted.name AND e.id > after
-                ORDER BY e.id LIMIT most
-            ) AS e ORDER BY e.id LIMIT most
-        ) AS f;
-    ELSE  -- many channels: read the next events of all channels, and keep the wanted ones
-        SELECT array_agg(f.id ORDER BY f.id) FILTER (WHERE f.wanted), CASE WHEN count(*) < most THEN top ELSE max(f.id) END
-        INTO ids, complete
-        FROM (
-            SELECT e.id, wanted.name IS NOT NULL AS wanted
-            FROM (SELECT e.id, e.channel FROM flask_pg_sse.event e WHERE e.id > after ORDER BY e.id LIMIT most) AS e
-            LEFT JOIN (SELECT DISTINCT name FROM unnest(channels) AS name) AS wanted ON wanted.name = e.channel
-        ) AS f;
+    SELECT l.head, l.refusal, greatest(after, l.pruned_through) INTO top, refusal, after
+    FROM flask_pg_sse.look_v1(ARRAY[after]) AS l;
+    IF refusal IS NOT NULL THEN
+        head := top;
+        IF refusal <> 'too-old' THEN
+            upto := (SELECT e.id FROM flask_pg_sse.event e WHERE e.id < after ORDER BY e.id DESC LIMIT 1);
+        END IF;
+        RETURN NEXT;
+        RETURN;
     END IF;
-    SELECT count(*) INTO kept FROM (
-        SELECT row_number() OVER w AS number, sum(s.size) OVER w AS total
-        FROM (
-            SELECT e.id, octet_length(e.fields::text) + coalesce(octet_length(e.data), 0) AS size
-            FROM flask_pg_sse.event e WHERE e.id = ANY (ids)
-        ) AS s WINDOW w AS (ORDER BY s.id)
-    ) AS t WHERE t.number = 1 OR t.total <= max_bytes;
-    IF kept < cardinality(ids) THEN
-        ids := ids[1:kept];
-        complete := ids[kept];
+    -- First the next events of all channels, for no more than it costs to look into the index for each channel. Their end
+    -- is the log's for most streams, and many of them are wanted where many channels are.
+    SELECT coalesce(array_agg(e.id ORDER BY e.id) FILTER (WHERE e.channel IN (SELECT unnest(names))), '{}'), count(*),
+        max(e.id)
+    INTO ids, looked_at, complete
+    FROM (SELECT e.id, e.channel FROM flask_pg_sse.event e WHERE e.id > after ORDER BY e.id LIMIT near) AS e;
+    IF looked_at < near OR number = 0 THEN
+        complete := top;
+    ELSIF cardinality(ids) * number < 20 * looked_at THEN
+        -- Merge the channels: a few ids of each, and twice as many, time and again, of those that may have more among the
+        -- first ids of all.
+        ids := '{}';
+        afters := array_fill(after, ARRAY[number::integer]);
+        LOOP
+            SELECT array_agg(e.name), array_agg(e.id) INTO found_names, found_ids
+            FROM (
+                SELECT open.name, e.id FROM unnest(names, afters) AS open (name, after)
+                CROSS JOIN LATERAL (
+                    SELECT e.id FROM flask_pg_sse.event e
+                    WHERE (e.channel, e.id) > (open.name, open.after) AND (e.channel, e.id) <= (open.name, top)
+                    ORDER BY e.channel, e.id LIMIT each
+                ) AS e
+            ) AS e;
+            ids := ARRAY(SELECT one FROM unnest(ids || found_ids) AS one ORDER BY one LIMIT most);
+            complete := CASE WHEN cardinality(ids) < most THEN top ELSE ids[most] END;
+            SELECT array_agg(f.name), array_agg(f.last) INTO names, afters
+            FROM (
+                SELECT f.name, max(f.id) AS last FROM unnest(found_names, found_ids) AS f (name, id)
+                GROUP BY f.name HAVING count(*) = each
+            ) AS f WHERE f.last < complete;
+            EXIT WHEN names IS NULL;
+            each := 2 * each;
+        END LOOP;
     END IF;
-    RETURN QUERY
-    SELECT pruned, top, greatest(after, complete), e.id, e.channel,
-        CASE WHEN e.id IS NULL OR e.size <= most_event THEN e.fields ELSE '{}' END,
-        CASE WHEN e.size <= most_event THEN e.data END, e.size
-    FROM (VALUES (1)) AS one LEFT JOIN (
-        SELECT e.*, (octet_length(e.fields::text) + coalesce(octet_length(e.data), 0))::bigint AS size
-        FROM flask_pg_sse.event e WHERE e.id = ANY (ids)
-    ) AS e ON true
-    ORDER BY e.id;
+    -- No more rows are read than the page takes, and the 50 that PL/pgSQL reads ahead.
+    FOR id, channel, fields, data, size IN
+        SELECT e.id, e.channel, e.fields, e.data, octet_length(e.fields::text) + coalesce(octet_length(e.data), 0)
+        FROM flask_pg_sse.event e WHERE e.id = ANY (ids) ORDER BY e.id
+    LOOP
+        total := total + size;
+        IF total > max_bytes AND previous IS NOT NULL THEN
+            complete := previous;
+            EXIT;
+        END IF;
+        IF size > greatest(max_bytes, max_event) THEN
+            fields := '{}';
+            data := NULL;
+        END IF;
+        RETURN NEXT;
+        previous := id;
+    END LOOP;
+    SELECT NULL, NULL, NULL, NULL, NULL, complete, top INTO id, channel, fields, data, size, upto, head;
+    RETURN NEXT;
 END $function$;
 
 -- Read the last events of some channels, each up to its own id: at most 1,000 events and max_bytes for each channel. These
@@ -350,35 +421,56 @@ END $function$;
 -- the id complete_after.
 CREATE FUNCTION flask_pg_sse.tail_v1(channels text[], uptos bigint[], max_bytes bigint)
 RETURNS TABLE (channel text, complete_after bigint, id bigint, fields json, data text)
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT wanted.channel, tail.complete_after, e.id, e.fields, e.data
-    FROM unnest($1, $2) AS wanted (channel, upto)
-    CROSS JOIN LATERAL (
-        SELECT CASE
-                WHEN count(*) > 1000 OR max(t.total) > $3
-                    THEN coalesce(min(t.id) FILTER (WHERE t.total <= $3 AND t.number <= 1000) - 1, wanted.upto)
-                ELSE (SELECT r.pruned_through FROM flask_pg_sse.retention r)
-            END AS complete_after
-        FROM (
-            SELECT s.id, row_number() OVER w AS number, sum(s.size) OVER w AS total
-            FROM (
-                SELECT e.id, octet_length(e.fields::text) + coalesce(octet_length(e.data), 0) AS size
-                FROM flask_pg_sse.event e WHERE e.channel = wanted.channel AND e.id <= wanted.upto
-                ORDER BY e.id DESC LIMIT 1001
-            ) AS s WINDOW w AS (ORDER BY s.id DESC)
-        ) AS t
-    ) AS tail
-    LEFT JOIN flask_pg_sse.event e
-        ON e.channel = wanted.channel AND e.id > tail.complete_after AND e.id <= wanted.upto
-    ORDER BY e.id
-$function$;
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off AS $function$
+#variable_conflict use_column
+DECLARE
+    pruned constant bigint := (SELECT r.pruned_through FROM flask_pg_sse.retention r);
+    afters bigint[] := '{}';
+    after bigint;
+    number bigint;
+    total bigint;
+    size bigint;
+    last bigint;
+BEGIN
+    FOR wanted IN 1 .. coalesce(cardinality(channels), 0) LOOP
+        after := pruned;
+        number := 0;
+        total := 0;
+        FOR last, size IN
+            SELECT e.id, octet_length(e.fields::text) + coalesce(octet_length(e.data), 0) FROM flask_pg_sse.event e
+            WHERE (e.channel, e.id) > (channels[wanted], pruned) AND (e.channel, e.id) <= (channels[wanted], uptos[wanted])
+            ORDER BY e.channel DESC, e.id DESC
+        LOOP
+            number := number + 1;
+            total := total + size;
+            IF number > 1000 OR total > max_bytes THEN
+                after := last;
+                EXIT;
+            END IF;
+        END LOOP;
+        afters := afters || after;
+    END LOOP;
+    RETURN QUERY
+    SELECT wanted.channel, wanted.after, e.id, e.fields, e.data
+    FROM unnest(channels, uptos, afters) AS wanted (channel, upto, after)
+    LEFT JOIN LATERAL (
+        SELECT e.id, e.fields, e.data FROM flask_pg_sse.event e
+        WHERE (e.channel, e.id) > (wanted.channel, wanted.after) AND (e.channel, e.id) <= (wanted.channel, wanted.upto)
+        ORDER BY e.channel, e.id
+    ) AS e ON true;
+END $function$;
 
 -- Delete the oldest events, at most `batch`. Return how many, or NULL while another session is deleting. The first event
 -- younger than max_age ends the deletion. The last older event before it is deleted, with all events before that one. The
 -- cut is an id and not a time, so the rest of the log has no holes. An event dated in the future, by a clock that was
 -- wrong, counts as old as the event after it.
+--
+-- The DELETE has no ORDER BY that leads to the primary key. So it is planned each time, for the table as it is then.
 CREATE FUNCTION flask_pg_sse.prune_v1(max_age interval, batch integer) RETURNS integer
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off
+SET plan_cache_mode = force_custom_plan AS $function$
 DECLARE
     pruned bigint;
     cut bigint;
