@@ -1,8 +1,8 @@
 """The event log's schema: the SQL that installs, upgrades and drops it.
 
 `sql/schema_1.sql` to `sql/schema_N.sql`, run one after the other, make version N. `schema_sql()` runs the steps that a
-database does not have yet, so one script does a fresh installation and an upgrade. `sql/rows.sql` fills the tables,
-also those that a dump without rows has left empty.
+database does not have yet, so one script does a fresh installation and an upgrade. `sql/rows.sql` and `sql/repair.sql`
+fill the tables and set right what a restore has left: no rows, two rows, triggers that are off.
 
 Rules for a step:
 - Functions that old workers call (`…_v1`) stay. `installed_v1()` stays forever, because its grants tell which roles
@@ -43,7 +43,7 @@ DECLARE
     installed integer := 0;
     found integer;
     old pg_catalog.oid[];  -- the objects that exist already
-    timelines boolean := true;
+    others pg_catalog.text;
     grantees pg_catalog.text[] := {grant_to};
     functions pg_catalog.text;
     grantee pg_catalog.text;
@@ -79,6 +79,22 @@ BEGIN
         UNION ALL SELECT p.oid FROM pg_proc p WHERE p.pronamespace = to_regnamespace('{schema}')
         UNION ALL SELECT n.oid FROM pg_namespace n WHERE n.nspname = '{schema}' AND NOT created);
 
+    -- As after ALTER SCHEMA ... OWNER TO alone. The new owner must not get the functions of the old one without a look.
+    SELECT string_agg(DISTINCT quote_ident(r.rolname), ', ') INTO others
+    FROM (
+        SELECT c.relowner AS role FROM pg_class c WHERE c.relnamespace = '{schema}'::regnamespace
+            AND c.relname IN ('installation', 'event', 'pending', 'retention', 'event_id', 'numbering', 'pruning')
+        UNION SELECT p.proowner FROM pg_proc p WHERE p.pronamespace = '{schema}'::regnamespace
+            AND (p.proname = 'notify' OR p.proname ~ '_v[0-9]+$')
+    ) AS o JOIN pg_roles r ON r.oid = o.role WHERE r.rolname <> owner;
+    IF others IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state', MESSAGE = concat(
+            'schema {schema} belongs to ', quote_ident(owner), ', and what is in it to ', others,
+            '. Its functions work only if one role owns all of it'),
+            HINT = concat('Set it back: ALTER SCHEMA {schema} OWNER TO ', others, '. Or, if you trust what ', others,
+            ' has put there, let ', quote_ident(owner), ' own each table, view, sequence and function too.');
+    END IF;
+
     -- EXECUTE, because a step that is not needed may name objects that do not exist yet, or no longer exist.
     IF to_regclass('{schema}.installation') IS NOT NULL THEN
         EXECUTE 'SELECT version FROM {schema}.installation' INTO installed;  -- NULL after a dump without rows
@@ -86,13 +102,9 @@ BEGIN
     PERFORM set_config('{schema}.version_before', coalesce(installed, 0)::text, true);  -- for install()
 {steps}
     IF installed <= {version} THEN
-        -- Ask for the server's timeline as draw_v1() does, with the owner's rights.
-        BEGIN
-            PERFORM pg_walfile_name(pg_current_wal_lsn());
-        EXCEPTION WHEN OTHERS THEN
-            timelines := false;
-        END;
-        EXECUTE 'UPDATE {schema}.installation i SET timelines = $1 WHERE i.timelines <> $1' USING timelines;
+        EXECUTE $rows$
+{repair}
+        $rows$;
     END IF;
 
     -- No role gets rights on new objects by default. PostgreSQL grants EXECUTE on new functions to PUBLIC, and the
@@ -150,7 +162,7 @@ _STEP = """
         $step$;
     END IF;
 """
-# Runs after the first step.
+# Runs after the first step; repair.sql runs after all of them.
 _ROWS = """
     EXECUTE 'SELECT version FROM {schema}.installation' INTO found;
     IF found IS NULL THEN
@@ -182,6 +194,7 @@ def schema_sql(grant_to: Sequence[str] = ()) -> str:
         oldest=OLDEST,
         oldest_major=OLDEST // 10000,
         steps="".join([first, _ROWS.format(schema=SCHEMA, sql=_read("rows.sql")), *later]),
+        repair=_read("repair.sql"),
         grant_to=f"ARRAY[{', '.join(map(_literal, grant_to))}]::pg_catalog.text[]",
     )
 

@@ -37,7 +37,7 @@ APP_MAY = {
     "beat_v1", "draw_v1", "enqueue_v1", "head_v1", "holders_v1", "installed_v1", "notify", "number_v1", "page_v1",
     "prune_v1", "publish_v1", "tail_v1", "version_v1",
 }  # fmt: skip
-TRIGGER_FUNCTIONS = {"publish_pending_v1", "replicated_v1"}
+TRIGGER_FUNCTIONS = {"one_row_v1", "publish_pending_v1", "replicated_v1"}
 
 
 class Place(NamedTuple):

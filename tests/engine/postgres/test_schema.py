@@ -146,6 +146,9 @@ ALTER TABLE flask_pg_sse.event CLUSTER ON event_channel_id
 COMMENT ON INDEX flask_pg_sse.event_channel_id IS 'x'
 CREATE STATISTICS flask_pg_sse.both ON id, channel FROM flask_pg_sse.event
 CREATE TRIGGER x BEFORE UPDATE ON flask_pg_sse.event EXECUTE FUNCTION flask_pg_sse.publish_pending_v1()
+ALTER TABLE flask_pg_sse.event ENABLE TRIGGER replicated
+ALTER TABLE flask_pg_sse.installation ENABLE TRIGGER one_row
+DROP INDEX flask_pg_sse.retention_has_one_row
 DROP TRIGGER publish ON flask_pg_sse.pending
 ALTER TABLE flask_pg_sse.pending DISABLE TRIGGER publish
 ALTER TABLE flask_pg_sse.pending ENABLE ALWAYS TRIGGER publish
@@ -199,7 +202,7 @@ CREATE PUBLICATION log FOR TABLE flask_pg_sse.event
 NO_DIFFERENCES = """
 UPDATE pg_attribute SET attoptions = '{pg_attver=7}' WHERE attrelid = 'flask_pg_sse.event'::regclass
 GRANT ALL ON flask_pg_sse.event TO postgres
-INSERT INTO flask_pg_sse.retention VALUES (7)
+UPDATE flask_pg_sse.retention SET pruned_through = 7
 """
 
 

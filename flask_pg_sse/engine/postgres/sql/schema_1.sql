@@ -4,7 +4,7 @@
 -- All functions are SECURITY DEFINER: a role with EXECUTE needs no rights on the tables. schema.py revokes EXECUTE from
 -- PUBLIC in the transaction that creates them.
 
--- One row, as in `retention`: see rows.sql.
+-- One row, as in `retention`: see one_row_v1().
 CREATE TABLE flask_pg_sse.installation (
     version integer NOT NULL,
     -- Signs the events in NOTIFY payloads, because every role of the database can send a NOTIFY: see number_v1().
@@ -39,6 +39,37 @@ CREATE UNLOGGED TABLE flask_pg_sse.pending (
 -- Events up to pruned_through have been deleted from the log. This is not a column of `installation`, because publishers
 -- read that table's row and it must never change.
 CREATE TABLE flask_pg_sse.retention (pruned_through bigint NOT NULL);
+
+-- A second row is impossible, whatever is restored or replicated into the tables. The triggers keep it out: ALWAYS, because
+-- others do not fire for logical replication, which would try forever if there were only the indexes. The indexes make it
+-- an error where pg_restore --disable-triggers has switched the triggers off.
+CREATE UNIQUE INDEX installation_has_one_row ON flask_pg_sse.installation ((true));
+CREATE UNIQUE INDEX retention_has_one_row ON flask_pg_sse.retention ((true));
+
+CREATE FUNCTION flask_pg_sse.one_row_v1() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    IF TG_RELID = 'flask_pg_sse.installation'::regclass THEN
+        -- The row that is there describes this installation: workers know its key.
+        IF EXISTS (SELECT FROM flask_pg_sse.installation) THEN
+            RETURN NULL;
+        END IF;
+    ELSIF TG_RELID = 'flask_pg_sse.retention'::regclass THEN
+        -- The new row describes the events that are restored or replicated with it.
+        UPDATE flask_pg_sse.retention SET pruned_through = NEW.pruned_through;
+        IF FOUND THEN
+            RETURN NULL;
+        END IF;
+    END IF;
+    RETURN NEW;
+END $function$;
+
+CREATE TRIGGER one_row BEFORE INSERT ON flask_pg_sse.installation
+FOR EACH ROW EXECUTE FUNCTION flask_pg_sse.one_row_v1();
+CREATE TRIGGER one_row BEFORE INSERT ON flask_pg_sse.retention
+FOR EACH ROW EXECUTE FUNCTION flask_pg_sse.one_row_v1();
+ALTER TABLE flask_pg_sse.installation ENABLE ALWAYS TRIGGER one_row;
+ALTER TABLE flask_pg_sse.retention ENABLE ALWAYS TRIGGER one_row;
 
 -- Neither table has a key. With a publication FOR ALL TABLES a row without a replica identity cannot be changed.
 ALTER TABLE flask_pg_sse.installation REPLICA IDENTITY FULL;
