@@ -29,7 +29,9 @@ from .web.state import State, current_state, state_of
 logger = logging.getLogger(__name__)
 
 _TRACE = 5
+# As gunicorn's own lines.
 _LOG_FORMAT = "[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s"
+_TIME_FORMAT = "%Y-%m-%d %H:%M:%S %z"
 
 _PLAIN = {"Content-Type": "text/plain; charset=utf-8"}
 _OK = "ok\n", 200, _PLAIN
@@ -147,10 +149,22 @@ def _read_path(endpoint: str | None, values: dict[str, Any] | None) -> None:
         values["channel"] = path.removeprefix("channel=")
 
 
+def as_commands_are_called_here(text: str) -> str:
+    """Return a text of the package with the commands as they are called without an app."""
+    return text.replace("flask sse ", "flask-pg-sse ")
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return as_commands_are_called_here(super().format(record))
+
+
 def _serve() -> Flask:
     """Return the app for this process, with its log set up."""
     read_environment()
-    logging.basicConfig(level=log_level(os.environ), format=_LOG_FORMAT)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter(_LOG_FORMAT, _TIME_FORMAT))
+    logging.basicConfig(level=log_level(os.environ), handlers=[handler])
     app = create_app(os.environ)
     check_database(app)
     _say_what_is_open(state_of(app))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
+import sysconfig
 from collections.abc import Sequence
 
 import click
@@ -19,7 +21,20 @@ from ..web.blueprint import sse_bp
 _GUNICORNS = ("GUNICORN_CMD_ARGS", "WEB_CONCURRENCY")
 
 
-@click.group(help="Server-Sent Events from PostgreSQL, configured by environment variables and the file .env.")
+class _Commands(click.Group):
+    def invoke(self, context: click.Context) -> object:
+        """Run a command. The remedies of `flask sse` name this script instead."""
+        try:
+            return super().invoke(context)
+        except click.ClickException as error:
+            if type(error) is not click.ClickException:
+                raise
+            raise click.ClickException(alone.as_commands_are_called_here(error.message)) from None
+
+
+@click.group(
+    cls=_Commands, help="Server-Sent Events from PostgreSQL, configured by environment variables and the file .env."
+)
 @click.version_option(package_name="flask-pg-sse")
 @click.pass_context
 def main(context: click.Context) -> None:
@@ -57,13 +72,22 @@ def _serve(host: str, port: int, workers: int | None, options: tuple[str, ...]) 
     except ConfigurationError as error:
         raise click.ClickException(f"The server did not start: {error}") from None
     environ.update({name: os.environ[name] for name in _GUNICORNS if name in os.environ})
-    line = [sys.executable, "-m", "gunicorn", "-k", "gevent", "--log-level", _gunicorns_level(level)]
+    line = [sys.executable, *_gunicorn(), "-k", "gevent", "--log-level", _gunicorns_level(level)]
     if not any(option.startswith(("-b", "--bind")) for option in options):
         line += ["-b", _address(host, port)]
     if workers is not None:
         line += ["-w", str(workers)]
     sys.stdout.flush()
     os.execve(sys.executable, [*line, *options, "flask_pg_sse.serve:app"], environ)
+
+
+def _gunicorn() -> list[str]:
+    """Return how Python runs gunicorn: by its script if there is one, because after SIGUSR2 `-m` would not work.
+
+    gunicorn then starts itself again by the path of its module, beside which its `http` hides Python's.
+    """
+    script = shutil.which("gunicorn", path=sysconfig.get_path("scripts"))
+    return [script] if script else ["-m", "gunicorn"]
 
 
 def _gunicorns_level(level: int) -> str:
@@ -78,8 +102,9 @@ def _address(host: str, port: int) -> str:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
             socket.create_server((host, port), family=family).close()
     except OSError as error:
+        why = str(error.strerror).partition(" (while")[0]  # create_server() adds the address
         raise click.ClickException(
-            f"The server did not start: it cannot listen on {host}, port {port}: {error.strerror}. Stop what listens "
+            f"The server did not start: it cannot listen on {host}, port {port}: {why}. Stop what listens "
             "there, or choose another address with --host and --port."
         ) from None
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -46,6 +46,7 @@ class WebServer:
         ready: str,
         tls: ssl.SSLContext | None = None,
         listeners: Sequence[socket.socket] = (),
+        cwd: Path = ROOT,
     ) -> None:
         self.port = port
         self.tls = tls  # with which clients trust it, if it speaks TLS
@@ -58,7 +59,7 @@ class WebServer:
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,
-                cwd=ROOT,
+                cwd=cwd,
                 env=environ,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -139,6 +140,7 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., WebServer]]:
         ready: str = "/ping",
         tls: ssl.SSLContext | None = None,
         listeners: Sequence[socket.socket] = (),
+        cwd: Path = ROOT,
         **env: str,
     ) -> WebServer:
         port = port or free_port()
@@ -150,7 +152,7 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., WebServer]]:
             options = (*options, *itertools.chain.from_iterable(binds))
         line = command(port) if command else gunicorn(app, port, *options)
         log = tmp_path / f"server-{len(servers)}.log"
-        server = WebServer(line, port, log, {"DATABASE_URL": database_url, **env}, ready, tls, listeners)
+        server = WebServer(line, port, log, {"DATABASE_URL": database_url, **env}, ready, tls, listeners, cwd)
         for listener in own:
             listener.close()
         servers.append(server)
