@@ -177,6 +177,18 @@ def wait(connection: Any, timeout: float) -> None:
             raise TimeoutError("no answer in time")
 
 
+def ask_for_an_answer(connection: Any, timeout: float) -> None:
+    """Send the cheapest query. Raises TimeoutError if the server is silent for `timeout` seconds."""
+    with connection.cursor(cursor_factory=Psycopg2Cursor) as cursor:
+        cursor.execute("SELECT")
+        wait(connection, timeout)
+
+
+def is_read_only(connection: Any) -> bool:
+    """Tell whether transactions are read-only by default. PostgreSQL reports a change with its next answer."""
+    return bool(connection.info.parameter_status("default_transaction_read_only") == "on")
+
+
 def execute(
     connection: Any, query: str, args: tuple[Any, ...] | None = None, *, timeout: float, limit: float | None = None
 ) -> list[Any]:

@@ -6,6 +6,7 @@ the caller's.
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from .listener import BEAT_EVERY, PostgresListener
 from .pool import Pool
 from .publish import CallersConnection, OwnConnection, to_log, to_notify
 from .retention import Pruner
+from .watch import AddressWatch
 
 # The package's own connections for sending. A notify takes about 1 ms, so a few connections serve a whole worker.
 _NOTIFY_CONNECTIONS = 4
@@ -59,6 +61,7 @@ class PostgresEngine:
         self._opening = threading.Lock()
         self._connections: _Connections | None = None
         self._listener: PostgresListener | None = None
+        self._watch: AddressWatch | None = None
         self._pruner: Pruner | None = None
         self._stopped = False
 
@@ -67,7 +70,7 @@ class PostgresEngine:
         if self._connections is None:
             with self._opening:
                 if self._connections is None:
-                    self._connections = _Connections(self._databases())
+                    self._connections = _Connections(self._databases(), self._connected, self._suspect)
                     if self._stopped:
                         self._connections.close()  # a connection used after stop() is closed after its use
         return self._connections
@@ -78,12 +81,20 @@ class PostgresEngine:
         own = self._own
         commands = DisconnectCommands(self._keys, sink.control)
         self._listener = PostgresListener(
-            own.listen_dsn, sink, self._installation, commands, beat_every=self._beat_every
+            own.listen_dsn,
+            sink,
+            self._installation,
+            commands,
+            beat_every=self._beat_every,
+            on_silence=self._suspect,
+            on_change=self._look_soon,
         )
+        self._watch = AddressWatch(own.dsn, self._listener, own.suspect)
         self._pruner = Pruner(own.pruning, self._installation, self._retention)
         try:
             self._listener.start()
             self._pruner.start()
+            self._watch.start()
         except BaseException:  # no thread can be started, or this greenlet was killed while it waited for one
             self._stop_threads(0)
             raise
@@ -95,9 +106,25 @@ class PostgresEngine:
             self._connections.close()
 
     def _stop_threads(self, timeout: float) -> None:
-        for thread in (self._pruner, self._listener):
+        for thread in (self._watch, self._pruner, self._listener):
             if thread is not None:
                 thread.stop(timeout)
+
+    def _connected(self, connection: Any) -> None:
+        """Compare the server of a pool's new connection with the one that the listener is connected to."""
+        if self._watch is not None:
+            self._watch.made(connection)
+
+    def _look_soon(self) -> None:
+        if self._watch is not None:
+            self._watch.look_soon()
+
+    def _suspect(self) -> None:
+        """Have every connection looked at, because one of them was dead and nobody had said so."""
+        self._own.suspect()
+        if self._listener is not None:
+            self._listener.beat_soon()
+        self._look_soon()
 
     def subscribe(self, channels: Iterable[str]) -> Ticket:
         assert self._listener is not None, "subscribe() before start()"
@@ -160,16 +187,24 @@ class PostgresEngine:
 class _Connections:
     """The pools, whose connections open when they are needed, and the database to listen to."""
 
-    def __init__(self, databases: tuple[Dsn, Dsn]) -> None:
-        dsn, self.listen_dsn = databases
+    def __init__(
+        self, databases: tuple[Dsn, Dsn], on_connect: Callable[[Any], None], on_silence: Callable[[], None]
+    ) -> None:
+        self.dsn, self.listen_dsn = databases
+        new = functools.partial(Pool, self.dsn, on_connect=on_connect, on_silence=on_silence)
         self._pools = (
-            Pool(dsn, "notify", _NOTIFY_CONNECTIONS),
-            Pool(dsn, "log", _LOG_CONNECTIONS, down_for=0.5),
-            Pool(dsn, "prune", 1),
+            new("notify", _NOTIFY_CONNECTIONS),
+            new("log", _LOG_CONNECTIONS, down_for=0.5),
+            new("prune", 1),
         )
         self.sending = OwnConnection(self._pools[0])
         self.history = History(self._pools[1])
         self.pruning = self._pools[2]
+
+    def suspect(self) -> None:
+        """Let no connection be used that stands idle now."""
+        for pool in self._pools:
+            pool.suspect()
 
     def close(self) -> None:
         for pool in self._pools:

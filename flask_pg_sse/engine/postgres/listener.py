@@ -6,10 +6,11 @@ The events themselves go through `receiver.py`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import select
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import psycopg2
@@ -22,9 +23,10 @@ from ..listens import ListenTable, ListenTicket
 from ..outage import Outage
 from . import control
 from .codec import pg_name
-from .connect import connect, execute
+from .connect import connect, execute, is_read_only
 from .control import DisconnectCommands
 from .dsn import Dsn
+from .identity import Server, who
 from .installation import InstallationLookup
 from .receiver import Receiver
 
@@ -58,7 +60,12 @@ _DEAF = "LISTEN receives nothing here, as through PgBouncer: set SSE_LISTEN_URL 
 
 
 class PostgresListener(Listener):
-    """Listens to PostgreSQL. `commands` gets the commands to end streams. `linger` and `beat_every` are in seconds."""
+    """Listens to PostgreSQL. `commands` gets the commands to end streams. `linger` and `beat_every` are in seconds.
+
+    `on_silence` is called when the server has not answered, and `on_change` when it has become read-only or writable.
+    """
+
+    APPLICATION_NAME = "flask_pg_sse listener"
 
     def __init__(
         self,
@@ -69,9 +76,16 @@ class PostgresListener(Listener):
         *,
         linger: float = LINGER,
         beat_every: float = BEAT_EVERY,
+        on_silence: Callable[[], None] = lambda: None,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(sink, ListenTable(linger, pg_name), Outage(dsn, psycopg2.Error))
-        self._dsn = dsn
+        self.dsn = dsn
+        self.server: Server | None = None  # the one that the present connection leads to, if that is known
+        self.read_only = False  # whether transactions there are read-only by default
+        self._on_silence = on_silence
+        self._on_change = on_change
+        self._successor: Any = None  # a connection to move to
         self._installation = installation
         self._beat_every = beat_every
         self._receiver = Receiver(dsn, sink, self._listens, commands)
@@ -91,11 +105,42 @@ class PostgresListener(Listener):
     def status(self) -> Status:
         return Status(self._readiness, self._receiver.position, self._listens.count())
 
+    def beat_soon(self) -> None:
+        """Look whether the connection still works. Any thread may call it."""
+        self._beat_at = float("-inf")
+        self._wakeup.set()
+
+    def move_to(self, connection: Any, *, instead_of: Server) -> None:
+        """Continue on another connection, unless the listener has left that server already. Any thread may call it."""
+        if self.server != instead_of or self._stopping:
+            connection.close()
+            return
+        self._successor = connection
+        self._wakeup.set()
+
+    def _run(self) -> None:
+        try:
+            super()._run()
+        finally:
+            if self._successor is not None:
+                self._successor.close()
+
     def _connect(self) -> Any:
-        return connect(self._dsn, "flask_pg_sse listener")
+        connection, self._successor = self._successor, None
+        return connection or connect(self.dsn, self.APPLICATION_NAME)
 
     def _lost(self) -> None:
+        self.server = None
         self._receiver.lost()
+
+    @property
+    def _goes_on(self) -> bool:
+        return not self._stopping and self._successor is None
+
+    def _identify(self, connection: Any) -> None:
+        self.read_only = is_read_only(connection)
+        with contextlib.suppress(psycopg2.errors.InsufficientPrivilege):
+            self.server = who(lambda query: self._execute(connection, query))
 
     def _serve(self, connection: Any) -> None:
         """Listen on an open connection until it breaks."""
@@ -113,6 +158,7 @@ class PostgresListener(Listener):
             self._follow_log(connection)
             return
         self._execute(connection, _SETUP)
+        self._identify(connection)
         confirmed = []
         while names := self._listens.due(_BATCH)[1]:
             confirmed.append((names, self._listen(connection, names)))
@@ -124,15 +170,18 @@ class PostgresListener(Listener):
         self._outage.over()
 
         self._wakeup.watch(connection.fileno())
-        while not self._stopping:
+        while self._goes_on:
             # One batch between two hand-overs, so a steady arrival of subscribers does not hold up events.
             busy = self._change_listens(connection)
-            while self._receiver.hand_over(connection) and not self._stopping:
+            while self._receiver.hand_over(connection) and self._goes_on:
                 pass
             self._wakeup.wait(0 if busy else self._next_chore_in())
             if time.monotonic() >= self._beat_at + self._beat_every:
                 self._find_log(connection)
                 self._beat(connection, self._beat_query())
+                if is_read_only(connection) != self.read_only:
+                    self.read_only = not self.read_only
+                    self._on_change()
 
     def _find_log(self, connection: Any, *, again: bool = False) -> None:
         installation = self._installation.look(lambda query: self._execute(connection, query), again=again)
@@ -169,7 +218,11 @@ class PostgresListener(Listener):
             return self._listen(connection, names[:half]) | self._listen(connection, names[half:])
 
     def _execute(self, connection: Any, query: str, args: Sequence[Any] = ()) -> Any:
-        return execute(connection, query, tuple(args), timeout=_ANSWER_WITHIN)
+        try:
+            return execute(connection, query, tuple(args), timeout=_ANSWER_WITHIN)
+        except TimeoutError:
+            self._on_silence()
+            raise
 
     def _beat_query(self) -> str:
         return _BEAT_OF_LOG if self._receiver.log_is_on else _BEAT
@@ -208,12 +261,13 @@ class PostgresListener(Listener):
         """Serve without LISTEN: read the log once a second."""
         if not self._receiver.log_is_on:
             raise _Deaf(_DEAF)
+        self._identify(connection)
         logger.error("%s. Until then events of the log arrive late, and other events not at all.", _DEAF)
-        while not self._stopping:
+        while self._goes_on:
             _, begun = self._listens.due(_BATCH)
             self._recover(connection)
             self._listens.confirm(begun, set(begun))
-            while self._receiver.hand_over(connection) and not self._stopping:
+            while self._receiver.hand_over(connection) and self._goes_on:
                 pass
             self._outage.over()
             self._wakeup.wait(_DEAF_PACE)

@@ -1,0 +1,214 @@
+"""Look from time to time which server the addresses lead to, and tell the listener when it must follow.
+
+A server to which the URL does not lead any more may live on: after a failover with a split brain, behind a proxy that
+was moved, or as a host that became read-only. Its connections stand, and nothing comes through them any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psycopg2
+
+from ...channels import RESERVED_PREFIX
+from ...concurrency import Wakeup
+from ...errors import DatabaseUnavailable
+from ...repeats import Repeats, times
+from .connect import connect, execute, is_read_only
+from .dsn import Dsn
+from .identity import Finding, Server, Sightings, who
+from .listener import PostgresListener
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two looks, and between two that follow on a look that has found another server.
+_EVERY = 30.0
+_AGAIN = 2.0
+# Seconds in which a server must answer a statement, and a notification must come back.
+_ANSWER_WITHIN = 5.0
+# A channel to try LISTEN on. No listener hears it.
+_TRIAL = f"{RESERVED_PREFIX}.trial"
+
+
+class AddressWatch:
+    """Compares the server that `listener` is connected to with the one that its address leads to, in a thread.
+
+    `dsn` is the database that the app sends to. If it has another address, both must lead to the same database.
+    `on_move` is called when the listener moves to another server.
+    """
+
+    def __init__(self, dsn: Dsn, listener: PostgresListener, on_move: Callable[[], None]) -> None:
+        self._dsn = dsn
+        self._on_move = on_move
+        self._listener = listener
+        self._sightings = Sightings()
+        self._unsteady = Repeats()
+        self._unfit = Repeats()
+        self._apart = Repeats()
+        self._stopping = False
+        self._looked_at = 0.0
+        # At once if the two addresses may lead to different databases: that is a mistake of the configuration.
+        self._look_at = time.monotonic() + (_EVERY if dsn == listener.dsn else _AGAIN)
+        self._wakeup = Wakeup()
+        self._thread = threading.Thread(target=self._run, name="pg-sse-watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        self._stopping = True
+        self._wakeup.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        else:  # it may never have started
+            self._wakeup.close()
+
+    def look_soon(self) -> None:
+        """Look now, or soon if the last look was a moment ago. Any thread may call it."""
+        self._look_at = min(self._look_at, self._looked_at + _AGAIN)
+        self._wakeup.set()
+
+    def made(self, connection: Any) -> None:
+        """Compare the server of a new connection to the app's database. Raises as `connect.execute()`."""
+        ours = self._listener.server
+        if ours is None:
+            return
+        with contextlib.suppress(psycopg2.errors.InsufficientPrivilege):
+            if _who(connection) != ours:
+                self.look_soon()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                if (left := self._look_at - time.monotonic()) > 0:
+                    self._wakeup.wait(left)
+                    continue
+                self._look_at = time.monotonic() + _EVERY * random.uniform(0.8, 1.0)
+                try:
+                    again = self._look()
+                except (psycopg2.Error, OSError, DatabaseUnavailable) as error:
+                    again = False  # if the listener's own connection fails too, it says so
+                    logger.debug("Could not look which server an address leads to: %s", error)
+                self._looked_at = time.monotonic()
+                if again:
+                    self._look_at = self._looked_at + _AGAIN
+        finally:
+            self._wakeup.close()
+
+    def _look(self) -> bool:
+        """Look once where the addresses lead. Return whether to look again soon."""
+        listener = self._listener
+        ours = listener.server
+        if ours is None:  # it is not connected, and follows the address when it connects
+            return False
+        connection = connect(listener.dsn, "flask_pg_sse look")
+        try:
+            if connection.info.parameter_status("in_hot_standby") == "on":
+                self._say_unfit("it is a standby", ours)
+                return False
+            found = _who(connection)
+            now = time.monotonic()
+            finding = self._sightings.saw(found, ours, now)
+            if finding is Finding.UNSTEADY:
+                self._say_unsteady(found, ours, now)
+            if finding is Finding.MOVED and self._fit(connection, ours):
+                logger.warning(
+                    "%s now leads to the %s. The listener moves there from the %s.", listener.dsn, found, ours
+                )
+                self._sightings.left(ours, now)
+                listener.move_to(connection, instead_of=ours)
+                self._on_move()
+                connection = None
+        finally:
+            if connection is not None:
+                connection.close()
+        if self._dsn != listener.dsn:
+            self._compare(found)
+        return finding in (Finding.OTHER, Finding.UNSTEADY)
+
+    def _fit(self, connection: Any, ours: Server) -> bool:
+        """Tell whether the listener can move to a connection, and log why not."""
+        try:
+            why_not = _why_not(connection, read_only=self._listener.read_only)
+        except (psycopg2.Error, OSError, DatabaseUnavailable) as error:
+            why_not = " ".join(str(error).split()).rstrip(".")
+        if why_not:
+            self._say_unfit(why_not, ours)
+        return not why_not
+
+    def _say_unfit(self, why_not: str, ours: Server) -> None:
+        if number := self._unfit.count(why_not, time.monotonic()):
+            logger.warning(
+                "%s now leads to another server, where LISTEN does not work: %s. The listener stays with the %s%s.",
+                self._listener.dsn, why_not, ours, times(number),
+            )  # fmt: skip
+
+    def _say_unsteady(self, found: Server, ours: Server, now: float) -> None:
+        if number := self._unsteady.count("unsteady", now):
+            logger.warning(
+                "%s leads now to one server, now to another%s. The listener stays with the %s. Events that are sent "
+                "elsewhere do not arrive. Remedy: an address that leads to the primary alone, or all hosts in the URL, "
+                "with ?target_session_attrs=primary.",
+                self._listener.dsn, times(number), ours,
+            )  # fmt: skip
+
+    def _compare(self, found: Server) -> None:
+        """Compare where the app listens with where it sends."""
+        listen = self._listener.dsn
+        connection = connect(self._dsn, "flask_pg_sse look")
+        try:
+            other = _who(connection)
+        finally:
+            connection.close()
+        now = time.monotonic()
+        if other != found:
+            if number := self._apart.count(f"{other} {found}", now):
+                logger.error(
+                    "%s leads to the %s, and %s to the %s. What the app sends to the one does not arrive from the "
+                    "other%s. Remedy: set %s to a direct connection to the database of %s.",
+                    self._dsn.source, other, listen.source, found, times(number), listen.source, self._dsn.source,
+                )  # fmt: skip
+        elif ended := self._apart.over(now):
+            logger.warning("%s and %s lead to one database again, after %s.", self._dsn.source, listen.source, ended)
+
+
+def _who(connection: Any) -> Server:
+    return who(lambda query: execute(connection, query, timeout=_ANSWER_WITHIN))
+
+
+def _why_not(connection: Any, *, read_only: bool) -> str | None:
+    """Try LISTEN. Return why the listener cannot use a connection; None if it can.
+
+    `read_only` says that the present server is read-only by default too: then that is how the role is meant to be.
+    """
+    if is_read_only(connection) and not read_only:
+        return "it is read-only"
+    execute(connection, f'LISTEN "{_TRIAL}"', timeout=_ANSWER_WITHIN)
+    try:
+        execute(connection, "SELECT pg_catalog.pg_notify(%s, '')", (_TRIAL,), timeout=_ANSWER_WITHIN)
+    except (psycopg2.errors.LockNotAvailable, psycopg2.errors.ProgramLimitExceeded):
+        return None  # NOTIFY has to wait there, or its queue is full; the listener says so
+    deadline = time.monotonic() + _ANSWER_WITHIN
+    poller = select.poll()
+    poller.register(connection.fileno(), select.POLLIN)
+    while True:
+        connection.poll()
+        if any(one.pid == connection.info.backend_pid for one in connection.notifies):
+            break
+        left = deadline - time.monotonic()
+        if left <= 0 or not poller.poll(left * 1000):
+            return "it receives nothing"
+    connection.notifies = []
+    execute(
+        connection,
+        f"UNLISTEN \"{_TRIAL}\"; SET application_name = '{PostgresListener.APPLICATION_NAME}'",
+        timeout=_ANSWER_WITHIN,
+    )
+    return None
