@@ -24,17 +24,20 @@ _COMMANDS = 10_000
 _taken_here: list[None] = []
 os.register_at_fork(after_in_child=_taken_here.clear)
 _NONE: set[Subscription] = set()
+_NO_ANSWER = f"PostgreSQL has not answered within {OPEN_TIMEOUT:g} s, or the event log is missing"
 
 
 class TryLater(Exception):
     """The stream cannot begin now, and its client should reconnect. `sse-end` carries `reason`.
 
-    `since` is for how many seconds the reason holds already, if it will hold at every further attempt too.
+    `why` is for the log: what the reason is here, and the remedy; "" if that has been logged already. `since` is for
+    how many seconds the reason holds already, if it will hold at every further attempt too.
     """
 
-    def __init__(self, reason: str, *, since: float = 0.0) -> None:
+    def __init__(self, reason: str, why: str = "", *, since: float = 0.0) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.why = why
         self.since = since
 
 
@@ -115,6 +118,21 @@ class StreamLimiter:
                 self.release(subscription)
         return len(streams) >= most
 
+    def why_full(self) -> str:
+        """Return, for the log, why no place is free."""
+        most = self._most if self._most_here is None else min(self._most, self._most_here)
+        return (
+            f"this worker has room for {most} streams, and all are open. Start more workers, or raise the limit: it is "
+            "SSE_MAX_STREAMS if that is set, else gunicorn's --worker-connections or --threads"
+        )
+
+    def why_full_for(self, terms: Terms) -> str:
+        """Return, for the log, why none of these clients gets another stream."""
+        return (
+            f"{' or '.join(terms.clients)} has {self._most_each} streams in this worker, as many as "
+            "SSE_MAX_STREAMS_PER_CLIENT allows. A browser that shows many pages needs as many streams"
+        )
+
     def sweep(self) -> None:
         """Forget the clients that have no stream left."""
         with self._taking:
@@ -145,7 +163,7 @@ class Admission:
         if self._closed is not None:
             raise TryLater(self._closed)
         if not self.limiter.acquire(subscription):
-            raise TryLater("capacity")
+            raise TryLater("capacity", self.limiter.why_full())
         try:
             yield
         finally:
@@ -154,7 +172,7 @@ class Admission:
     def count_for(self, subscription: Subscription, terms: Terms) -> None:
         """Give a stream that holds a place its terms, and count it under its clients. Raises `TryLater`."""
         if not self.limiter.count_for(subscription, terms):
-            raise TryLater("capacity")
+            raise TryLater("capacity", self.limiter.why_full_for(terms))
 
     def engine_is(self, readiness: Readiness) -> None:
         """Record the engine's state. After the first `READY` no command is missed."""
@@ -176,14 +194,14 @@ class Admission:
         """Wait until PostgreSQL has answered, at most `timeout` seconds. Raises `TryLater`."""
         answered = self._closed is None and self._answered.wait(timeout)
         if self._closed is not None or not answered:
-            raise TryLater(self._closed or "unavailable")
+            raise TryLater(self._closed or "unavailable", "" if self._closed else _NO_ANSWER)
 
     def wait_for_commands(self) -> None:
         """Wait until this process hears `disconnect()` commands. Raises `TryLater`."""
         if not self._hears_commands:
             self.wait_for_answer()
         if not self._hears_commands:
-            raise TryLater("unavailable")
+            raise TryLater("unavailable", _NO_ANSWER)
 
     def close(self, reason: str) -> None:
         """Refuse all further streams, and wake those that wait for admission."""

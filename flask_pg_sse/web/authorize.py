@@ -18,8 +18,7 @@ from typing import Any
 from werkzeug.exceptions import HTTPException
 
 from ..tokens import Token
-
-logger = logging.getLogger(__name__)
+from .refusals import Refusals
 
 _SUBJECT_BYTES = 255
 # A longer address is none, but what the client wrote in a header that the app trusts. Streams keep it.
@@ -34,7 +33,14 @@ SubjectOf = Callable[[], "str | int | None"]
 
 
 class HookFailed(Exception):
-    """One of the app's hooks raised an exception that is not an HTTP answer. It has been logged."""
+    """One of the app's hooks raised an exception that is not an HTTP answer. It has been logged.
+
+    `since` is for how many seconds it has failed each time, at most 60.
+    """
+
+    def __init__(self, since: float) -> None:
+        super().__init__(since)
+        self.since = since
 
 
 def check_hook(function: object, name: str) -> None:
@@ -47,68 +53,88 @@ def check_hook(function: object, name: str) -> None:
         )
 
 
-def subjects_of(hook: SubjectOf | None, token: Token | None) -> frozenset[str] | None:
+def subjects_of(hook: SubjectOf | None, token: Token | None, refusals: Refusals) -> frozenset[str] | None:
     """Return a stream's subjects, from the token and from the app. Returns None if the app's answer is not a subject.
 
     Raises `HookFailed`. An HTTP exception of the hook is raised as it is.
     """
     subjects = {token.subject} if token is not None and token.subject is not None else set()
     if hook is not None:
-        answer = _call(hook, "subject")
+        answer = _call(hook, "subject", refusals)
         if answer is not None:
             try:
                 subjects.add(to_subject(answer))
             except (TypeError, ValueError) as error:
-                logger.error("A stream was refused: subject %s: %s", name_of(hook), error)
+                refusals.log(
+                    "subject", "A stream was refused: subject %s: %s", name_of(hook), error, level=logging.ERROR
+                )
                 return None
     return frozenset(subjects) if subjects else _NOBODY
 
 
-def may_listen(hook: Authorizer | None, channel: str) -> bool:
+def may_listen(hook: Authorizer | None, channel: str, refusals: Refusals) -> bool:
     """Tell whether the authorizer opens a channel.
 
     Raises `HookFailed`. An HTTP exception of the hook is raised as it is.
     """
     if hook is None:
         return False
-    answer = _call(hook, "authorize", channel)
+    answer = _call(hook, "authorize", refusals, channel)
     if answer is not True and answer is not False:
-        logger.error(
+        refusals.log(
+            "authorizer's answer",
             "Channel %r was refused: only True opens it, and the authorizer %s returned %s. (A decorator such as "
             "login_required replaces the function's answer. Check current_user.is_authenticated in the function.)",
             channel,
             name_of(hook),
             type(answer).__name__,
+            level=logging.ERROR,
         )
     return answer is True
 
 
-def _call(hook: Callable[..., Any], name: str, *args: str) -> Any:
+def _call(hook: Callable[..., Any], name: str, refusals: Refusals, *args: str) -> Any:
     try:
-        return hook(*args)
+        answer = hook(*args)
     except HTTPException:
         raise
-    except Exception as error:
-        logger.exception("%s %s failed; the client is told to reconnect later.", name, name_of(hook))
-        raise HookFailed from error
+    except BaseException as error:  # also gevent.Timeout and SystemExit: after a 500 a browser never comes back
+        text = "%s %s failed; the client is told to reconnect later."
+        refusals.log(f"{name} fails", text, name, name_of(hook), level=logging.ERROR, traceback=True)
+        raise HookFailed(refusals.hook_failed(name)) from error
+    refusals.hook_works(name)
+    return answer
 
 
-def closed_text(channel: str, *, debug: bool, bad_token: bool, patterns: Sequence[str], asked: bool) -> str:
-    """Return why a channel is refused, in one line: the three ways to open it, why each failed, and what to do.
+def why_closed(channel: str, *, bad_token: bool, patterns: Sequence[str], asked: bool) -> str:
+    """Return why a channel is refused, in a sentence: the three ways to open it, and why each failed.
 
-    With `debug`, the text tells the developer how to open the channel. `asked` says that there is an authorizer.
+    `asked` says that there is an authorizer.
     """
     ways = [
         "it is not among the site's public channels (SSE_CHANNELS)" if patterns else "the site has no public channels",
         "the URL's token is not one of this site's" if bad_token else "the URL has no token that was signed for it",
         "the site's authorizer did not allow it" if asked else "the site has no authorizer",
     ]
-    text = f"Channel {channel!r} is not open to you: {ways[0]}, {ways[1]}, and {ways[2]}."
-    if not debug:
-        return f"{text} Log in, reload the page, or ask the site's operator to open it."
+    return f"Channel {channel!r} is not open to you: {ways[0]}, {ways[1]}, and {ways[2]}."
+
+
+def did_you_mean(channel: str, patterns: Sequence[str]) -> str:
+    """Return a question, with a blank in front, if a refused name looks like a slip; "" otherwise."""
+    meant = [pattern for pattern in patterns if pattern.casefold() == channel.strip().casefold()]
+    if meant:
+        return f" Did you mean {meant[0]!r}? Upper and lower case differ."
+    if "," in channel:
+        several = "&".join(f"channel={name.strip()}" for name in channel.split(","))
+        return f" Did you mean several channels? They are written as ?{several}."
+    return ""
+
+
+def ways_to_open(channel: str) -> str:
+    """Return the three ways to open a channel, for the developer."""
     name = quoted(channel)
     return (
-        f"{text} To open it to everybody: {how_to_open(channel)}; to everybody with a signed URL: sse_url({name}, "
+        f" To open it to everybody: {how_to_open(channel)}; to everybody with a signed URL: sse_url({name}, "
         f"sign=True, expires=3600); to clients of your choice: @sse_bp.authorize on a function of the channel that "
         "returns True for them."
     )

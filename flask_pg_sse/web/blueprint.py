@@ -21,7 +21,6 @@ from ..errors import ConfigurationError, EventLogMissing, InvalidChannel
 from ..hub.admission import TryLater
 from ..hub.stream import stream
 from ..hub.subscription import Subscription, Terms
-from ..repeats import times
 from ..runtime import Worker
 from ..server import shutdown
 from ..server.capacity import why_no_stream
@@ -160,10 +159,15 @@ def _answer(names: list[str]) -> ResponseReturnValue:
 
 
 def _cannot_serve(state: State, reason: str) -> ResponseReturnValue:
-    """Refuse a stream that cannot be served until the app or its server is changed. Log it, at most once a minute."""
-    if number := state.refusals.count(reason, time.monotonic()):
-        logger.error("%s%s", reason, times(number))
+    """Refuse a stream that cannot be served until the app or its server is changed."""
+    state.refusals.log(reason, "%s", reason, level=logging.ERROR)
     return refusal(500, reason)
+
+
+def _wrong_request(state: State, status: int, reason: str) -> ResponseReturnValue:
+    """Refuse a request that is wrong, or not allowed, however often it is repeated."""
+    state.refusals.log(f"{status}", "A stream was refused (%d): %s", status, reason)
+    return refusal(status, reason)
 
 
 def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
@@ -172,7 +176,7 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
     environ = current.environ
     runtime, settings = state.runtime, state.runtime.settings
     if (reason := why_other_site(environ, settings.allowed_origins)) is not None:
-        return refusal(403, reason)
+        return _wrong_request(state, 403, reason)
     worker = runtime.worker  # its creation has found gunicorn's worker, which the next line needs
     reason = why_no_stream(environ, shutdown.gunicorn_worker(), limited=settings.max_streams is not None)
     if reason is not None:
@@ -181,14 +185,14 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
         query = parse_query(current.query_string, settings.max_channels)
         channels = tuple(dict.fromkeys(check_channel(name) for name in names + query.get("channel", [])))
     except InvalidChannel as error:
-        return refusal(400, str(error))
+        return _wrong_request(state, 400, str(error))
     except ValueError as error:
-        return refusal(414, str(error))
+        return _wrong_request(state, 414, str(error))
     if not channels:
-        return refusal(400, "The URL names no channel: add ?channel=NAME, once for each channel.")
+        return _wrong_request(state, 400, "The URL names no channel: add ?channel=NAME, once for each channel.")
     if len(channels) > settings.max_channels:
-        most = settings.max_channels
-        return refusal(400, f"The URL names {len(channels)} channels, and one stream has at most {most}.")
+        too_many = f"The URL names {len(channels)} channels, and one stream has at most {settings.max_channels}."
+        return _wrong_request(state, 400, too_many)
 
     if not state.no_channels.isdisjoint(channels):
         return refusal(404, f"These names are no channels here: {', '.join(sorted(state.no_channels))}.")
@@ -207,12 +211,21 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
     except EventLogMissing as error:
         return refusal(500, str(error))
     except TryLater as later:
+        _log_delay(state, channels, later)
         return ended(later.reason, last_event_id, private=private, since=later.since)
     body = stream(hub, replay, subscription, last_event_id, connection)
     response = stream_response(body, connection, settings, private=private, direct_write=settings.direct_write)
     if "flask_pg_sse.testing" in environ:
         environ["flask_pg_sse.testing"].append(subscription)
     return response
+
+
+def _log_delay(state: State, channels: Sequence[str], later: TryLater) -> None:
+    """Log why a stream cannot begin now. The ends that are planned are for debugging only."""
+    level = logging.WARNING if later.why else logging.DEBUG
+    text = "A stream on channel %r cannot begin now (sse-end %s)%s."
+    why = f": {later.why}" if later.why else ""
+    state.refusals.log(f"{later.reason} {later.why[:9]}", text, channels[0], later.reason, why, level=level)
 
 
 class _Refused(Exception):
@@ -287,7 +300,7 @@ def _admitted(
     subscription.connection = connection
     try:
         with worker.admission.place(subscription):
-            subjects = authorize.subjects_of(permission.subject, token)
+            subjects = authorize.subjects_of(permission.subject, token, state.refusals)
             if subjects is None:
                 raise _Refused(
                     "This site cannot tell whose stream this would be. Ask the site's operator to look at its log."
@@ -300,13 +313,13 @@ def _admitted(
             worker.wait_until_decidable(asks=bool(to_ask) and current.method != "HEAD")
             also = set(permission.unquoted)
             for channel in to_ask:
-                if authorize.may_listen(permission.authorizer, channel):
+                if authorize.may_listen(permission.authorizer, channel, state.refusals):
                     continue
                 if channel not in also:
                     raise _Refused(closed(channel))
                 also.remove(channel)
-    except authorize.HookFailed:
-        raise TryLater("unavailable") from None
+    except authorize.HookFailed as failed:
+        raise TryLater("unavailable", since=failed.since) from None
     if also:
         subscription.channels |= {heard_unquoted(name) for name in also}
     return subscription
@@ -323,20 +336,15 @@ def _end_of(token: Token | None, max_age: float | None) -> tuple[float, str]:
 
 
 def _closed(channel: str, state: State, permission: _Permission) -> str:
-    """Return why a channel is refused. Log a warning, once, if the app has opened no channel at all."""
-    patterns = state.runtime.settings.channels
-    asked = permission.authorizer is not None
-    if not patterns and not asked and not state.warned_closed:
-        state.warned_closed = True
-        logger.warning(
-            "A stream on channel %r was refused: no channel is open until SSE_CHANNELS names it. To open this one to "
-            "everybody: %s",
-            channel,
-            authorize.how_to_open(channel),
-        )
-    return authorize.closed_text(
-        channel, debug=current_app.debug, bad_token=permission.bad_token, patterns=patterns, asked=asked
-    )
+    """Return why a channel is refused, and log it with the line that opens it."""
+    patterns, asked = state.runtime.settings.channels, permission.authorizer is not None
+    why = authorize.why_closed(channel, bad_token=permission.bad_token, patterns=patterns, asked=asked)
+    hint = authorize.did_you_mean(channel, patterns)
+    to_open = authorize.how_to_open(channel)
+    state.refusals.log("closed", "A stream was refused: %s%s To open it to everybody: %s", why, hint, to_open)
+    if current_app.debug:
+        return why + hint + authorize.ways_to_open(channel)
+    return f"{why} Log in, reload the page, or ask the site's operator to open it."
 
 
 sse_bp.after_request(cross_origin_headers)

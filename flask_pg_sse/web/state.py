@@ -6,9 +6,9 @@ from typing import Any
 
 from flask import Flask, current_app
 
-from ..repeats import Repeats
 from ..runtime import Runtime
 from .authorize import Authorizer, SubjectOf, check_hook
+from .refusals import Refusals
 
 EXTENSION = "pg_sse"
 
@@ -19,8 +19,7 @@ class State:
     def __init__(self, app: Flask, blueprint_name: str) -> None:
         self.runtime = Runtime(app.config, lambda data: app.json.dumps(data))
         self.blueprint_name = blueprint_name
-        self.warned_closed = False  # whether the warning that no channel is open has been logged
-        self.refusals = Repeats(60, 60)  # the streams that this app or its server cannot serve at all
+        self.refusals = Refusals()
         self.authorize: Authorizer | None = None
         self.subject: SubjectOf | None = None
         # The differences of the server that stands alone. Nothing says who may listen, so all channels are open:

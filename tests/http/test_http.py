@@ -276,14 +276,9 @@ def test_the_first_refusal_of_an_app_that_opens_nothing_is_loud_and_once(
     assert not caplog.records
     for channel in ("orders", "orders", "others"):
         assert refusal(app, f"/sse?channel={channel}")[0] == 403
-    (record,) = caplog.records
+    (record,) = caplog.records  # the further ones are counted
     assert record.levelno == logging.WARNING
     assert 'app.config["SSE_CHANNELS"] = ["orders"]' in record.getMessage()
-
-
-def test_an_app_that_opens_some_channels_is_not_loud(make_app: MakeApp, caplog: pytest.LogCaptureFixture) -> None:
-    assert refusal(make_app(SSE_CHANNELS=["news"]), "/sse/orders")[0] == 403
-    assert not caplog.records
 
 
 def test_in_debug_the_answer_says_the_line_to_write(make_app: MakeApp) -> None:
@@ -338,7 +333,8 @@ def test_a_wrong_configuration_at_first_use_is_a_line_with_the_remedy(
         assert remedy in text and len(text.splitlines()) == 1
         assert "hunter2" not in text
     errors = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert [(remedy in record.getMessage(), record.exc_info) for record in errors] == [(True, None)]
+    lines = 1 if testing else 3  # in debug each one is logged
+    assert [(remedy in record.getMessage(), record.exc_info) for record in errors] == [(True, None)] * lines
 
 
 def test_a_database_that_is_away_does_not_stop_the_app_from_starting(make_app: MakeApp) -> None:

@@ -1,0 +1,45 @@
+"""Log why streams are refused: the first refusal of a kind at once, and then a line a minute at most."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from flask import current_app
+
+from ..repeats import Repeats, times
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two lines of one kind. Clients come back every few seconds, and each could cause a line.
+_EVERY = 60.0
+# The longest time in seconds that a client waits because a hook has failed for as long.
+_LONGEST_WAIT = 60.0
+
+
+class Refusals:
+    """The refused streams of one app in this process. In debug mode each one is logged."""
+
+    def __init__(self) -> None:
+        self._repeats = Repeats(_EVERY, _EVERY)
+        self._failing_since: dict[str, float] = {}  # for each hook that fails, the monotonic time
+
+    def log(
+        self, kind: str, message: str, *args: object, level: int = logging.WARNING, traceback: bool = False
+    ) -> None:
+        """Log a refusal. Its `kind` is one of a few fixed texts, so that what clients choose makes no line of its own.
+
+        `traceback` adds the traceback of the exception that is being handled.
+        """
+        number = self._repeats.count(kind, time.monotonic())
+        if number or current_app.debug:
+            logger.log(level, message + "%s", *args, times(number or 1), exc_info=traceback or None)
+
+    def hook_failed(self, hook: str) -> float:
+        """Note that the hook fails. Return for how many seconds it has done so, at most 60."""
+        now = time.monotonic()
+        return min(_LONGEST_WAIT, now - self._failing_since.setdefault(hook, now))
+
+    def hook_works(self, hook: str) -> None:
+        """Note that the hook has answered."""
+        self._failing_since.pop(hook, None)
