@@ -15,6 +15,7 @@ from flask import Blueprint, Request, current_app, request
 from flask.blueprints import BlueprintSetupState
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import NotFound
+from werkzeug.routing import PathConverter
 
 from ..channels import check_channel, heard_unquoted, unquoted
 from ..errors import ConfigurationError, EventLogMissing, InvalidChannel
@@ -85,6 +86,13 @@ def _only(before: Any, function: _F, name: str) -> _F:
     return function
 
 
+class _ChannelConverter(PathConverter):
+    """A channel's name in a path, which may begin with a slash. For Flask's own, `/sse//a` is a misspelt `/sse/a`."""
+
+    regex = ".+?"
+    part_isolating = False  # it may contain slashes
+
+
 # The commands (`cli/commands.py`) are `flask sse …`, even if an app gives the blueprint another name.
 sse_bp = SSEBlueprint("sse", __name__, url_prefix="/sse", cli_group="sse")
 
@@ -93,6 +101,7 @@ sse_bp = SSEBlueprint("sse", __name__, url_prefix="/sse", cli_group="sse")
 def _set_up(registration: BlueprintSetupState) -> None:
     app: Any = registration.app
     registration.url_prefix = registration.url_prefix or "/"  # Flask itself does not accept ""
+    app.url_map.converters["sse_channel"] = _ChannelConverter
     # A wrong value fails here already. The settings are read again at first use.
     secret_keys(Settings.from_config(app.config), app.config)
     unknown = registration.options.keys() - _BLUEPRINT_OPTIONS
@@ -101,7 +110,9 @@ def _set_up(registration: BlueprintSetupState) -> None:
     if EXTENSION not in app.extensions:
         name = f"{registration.name_prefix}.{registration.name}".lstrip(".")
         app.extensions[EXTENSION] = State(app, name)
-        app.context_processor(lambda: {"sse_url": sse_url, "sse_cursor": sse_cursor, "sse_server_url": ServerUrl()})
+        # As `url_for`: also in macros that a template imports without its context.
+        for name, thing in (("sse_url", sse_url), ("sse_cursor", sse_cursor), ("sse_server_url", ServerUrl())):
+            app.jinja_env.globals[name] = thing
     app.extensions[EXTENSION].set_hooks(registration.options.get("authorize"), registration.options.get("subject"))
     app.extensions[EXTENSION].runtime.warn_of_unknown_keys()
     shutdown.watch()  # here already, because under gthread only this code runs in the main thread
@@ -141,7 +152,7 @@ def _stream(**others: object) -> ResponseReturnValue:
     return _answer([])
 
 
-@sse_bp.get("/<path:channel>", endpoint="channel")
+@sse_bp.get("/<sse_channel:channel>", endpoint="channel")
 def _channel(channel: str, **others: object) -> ResponseReturnValue:
     try:
         request.environ["PATH_INFO"].encode("latin-1").decode()
