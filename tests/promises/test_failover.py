@@ -17,16 +17,17 @@ from flask import Flask
 from psycopg2.extensions import parse_dsn
 
 from flask_pg_sse import notify
-from flask_pg_sse.engine.postgres.schema import schema_sql
+from flask_pg_sse.engine.postgres.schema import drop_schema_sql, schema_sql
 from flask_pg_sse.errors import DatabaseUnavailable
 from flask_pg_sse.testing import stream
 from tests.promises.test_outages import events_come
 from tests.promises.test_resume import listening, run_to_the_end
 from tests.support.client import eventually
 from tests.support.cluster import Cluster, MakeCluster, promote
+from tests.support.documents import Document
 from tests.support.eventsource import LOGGED, Browser, check, for_ever
 from tests.support.pgbouncer import pgbouncer
-from tests.support.postgres import Running, connect, copy_database, execute, fresh_database
+from tests.support.postgres import Running, connect, dump, execute, fresh_database, load
 from tests.support.publishers import install_log, logged
 from tests.support.servers import WebServer
 from tools import postgres
@@ -36,6 +37,11 @@ MakeApp = Callable[..., Flask]
 Event = tuple[int, str, str]
 
 CHANNELS = ["orders", "kitchen"]
+PAGE = Document("docs/failover.md")
+
+
+def example(name: str) -> str:
+    return PAGE.example(name)
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class Scene:
         self.senders = senders
         self.url = url
         self.log: list[Event] = []
+        self.waits: list[float] = []  # in seconds, until all go on
         sets = [CHANNELS, CHANNELS[:1], CHANNELS[1:], CHANNELS]
         self.staying = [Browser([server.port], channels, seed, for_ever) for seed, channels in enumerate(sets)]
         self.leaving = [Browser([server.port], channels, 10 + seed) for seed, channels in enumerate(sets[:2])]
@@ -116,6 +123,7 @@ class Scene:
 
     def goes_on(self) -> None:
         """Wait until each stream has more events, and each publisher has sent some without a failure."""
+        begun = time.monotonic()
         before = {sender: len(sender.calls) for sender in self.senders}
 
         def all_have_sent() -> bool:
@@ -123,6 +131,7 @@ class Scene:
 
         eventually(all_have_sent, 40, "publishers go on")
         events_come(self.browsers)
+        self.waits.append(round(time.monotonic() - begun, 1))
 
     def end(self) -> None:
         for sender in self.senders:
@@ -144,8 +153,27 @@ class Scene:
             promised = {call.text for call in sender.calls if call.failure is None}
             assert promised <= set(texts), sorted(promised - set(texts))[:5]
 
+    def check_undone(self, before: list[Event]) -> None:
+        """Every stream has what the lost log had, up to one `sse-reset` `undone`, and then exactly what there is."""
+        kept = len([event for event in before if event in self.log])
+        assert before[:kept] == self.log[:kept] and kept < len(before), "events were lost, all at the end"
+        for browser in self.browsers:
+            assert browser.failure is None, (browser.name, browser.failure)
+            assert [reset.reason for reset in browser.resets] == ["undone"], (browser.name, browser.resets)
+            (seen, after), (reset,) = browser.stretches, browser.resets
+            wanted = [event for event in before if event[1] in browser.channels and event[0] > seen.after]
+            assert seen.events == [(id, data) for id, _, data in wanted][: len(seen.events)]
+            assert seen.events[-1] not in [(id, data) for id, _, data in self.log], "it had seen what was lost"
+            assert reset.id == after.after >= self.log[kept - 1][0]
+            wanted = [event for event in self.log if event[1] in browser.channels and event[0] > reset.id]
+            assert after.events == [(id, data) for id, _, data in wanted]
+        ids = [id for id, _, _ in before[kept:] + self.log]
+        assert len(ids) == len(set(ids)), "no id is there twice"
+        assert "has lost events that were sent" in self.server.log()
+
     def report(self, row: str) -> None:
-        print(f"\n{row}: {len(self.log)} events, {sum(browser.deliveries for browser in self.browsers)} deliveries")
+        deliveries = sum(browser.deliveries for browser in self.browsers)
+        print(f"\n{row}: {len(self.log)} events, {deliveries} deliveries; went on after {self.waits} s")
         for sender in self.senders:
             longest = max(call.seconds for call in sender.calls)
             print(f"  {sender.name}: {len(sender.calls)} calls, {len(sender.failures)} failed, longest {longest:.2f} s")
@@ -216,6 +244,24 @@ def test_managed_failover(any_cluster: Cluster, play: Play) -> None:
 
 
 @pytest.mark.slow
+def test_managed_failover_of_a_host_that_says_nothing_more(logged_cluster: Cluster, play: Play) -> None:
+    """No connection ends: the packets of all that stand get lost, and new ones reach the new primary."""
+    standby = logged_cluster.standby()
+    synchronous(logged_cluster)
+    with play(logged_cluster) as scene:
+        logged_cluster.address.silence()
+        logged_cluster.primary.stop("kill")
+        promote(standby)
+        logged_cluster.lead_to(standby, drop=False)
+        logged_cluster.address.restore()
+        events_come(scene.browsers)
+        logged_cluster.address.drop()  # the publisher's own connection has no limit of time, and waits until here
+        scene.goes_on()
+    scene.report("managed failover, silent")
+    scene.check_all_exact()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["an address that moves", "a list of hosts"])
 def test_switchover(logged_cluster: Cluster, play: Play, way: str) -> None:
     """The primary is stopped and follows its standby, then it is the other way round, as Patroni does it.
@@ -224,9 +270,16 @@ def test_switchover(logged_cluster: Cluster, play: Play, way: str) -> None:
     """
     first = logged_cluster.primary
     second = logged_cluster.standby()
-    hosts = ",".join(f"{postgres.HOST}:{server.port}" for server in (first, second))
-    listed = f"postgresql://{postgres.USER}@{hosts}/postgres?target_session_attrs=primary"
-    with play(logged_cluster, listed if way == "a list of hosts" else logged_cluster.url) as scene:
+    url = logged_cluster.url
+    if way == "a list of hosts":
+        app = Flask("example")
+        exec(example("hosts"), {"app": app})
+        names = {"app@": "postgres@", "/shop": "/postgres"}
+        names |= {f"db{number}:5432": f"{postgres.HOST}:{one.port}" for number, one in enumerate((first, second), 1)}
+        url = app.config["SSE_DATABASE_URL"]
+        for name, real in names.items():
+            url = url.replace(name, real)
+    with play(logged_cluster, url) as scene:
         for old, new in ((first, second), (second, first)):
             old.stop("fast")  # which sends the standby all that it has
             promote(new)
@@ -242,7 +295,7 @@ def test_dump_and_restore_into_a_new_server(logged_cluster: Cluster, play: Play,
     """Nobody writes meanwhile; then the address leads to the copy."""
     with running_postgres() as new, play(logged_cluster) as scene:
         logged_cluster.address.cut()
-        copy_database(logged_cluster.primary.url(), new.url())
+        load(dump(logged_cluster.primary.url()), new.url())
         logged_cluster.lead_to(new)
         scene.goes_on()
     scene.report("dump and restore")
@@ -250,7 +303,7 @@ def test_dump_and_restore_into_a_new_server(logged_cluster: Cluster, play: Play,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prepared", ["the schema of a dump"])
+@pytest.mark.parametrize("prepared", ["the schema of a dump", "flask sse init"])
 def test_logical_replication_and_cutover(
     logged_cluster: Cluster, play: Play, running_postgres: Running, prepared: str
 ) -> None:
@@ -258,15 +311,14 @@ def test_logical_replication_and_cutover(
     old = logged_cluster.primary
     with running_postgres(wal_level="logical") as new, play(logged_cluster) as scene:
         if prepared == "the schema of a dump":
-            copy_database(old.url(), new.url(), "--schema-only")
+            load(dump(old.url(), "--schema-only"), new.url())
         else:
             install_log(new.url())
-        execute(old.url(), "CREATE PUBLICATION everything FOR ALL TABLES")
-        execute(new.url(), f"CREATE SUBSCRIPTION everything CONNECTION '{old.url()}' PUBLICATION everything")
+        execute(old.url(), example("publication"))
+        execute(new.url(), example("subscription").replace("host=old dbname=shop", old.url()))
         tables = "SELECT count(*) > 0 AND bool_and(srsubstate = 'r') FROM pg_subscription_rel"
         eventually(lambda: execute(new.url(), tables) == [(True,)], 30, "all tables have been copied")
-        if prepared == "an event of its own":
-            execute(new.url(), "SELECT flask_pg_sse.notify('health', 'of the new server')")
+        execute(new.url(), "SELECT flask_pg_sse.notify('health', 'the new server publishes too')")
         scene.goes_on()
         logged_cluster.address.cut()
         ((lsn,),) = execute(old.url(), "SELECT pg_current_wal_lsn()::text")
@@ -311,6 +363,58 @@ def test_a_failover_behind_a_pooler(logged_cluster: Cluster, play: Play) -> None
     scene.check_all_exact()
 
 
+# -- something is lost
+
+
+@pytest.mark.slow
+def test_a_replica_that_lagged_is_promoted(logged_cluster: Cluster, play: Play) -> None:
+    standby = logged_cluster.standby()
+    with play(logged_cluster) as scene:
+        standby.line.cut()
+        scene.goes_on()
+        logged_cluster.address.cut()
+        before = logged(logged_cluster.primary.url())
+        promote(standby)
+        logged_cluster.lead_to(standby)
+        scene.goes_on()
+    scene.report("lagging replica")
+    scene.check_undone(before)
+
+
+@pytest.mark.slow
+def test_recovery_to_a_point_in_time(logged_cluster: Cluster, play: Play) -> None:
+    data = logged_cluster.backup("backup")
+    with play(logged_cluster) as scene:
+        execute(logged_cluster.primary.url(), "SELECT pg_create_restore_point('before the mishap')")
+        scene.goes_on()
+        logged_cluster.address.cut()
+        before = logged(logged_cluster.primary.url())
+        logged_cluster.primary.stop("fast")
+        logged_cluster.lead_to(logged_cluster.restore(data, "before the mishap"))
+        scene.goes_on()
+    scene.report("recovery to a point in time")
+    scene.check_undone(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["a new server", "in place"])
+def test_last_nights_dump(logged_cluster: Cluster, play: Play, running_postgres: Running, place: str) -> None:
+    old = logged_cluster.primary
+    with running_postgres() as new, play(logged_cluster) as scene:
+        dumped = dump(old.url())
+        scene.goes_on()
+        logged_cluster.address.cut()
+        before = logged(old.url())
+        target = new if place == "a new server" else old
+        if target is old:
+            execute(old.url(), drop_schema_sql() + "DROP TABLE witness; DROP FUNCTION witness")
+        load(dumped, target.url())
+        logged_cluster.lead_to(target)
+        scene.goes_on()
+    scene.report(f"last night's dump, {place}")
+    scene.check_undone(before)
+
+
 # -- a dump every night
 
 
@@ -319,7 +423,8 @@ def by(logged_url: str) -> Iterator[Callable[..., str]]:
     """Give the URL of a database for a role: the app's own, which has orders and may use the log, or "backup"."""
     name = parse_dsn(logged_url)["dbname"]
     app, backup = f"app_{name}", f"backup_{name}"
-    execute(logged_url, f"CREATE ROLE {app} LOGIN; CREATE ROLE {backup} LOGIN IN ROLE pg_read_all_data")
+    execute(logged_url, f"CREATE ROLE {app} LOGIN")
+    execute(logged_url, example("backup").replace("backup", backup))
     execute(logged_url, f"CREATE TABLE orders (dish text); ALTER TABLE orders OWNER TO {app}")
     execute(logged_url, schema_sql([app]))
     yield lambda role, url=logged_url: url.replace("postgres@", f"{role}_{name}@")
@@ -342,7 +447,7 @@ def test_a_dump_by_a_role_that_may_read_all(
 ) -> None:
     """It has the log, and browsers miss nothing."""
     with fresh_database(postgres_server) as copy:
-        copy_database(by("backup"), copy)
+        load(dump(by("backup")), copy)
         app = make_app(by("app", copy))
         with app.app_context():
             events = stream(app.test_client(), f"/sse?channel=orders&last_event_id={seen}")
@@ -358,9 +463,9 @@ def test_a_dump_by_the_apps_own_role(
     """It leaves the log out; `flask sse init` makes a new one, and browsers load their pages again."""
     with fresh_database(postgres_server) as copy:
         with pytest.raises(subprocess.CalledProcessError) as caught:
-            copy_database(by("app"), copy)
+            load(dump(by("app")), copy)
         assert b"permission denied for table" in caught.value.stderr
-        copy_database(by("app"), copy, "--exclude-schema=flask_pg_sse")
+        load(dump(by("app"), "--exclude-schema=flask_pg_sse"), copy)
         assert execute(copy, "SELECT count(*) FROM orders") == [(0,)]
         execute(copy, schema_sql([parse_dsn(by("app"))["user"]]))
         app = make_app(by("app", copy))

@@ -34,7 +34,7 @@ def pgbouncer(direct_url: str) -> Iterator[str]:
     config.write_text(
         f"[databases]\n* = host=127.0.0.1 port={direct.port} user=postgres\n"
         f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
-        "pool_mode = transaction\nserver_idle_timeout = 1\n"
+        "pool_mode = transaction\nserver_idle_timeout = 1\nserver_login_retry = 1\n"
     )
     config.chmod(0o644)
     user: dict[str, Any] = {"user": "nobody"} if os.geteuid() == 0 else {}  # it refuses to run as root

@@ -86,14 +86,18 @@ def program(name: str, bin_dir: Path | None = None) -> Path:
     return own if own.exists() else postgres.binaries() / name
 
 
-def copy_database(source: str, target: str, *options: str, bin_dir: Path | None = None) -> None:
-    """Dump a database, with options for pg_dump, and restore it into another one with psql."""
-    dump = [str(program("pg_dump", bin_dir)), *options, source]
-    dumped = subprocess.run(dump, capture_output=True, check=True).stdout
+def dump(url: str, *options: str, bin_dir: Path | None = None) -> bytes:
+    """Return what pg_dump says of a database: SQL for psql."""
+    command = [str(program("pg_dump", bin_dir)), *options, url]
+    return subprocess.run(command, capture_output=True, check=True).stdout
+
+
+def load(dumped: bytes, url: str, bin_dir: Path | None = None) -> None:
+    """Restore a dump into a database, with psql."""
     # What the newest pg_dump writes even for servers that do not know it (those before 17).
     dumped = dumped.replace(b"SET transaction_timeout = 0;\n", b"")
-    psql = [str(program("psql", bin_dir)), "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", target]
-    subprocess.run(psql, input=dumped, capture_output=True, check=True)
+    command = [str(program("psql", bin_dir)), "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", url]
+    subprocess.run(command, input=dumped, capture_output=True, check=True)
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from flask_pg_sse.engine.postgres.dsn import to_dsn
 from flask_pg_sse.testing import stream
 from tests.docs.test_readme import example
 from tests.support.catalog import NotDescribed, describe, read_catalog
-from tests.support.postgres import connect, copy_database, execute, fresh_database
+from tests.support.postgres import connect, dump, execute, fresh_database, load
 from tools import postgres
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -348,7 +348,7 @@ def restored(
     with fresh_database(log_server) as target:
 
         def copy(*options: str) -> str:
-            copy_database(url, target, *options, bin_dir=log_binaries)
+            load(dump(url, *options, bin_dir=log_binaries), target, log_binaries)
             return target
 
         yield copy
