@@ -202,14 +202,20 @@ class FairLock:
 class ParkingSpot(Protocol):
     """The place where one generator waits. After a `wake()` the next `park()` returns at once."""
 
-    def park(self) -> None: ...
+    def park(self, timeout: float | None = None) -> None:
+        """Wait for `wake()`, at most `timeout` seconds."""
 
     def wake(self) -> None: ...
 
 
-def new_parking_spot() -> ParkingSpot:
-    """Return a parking spot for the calling greenlet, or for the calling thread if gevent has not patched threads."""
-    return _GreenletParkingSpot() if is_patched() else _ThreadParkingSpot()
+def new_parking_spot(*, shared: bool = False) -> ParkingSpot:
+    """Return a parking spot for the calling greenlet, or for the calling thread if gevent has not patched threads.
+
+    `shared`: other threads of the system may wake it too, also under gevent. That costs more.
+    """
+    if not is_patched():
+        return _ThreadParkingSpot()
+    return _SharedGreenletParkingSpot() if shared else _GreenletParkingSpot()
 
 
 def is_patched() -> bool:
@@ -225,8 +231,8 @@ class _ThreadParkingSpot:
         self._token = threading.Lock()
         self._token.acquire()
 
-    def park(self) -> None:
-        self._token.acquire()
+    def park(self, timeout: float | None = None) -> None:
+        self._token.acquire(timeout=-1 if timeout is None else timeout)
 
     def wake(self) -> None:
         with contextlib.suppress(RuntimeError):  # already released: one token is enough
@@ -246,13 +252,20 @@ class _GreenletParkingSpot:
         self._greenlet: Any = None  # the owner, while it is parked
         self._woken = False
 
-    def park(self) -> None:
+    def park(self, timeout: float | None = None) -> None:
         if not self._woken:
+            timer = None
             self._greenlet = self._owner
             try:
+                if timeout is not None:
+                    timer = self._hub.loop.timer(timeout)
+                    timer.start(self._resume)
                 self._hub.switch()
             finally:
                 self._greenlet = None
+                if timer is not None:
+                    timer.stop()
+                    timer.close()
         self._woken = False
 
     def wake(self) -> None:
@@ -265,3 +278,12 @@ class _GreenletParkingSpot:
         # A kill or a timeout may have resumed the greenlet meanwhile. It must not be switched to then.
         if self._greenlet is not None:
             self._greenlet.switch()
+
+
+class _SharedGreenletParkingSpot(_GreenletParkingSpot):
+    __slots__ = ()
+
+    def wake(self) -> None:
+        self._woken = True
+        # Also if the greenlet is not parked: in another thread it may be about to, and have seen that it is not woken.
+        self._hub.loop.run_callback_threadsafe(self._resume)

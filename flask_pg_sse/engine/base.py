@@ -11,11 +11,14 @@ Only the engine knows how ids are made; the hub only compares them. 0 means that
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..event import Event
+
+# How many streams of one process may read the log at the same time. An engine has so many connections for them.
+LOG_READERS = 2
 
 # A channel, an event encoded for a stream, and the event's id in the log (0 if the log does not have it).
 Item = tuple[str, bytes, int]
@@ -94,7 +97,11 @@ class Ticket(Protocol):
         """Wait at most `timeout` seconds; return True if the engine receives all events on the channels."""
 
     def cancel(self) -> None:
-        """End the wait of every stream that waits for the same channels."""
+        """End the wait. Called for every ticket that is not waited for any more before it is answered."""
+
+
+class TooManyChannels(Exception):
+    """The engine cannot listen to more channels in this process. Streams on the channels that it has can begin."""
 
 
 class Sink(Protocol):
@@ -129,8 +136,11 @@ class Engine(Protocol):
     def stop(self, timeout: float) -> None:
         """Stop what was started, within `timeout` seconds, and close all connections. Later calls open new ones."""
 
-    def subscribe(self, channels: Iterable[str]) -> Ticket:
-        """Add one subscription to each of `channels`. The engine counts them."""
+    def subscribe(self, channels: Iterable[str], client: Hashable = ()) -> Ticket:
+        """Add one subscription to each of `channels`. The engine counts them.
+
+        Subscriptions of many clients are served in turn (`engine/turns.py`). Raises `TooManyChannels`.
+        """
 
     def unsubscribe(self, channels: Iterable[str]) -> None:
         """Remove one subscription from each of `channels`."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 from ..concurrency import Wakeup
 from ..errors import EventLogMissing, PgSSEError
-from .base import Readiness, Sink, Status
-from .listens import ListenTable, ListenTicket
+from .base import Readiness, Sink, Status, Ticket
+from .listens import ListenTable
 from .outage import Outage
 
 # Seconds from a channel's last stream to UNLISTEN, so a page that reloads costs no round-trip.
@@ -62,9 +62,9 @@ class Listener:
         else:  # it may never have started
             self._wakeup.close()
 
-    def subscribe(self, channels: Iterable[str]) -> ListenTicket:
+    def subscribe(self, channels: Iterable[str], client: Hashable = ()) -> Ticket:
         """Count one more stream on each of `channels`. The ticket tells when LISTEN is confirmed; it may already be."""
-        ticket, missing = self._listens.add(channels)
+        ticket, missing = self._listens.add(channels, client)
         if missing:
             self._wakeup.set()
         return ticket

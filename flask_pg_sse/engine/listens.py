@@ -8,131 +8,210 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
+
+from .base import TooManyChannels
+from .turns import TurnQueue, Waiting
+
+# The most channels of one process. PostgreSQL compares each notification with each channel of a session: about 3 µs for
+# a thousand. More streams than that many channels can feed need more processes.
+MOST_CHANNELS = 65536
 
 
-class _Pending:
-    """A LISTEN that is not confirmed yet. All streams that wait for it share this object."""
+class _Listen:
+    """One channel that is listened to, or wanted."""
 
-    def __init__(self) -> None:
-        self.answered = threading.Event()
-        self.confirmed = False
+    __slots__ = ("channel", "confirmed", "opened", "sent", "streams", "waiting")
+
+    def __init__(self, channel: str) -> None:
+        self.channel = channel
+        self.streams = 0  # how many want it
+        self.sent = False  # LISTEN is under way
+        self.confirmed = False  # on the current connection, and no UNLISTEN is under way
+        self.opened = False  # since then a stream had all its channels
+        self.waiting: list[ListenTicket] = []
 
 
-class ListenTicket:
-    """Tells when the bus has confirmed LISTEN on all channels of one stream."""
+class ListenTicket(Waiting):
+    """Tells one stream when the bus has confirmed LISTEN on all its channels."""
 
-    def __init__(self, pending: Sequence[_Pending]) -> None:
-        self._pending = pending
+    __slots__ = ("_table", "missing", "names")
 
-    def wait(self, timeout: float) -> bool:
-        """Wait at most `timeout` seconds; return True if LISTEN is confirmed on all channels."""
-        deadline = time.monotonic() + timeout
-        for listen in self._pending:
-            listen.answered.wait(max(0.0, deadline - time.monotonic()))
-        confirmed = all(listen.confirmed for listen in self._pending)
-        if confirmed:  # saves memory: a stream keeps its ticket for hours
-            self._pending = ()
-        return confirmed
+    def __init__(self, table: ListenTable, names: Iterable[str], missing: Iterable[str], client: Hashable) -> None:
+        super().__init__(client)
+        self._table = table
+        self.names = tuple(names)
+        self.missing = dict.fromkeys(missing)
 
     def cancel(self) -> None:
-        """End the wait of every stream that waits for the same channels."""
-        for listen in self._pending:
-            listen.answered.set()
+        """End the wait. What has not been sent for this stream alone will not be sent."""
+        self._table.withdraw(self)
+        super().cancel()
+
+    def refuse(self) -> None:
+        """End the wait, because the bus cannot listen to one of the channels. The table's lock is held."""
+        super().cancel()
 
 
-_HEARD = ListenTicket(())
+class _Heard:
+    """The ticket of a stream that need not wait."""
+
+    def wait(self, timeout: float) -> bool:
+        return True
+
+    def cancel(self) -> None:
+        pass
+
+
+_HEARD = _Heard()
 
 
 class ListenTable:
-    """The channels of one listener. UNLISTEN follows `linger` seconds after a channel's last stream has left.
+    """The channels of one listener, at most `most`.
 
+    UNLISTEN follows `linger` seconds after a channel's last stream has left, and at once if no stream on it has ever
+    been open. Streams that wait for LISTEN are served in turn by their clients, all channels of a stream together.
     `name_of` returns the bus's name for a channel.
     """
 
-    def __init__(self, linger: float, name_of: Callable[[str], str]) -> None:
+    def __init__(self, linger: float, name_of: Callable[[str], str], *, most: int = MOST_CHANNELS) -> None:
         self._linger = linger
         self._name_of = name_of
+        self._most = most
         self._lock = threading.Lock()  # guards the tables; their keys are the bus's names for channels
-        self._streams: dict[str, int] = {}  # how many streams want each
-        self._channel_of: dict[str, str] = {}
-        self._listening: set[str] = set()  # confirmed on the current connection, and no UNLISTEN is under way
-        self._to_listen: set[str] = set()
-        self._pending: dict[str, _Pending] = {}  # wanted, but not confirmed yet
+        self._listens: dict[str, _Listen] = {}
+        self._queue = TurnQueue[ListenTicket]()
+        self._again: list[str] = []  # wanted since an earlier connection
+        self._ending: dict[str, None] = {}  # UNLISTEN is due now
         self._idle_since: dict[str, float] = {}  # confirmed, but no stream wants it; oldest first
 
-    def add(self, channels: Iterable[str]) -> tuple[ListenTicket, bool]:
-        """Count one more stream on each of `channels`. Return its ticket, and whether a LISTEN is needed."""
+    def add(self, channels: Iterable[str], client: Hashable = ()) -> tuple[ListenTicket | _Heard, bool]:
+        """Count one more stream on each of `channels`. Return its ticket, and whether a LISTEN is needed.
+
+        Raises `TooManyChannels`, and counts nothing then.
+        """
         names = {self._name_of(channel): channel for channel in channels}
         with self._lock:
+            new = [name for name in names if name not in self._listens]  # not `-`, which looks at every channel
+            if new and len(self._listens) - len(self._idle_since) - len(self._ending) + len(new) > self._most:
+                raise TooManyChannels
+            for name in new:
+                self._listens[name] = _Listen(names[name])
+            missing = []
             for name in names:
-                self._streams[name] = self._streams.get(name, 0) + 1
+                listen = self._listens[name]
+                listen.streams += 1
                 self._idle_since.pop(name, None)
-            self._channel_of.update(names)
-            missing = names.keys() - self._listening
+                self._ending.pop(name, None)
+                if not listen.confirmed:
+                    missing.append(name)
             if not missing:
+                self._open(names)
                 return _HEARD, False
-            self._to_listen.update(missing)
-            return ListenTicket([self._pending.setdefault(name, _Pending()) for name in missing]), True
+            ticket = ListenTicket(self, names, missing, client)
+            for name in missing:
+                self._listens[name].waiting.append(ticket)
+            self._queue.add(client, ticket)
+            return ticket, True
+
+    def _open(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._listens[name].opened = True
+
+    def withdraw(self, ticket: ListenTicket) -> None:
+        """Take a stream out of those that wait."""
+        with self._lock:
+            self._queue.discard(ticket.client, ticket)
 
     def remove(self, channels: Iterable[str]) -> bool:
         """Count one stream fewer on each of `channels`.
 
-        Returns True if an UNLISTEN is now scheduled and none was before.
+        Returns True if an UNLISTEN is now scheduled that comes before those that were.
         """
         now = time.monotonic()
         with self._lock:
-            none_idle = not self._idle_since
-            for channel in channels:
-                name = self._name_of(channel)
-                self._streams[name] -= 1
-                if self._streams[name]:
+            sooner = False
+            for name in dict.fromkeys(map(self._name_of, channels)):
+                listen = self._listens[name]
+                listen.streams -= 1
+                if listen.streams or listen.sent:  # what is under way is decided when it is confirmed
                     continue
-                del self._streams[name]
-                if name in self._listening:
-                    self._idle_since[name] = now
+                if listen.confirmed:
+                    sooner = self._end(name, now) or sooner
                 else:  # otherwise the tables grow while the bus is away
-                    self._to_listen.discard(name)
-                    self._pending.pop(name, None)
-                    del self._channel_of[name]
-            return none_idle and bool(self._idle_since)
+                    del self._listens[name]
+                    for ticket in listen.waiting:  # of streams that have left
+                        self._queue.discard(ticket.client, ticket)
+            return sooner
+
+    def _end(self, name: str, now: float) -> bool:
+        """Schedule UNLISTEN for a channel without streams. Returns whether it comes before those that were."""
+        if self._listens[name].opened:
+            self._idle_since[name] = now
+            return len(self._idle_since) == 1
+        self._ending[name] = None
+        return True
 
     def cancel(self) -> None:
         """End the wait of every stream that waits for a LISTEN."""
         with self._lock:
-            ListenTicket(list(self._pending.values())).cancel()
+            waiting = {ticket for listen in self._listens.values() for ticket in listen.waiting}
+        for ticket in waiting:
+            ticket.cancel()
 
-    def restart(self) -> None:
-        """Request LISTEN for all wanted channels again, on another connection."""
+    def restart(self) -> int:
+        """Request LISTEN for all wanted channels again, on another connection, before any new ones. Return how many."""
         with self._lock:
-            self._to_listen = set(self._streams)
+            self._again = list(self._listens)
+            return len(self._again)
 
     def lost(self) -> None:
         """Note that no LISTEN is active any more. From now on new streams wait for the next connection."""
         with self._lock:
-            self._listening.clear()
-            for name in self._idle_since:
-                del self._channel_of[name]
             self._idle_since.clear()
+            self._ending.clear()
+            for name, listen in list(self._listens.items()):
+                listen.sent = listen.confirmed = listen.opened = False
+                if not listen.streams:
+                    del self._listens[name]
 
     def due(self, most: int) -> tuple[list[str], list[str]]:
-        """Return the names to UNLISTEN and the names to LISTEN now, at most `most` of each."""
-        if not self._idle_since and not self._to_listen:  # a fast path, because this is called after every turn
+        """Return the names to UNLISTEN and the names to LISTEN now: about `most` of each."""
+        # A fast path, because this is called after every turn.
+        if not (self._idle_since or self._ending or self._queue or self._again):
             return [], []
         with self._lock:
+            ended = list(itertools.islice(self._ending, most))
             due = time.monotonic() - self._linger
-            ended = [name for name, since in itertools.islice(self._idle_since.items(), most) if since <= due]
+            if len(self._listens) > self._most:
+                due = float("inf")
+            idle = itertools.islice(self._idle_since.items(), most - len(ended))
+            ended += [name for name, since in idle if since <= due]
             for name in ended:
                 # From here on a new stream waits for a new LISTEN, which comes after this UNLISTEN.
-                del self._idle_since[name]
-                del self._channel_of[name]
-                self._listening.discard(name)
-            begun = list(itertools.islice(self._to_listen, most))
-            self._to_listen.difference_update(begun)
+                self._idle_since.pop(name, None)
+                self._ending.pop(name, None)
+                del self._listens[name]
+            begun: list[str] = []
+            if self._again:
+                begun, self._again = self._begin(self._again[:most]), self._again[most:]
+            while len(begun) < most and (ticket := self._queue.pop()) is not None:
+                begun += self._begin(ticket.missing)
             return ended, begun
+
+    def _begin(self, names: Iterable[str]) -> list[str]:
+        begun = []
+        for name in names:
+            listen = self._listens.get(name)
+            if listen is not None and not (listen.sent or listen.confirmed):
+                listen.sent = True
+                begun.append(name)
+        return begun
 
     def next_due_in(self) -> float:
         """Return the seconds until the next UNLISTEN is due; infinity if there is none."""
+        if self._ending:
+            return 0.0
         if not self._idle_since:
             return float("inf")
         with self._lock:
@@ -142,33 +221,47 @@ class ListenTable:
     def confirm(self, begun: Iterable[str], heard: set[str]) -> None:
         """Note that LISTEN was sent for the names `begun`, and is confirmed for the names `heard`."""
         with self._lock:
-            self._listening.update(heard)
-            self._to_listen.difference_update(heard)
             now = time.monotonic()
             for name in begun:
-                if name not in self._streams:  # its last stream left while the LISTEN was under way
-                    if name in heard:
-                        self._channel_of.setdefault(name, name)
-                        self._idle_since[name] = now
-                elif name in self._pending:
-                    listen = self._pending.pop(name)
-                    listen.confirmed = name in heard
-                    listen.answered.set()
+                listen = self._listens[name]
+                listen.sent, listen.confirmed = False, name in heard
+                waiting, listen.waiting = listen.waiting, []
+                for ticket in waiting:
+                    self._answer(ticket, name, listen.confirmed)
+                if listen.streams:
+                    continue
+                if listen.confirmed:  # its last stream left while the LISTEN was under way
+                    self._end(name, now)
+                else:
+                    del self._listens[name]
+
+    def _answer(self, ticket: ListenTicket, name: str, confirmed: bool) -> None:
+        if ticket.cancelled:
+            return
+        ticket.missing.pop(name, None)
+        if not confirmed:
+            self._queue.discard(ticket.client, ticket)
+            ticket.refuse()
+        elif not ticket.missing:
+            self._open(ticket.names)
+            ticket.names = ()  # a stream keeps its ticket for hours
+            ticket.give()
 
     def channel_of(self, name: str) -> str | None:
         """Return the channel that the bus calls `name`; None if the name is not in the tables."""
-        return self._channel_of.get(name)
+        listen = self._listens.get(name)
+        return None if listen is None else listen.channel
 
     def channels(self) -> list[str]:
         """Return the names, as streams know them, of all channels that are wanted or were until a moment ago."""
         with self._lock:
-            return list(self._channel_of.values())
+            return [listen.channel for listen in self._listens.values()]
 
     def count(self) -> int:
         """Return the number of channels with a confirmed LISTEN."""
-        return len(self._listening)
+        return len(self.listened())
 
     def listened(self) -> list[str]:
         """Return the channels with a confirmed LISTEN."""
         with self._lock:
-            return [self._channel_of[name] for name in self._listening]
+            return [listen.channel for listen in self._listens.values() if listen.confirmed]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..concurrency import FairLock
@@ -62,7 +62,7 @@ class MemoryEngine:
     def stop(self, timeout: float) -> None:
         self._sink = None
 
-    def subscribe(self, channels: Iterable[str]) -> _Heard:
+    def subscribe(self, channels: Iterable[str], client: Hashable = ()) -> _Heard:
         with self._counting:
             self._channels.update(channels)
         return _Heard()

@@ -15,12 +15,12 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 
 from .. import event
 from ..concurrency import FairLock
-from ..engine.base import ControlMessage, Disconnect, Item, Readiness, Tail, Ticket
+from ..engine.base import ControlMessage, Disconnect, Item, Readiness, Tail, Ticket, TooManyChannels
 from ..server.hangups import Hangups
 from ..server.stall import ENOUGH_BYTES
 from .admission import OPEN_TIMEOUT, Admission, StreamLimiter, concerns
@@ -43,7 +43,7 @@ _CHECKS = 4
 class Bus(Protocol):
     """The methods of an engine that the hub calls."""
 
-    def subscribe(self, channels: Iterable[str]) -> Ticket: ...
+    def subscribe(self, channels: Iterable[str], client: Hashable) -> Ticket: ...
 
     def unsubscribe(self, channels: Iterable[str]) -> None: ...
 
@@ -93,9 +93,15 @@ class Hub:
         admission = self.admission
         if not admission.limiter.acquire(subscription):
             return "capacity"
+        if subscription.connection is not None and subscription.connection.gone():  # while its request was waiting
+            return "unavailable"
         self.hangups.watch(subscription)
         with self._dispatch:  # before subscribe(): an interruption while waiting for the lock then leaves no LISTEN
-            ticket = subscription.ticket = self._engine.subscribe(subscription.channels)
+            try:
+                ticket = self._engine.subscribe(subscription.channels, subscription.terms.clients)
+            except TooManyChannels:
+                return "capacity"
+            subscription.ticket = ticket
             self._look_at = min(self._look_at, subscription.due)
             subscribers = self._sets.get(subscription.channels)
             if subscribers is None:
@@ -107,7 +113,12 @@ class Hub:
             self._watchlist.begin(subscription)
         # Checked once the stream is in the tables. drain() and disconnect() do the reverse: they tell the admission
         # first, and read the tables then. So one of the two sides always sees the other.
-        heard = not admission.why_not(subscription) and ticket.wait(OPEN_TIMEOUT)
+        heard = False
+        try:
+            heard = not admission.why_not(subscription) and subscription.wait_for(ticket, OPEN_TIMEOUT)
+        finally:
+            if not heard:
+                ticket.cancel()
         return admission.why_not(subscription) or (None if heard else "unavailable")
 
     def go_live(self, subscription: Subscription) -> int:
@@ -190,7 +201,6 @@ class Hub:
         """Forget the streams that have been closed."""
         while self._closed:
             self._forget(self._closed.popleft())
-        self.admission.limiter.sweep()
 
     def _forget(self, subscription: Subscription) -> None:
         self.hangups.forget(subscription)
@@ -203,6 +213,7 @@ class Hub:
             subscribers.remove(subscription)
             if not subscribers:
                 del self._sets[subscription.channels]
+                self._heartbeats.end()
                 for channel in subscription.channels:
                     sets = self._sets_of[channel]
                     sets.discard(subscribers)
@@ -287,6 +298,7 @@ class Hub:
         for as long as it likes.
         """
         self.sweep()
+        self.admission.limiter.sweep()
         now = time.monotonic()
         if now < self._look_at:
             return
@@ -348,8 +360,6 @@ class Hub:
             for _, streams in self._all_streams():
                 for subscription in streams:
                     subscription.end(self.end_block(reason), cut_at=cut_at)
-                    if subscription.ticket is not None:
-                        subscription.ticket.cancel()
 
     def ready(self, readiness: Readiness) -> None:
         """Record the engine's state, for streams that wait to begin."""

@@ -1,41 +1,42 @@
 """Read from the event log what a stream has missed: after a reconnect, or because its client reads too slowly.
 
 Each stream reads at its client's pace, and holds one page at a time. So the memory for slow clients is limited: pages
-shrink as more streams read, and events larger than a page have a limit in bytes.
+shrink as more streams read, and events larger than a page have a limit in bytes (`large_events.py`).
+
+The streams take turns to ask the log, by their clients (`engine/turns.py`). A turn is one page, or the last events of
+the channels of one stream.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from .. import event
-from ..engine.base import Look, Page, Tail
+from ..engine.base import LOG_READERS, Look, Page, Tail
+from ..engine.turns import Turn, TurnQueue, Turns
 from ..errors import DatabaseUnavailable
+from .admission import OPEN_TIMEOUT
 from .buffer import PIECE_BYTES
 from .hub import Hub
+from .large_events import LargeEvent, LargeEvents
 from .subscription import Subscription
-
-logger = logging.getLogger(__name__)
 
 # Bytes of one page. All pages together have at most PAGES_BYTES, unless each is at its minimum already.
 PAGE_BYTES = 65536
 PAGE_BYTES_LEAST = 8192
 PAGES_BYTES = 16 * 1024 * 1024
-# The most bytes of events larger than a page that may be on their way to clients that read the log. One event is always
+# The most bytes of events larger than a page that are in memory for clients that read the log. One event is always
 # allowed.
 LARGE_BYTES = 64 * 1024 * 1024
-# Seconds that a stream waits for room within LARGE_BYTES. After that its client is told to reconnect.
-_LARGE_TIMEOUT = 10.0
 # The most channels and bytes of last events in one query. An answer takes several times its size while it is read.
 _FILL = 200
 FILL_BYTES = 4 * 1024 * 1024
 # Seconds between two attempts to read while PostgreSQL is away.
 _RETRY = 1.0
+
+_T = TypeVar("_T")
 
 
 class Log(Protocol):
@@ -56,10 +57,13 @@ class Replay:
         self._log = log
         self._heartbeat = heartbeat
         self._readers: set[object] = set()
-        self._looks = _Looks(log)
-        self._filling = _Attempts()
-        self._unfilled: dict[str, None] = {}  # the channels whose last events streams wait for, in order
-        self._large = _LargeEvents(LARGE_BYTES)
+        self._reading = Turns(LOG_READERS)
+        self._looks = _Attempts()
+        self._next_look = _Batch()
+        self._fills = _Attempts()
+        self._unfilled = TurnQueue[str]()  # the channels whose last events streams wait for
+        self._large = LargeEvents(LARGE_BYTES)
+        self._loads = _Attempts()
 
     def read(self, subscription: Subscription, *, opening: bool = False) -> Iterator[bytes]:
         """Yield what a stream has missed since `sent`, until it is live or has ended.
@@ -84,16 +88,20 @@ class Replay:
             try:
                 lineage = self._hub.lineage  # before the log is asked
                 if subscription.lineage != lineage:  # before memory is: it does not know what the log has lost
-                    look = self._looks.look(subscription.sent)
+                    look = yield from self._look(subscription, opening)
                     refusal, head = look.refusals.get(subscription.sent), look.head
                     if refusal is None:
                         subscription.lineage = lineage
                         continue
                 else:
-                    self._fill(channels)
+                    yield from self._fill(subscription, channels, opening)
                     if self._hub.join(subscription, ahead=ahead):
                         return
-                    page = self._log.page(channels, subscription.sent, self._page_bytes(), 0)
+                    turn = yield from self._turn(self._reading, subscription, opening=opening)
+                    try:
+                        page = self._log.page(channels, subscription.sent, self._page_bytes(), 0)
+                    finally:
+                        turn.leave()
                     refusal, head = page.refusal, page.head
                 if subscription.ended:  # meanwhile; a client that has lost the right to listen must hear no more
                     return
@@ -112,6 +120,8 @@ class Replay:
             except DatabaseUnavailable:
                 if opening:
                     raise
+                if subscription.ended:
+                    return
                 if time.monotonic() >= heartbeat_at:
                     heartbeat_at = time.monotonic() + self._heartbeat
                     yield event.HEARTBEAT
@@ -121,17 +131,111 @@ class Replay:
         self, subscription: Subscription, channels: Sequence[str], log_id: int, size: int
     ) -> Iterator[bytes]:
         """Yield the next event of a stream, which is larger than a page."""
-        after = subscription.sent
-        with self._large.hold(log_id, size, lambda: self._log.page(channels, after, 0, size)) as page:
-            if page is None:
-                logger.info("A stream was ended: too many large events wait for clients that read slowly.")
-                subscription.end(self._hub.end_block("behind"))
-            elif page.refusal is None and not page.too_large and not subscription.ended:
-                # The page may be another stream's. Apart from this event, it is then about that stream's channels.
+        after, sent, reader = subscription.sent, 0, object()
+        large = self._large.join(log_id, size, reader)
+        try:
+            while (piece := large.piece(sent)) != b"":
+                if piece is None:
+                    if (yield from self._load(subscription, large, channels, after, sent)):
+                        continue
+                    if sent:  # nothing may follow a part of an event
+                        subscription.end(b"", drop=True)
+                        if subscription.connection is not None:
+                            subscription.connection.cut()
+                    return
+                if subscription.ended and not sent:
+                    return
                 subscription.sent = log_id
-                yield from (data for _, data, item_id in page.items if item_id == log_id)
+                sent += len(piece)
+                yield piece
+        finally:
+            self._large.leave(large, reader)
 
-    def _fill(self, channels: Sequence[str]) -> None:
+    def _load(
+        self, subscription: Subscription, large: LargeEvent, channels: Sequence[str], after: int, sent: int
+    ) -> Generator[bytes, None, bool]:
+        """Have a large event in memory, of which the client has `sent` bytes. Returns False if the log has it not."""
+
+        def load() -> bool:
+            if large.data is None:  # and another stream has not loaded it meanwhile
+                self._large.make_room(large.size)
+                page = self._log.page(channels, after, 0, large.size)
+                for _, data, log_id in page.items:
+                    if log_id == large.log_id:
+                        large.keep(data)
+                if not page.items and page.refusal is None and not page.too_large:  # it cannot be sent
+                    subscription.sent = large.log_id
+            return large.data is not None
+
+        # Not even a heartbeat may stand within an event.
+        heartbeat = b"" if sent else event.HEARTBEAT
+        while True:
+            try:
+                return (yield from self._alone(self._loads, subscription, load, heartbeat=heartbeat))
+            except DatabaseUnavailable:
+                if not sent:
+                    raise
+                if subscription.ended:
+                    return False
+                time.sleep(min(_RETRY, self._heartbeat))
+
+    def _turn(
+        self, turns: Turns, subscription: Subscription, *, opening: bool, heartbeat: bytes = event.HEARTBEAT
+    ) -> Generator[bytes, None, Turn]:
+        """Wait for a stream's turn and return it; the caller must leave it. Meanwhile an open stream has heartbeats.
+
+        Raises `DatabaseUnavailable` if the stream has ended, or if it is opening and its turn does not come in time.
+        """
+        turn = turns.ask(subscription.terms.clients)
+        try:
+            while not subscription.wait_for(turn, OPEN_TIMEOUT if opening else self._heartbeat):
+                if opening or subscription.ended:
+                    raise DatabaseUnavailable("The event log is busy with other streams.")
+                if heartbeat:
+                    yield heartbeat
+            return turn
+        except BaseException:
+            turn.leave()
+            raise
+
+    def _alone(
+        self,
+        attempts: _Attempts,
+        subscription: Subscription,
+        read: Callable[[], _T],
+        *,
+        opening: bool = False,
+        heartbeat: bytes = event.HEARTBEAT,
+    ) -> Generator[bytes, None, _T]:
+        """Read while no other stream does so, and return the answer."""
+        failed = attempts.failed
+        turn = yield from self._turn(attempts.turns, subscription, opening=opening, heartbeat=heartbeat)
+        try:
+            if attempts.failed != failed:
+                raise DatabaseUnavailable("The event log did not answer another stream, which read for this one too.")
+            try:
+                return read()
+            except DatabaseUnavailable:
+                attempts.failed += 1
+                raise
+        finally:
+            turn.leave()
+
+    def _look(self, subscription: Subscription, opening: bool) -> Generator[bytes, None, Look]:
+        """Return what the log says of a stream's position: one query for all that come during another."""
+        batch = self._next_look
+        batch.ids[subscription.sent] = None
+
+        def read() -> Look:
+            if batch.answer is None or subscription.sent not in batch.asked:
+                self._next_look = _Batch()
+                batch.asked = tuple(batch.ids)  # a copy: with threads, another stream may add its own now
+                batch.answer = self._log.look(batch.asked)
+            return batch.answer
+
+        return (yield from self._alone(self._looks, subscription, read, opening=opening))
+
+    def _fill(self, subscription: Subscription, channels: Sequence[str], opening: bool) -> Iterator[bytes]:
         """Have the hub remember the last events of `channels`, where it does not yet.
 
         One stream also reads for the streams that wait meanwhile. So many streams that open at once make few queries.
@@ -140,133 +244,49 @@ class Replay:
         missing = self._hub.unremembered(channels)
         if not missing:
             return
-        self._unfilled.update(dict.fromkeys(missing))
+        client = subscription.terms.clients
+        for channel in missing:
+            self._unfilled.add(client, channel)
         try:
-            with self._filling.attempt():
-                self._fill_with_others(missing)
+            yield from self._alone(self._fills, subscription, lambda: self._fill_with_others(missing), opening=opening)
         finally:
             for channel in missing:
-                self._unfilled.pop(channel, None)
+                self._unfilled.discard(client, channel)
 
     def _fill_with_others(self, missing: Collection[str]) -> None:
         if not self._hub.unremembered(missing):
             return
         each = self._hub.memory
         most = max(1, min(_FILL, FILL_BYTES // each))
-        batch = list(dict.fromkeys([*missing, *list(self._unfilled)]))[: max(most, len(missing))]
+        batch = dict.fromkeys(missing)
+        while len(batch) < most and (channel := self._unfilled.pop()) is not None:
+            batch[channel] = None
         uptos = self._hub.unremembered(batch)
         names = list(uptos)
         for start in range(0, len(names), most):
             part = {name: uptos[name] for name in names[start : start + most]}
             for tail in self._log.last(part, each):
                 self._hub.remember(tail, part[tail.channel])
-        for channel in batch:  # done: the next batch of a waiting stream then has other channels
-            self._unfilled.pop(channel, None)
 
     def _page_bytes(self) -> int:
         return max(PAGE_BYTES_LEAST, min(PAGE_BYTES, PAGES_BYTES // max(1, len(self._readers))))
 
 
 class _Attempts:
-    """Lets one caller at a time read the log. If that fails, it fails for all callers that waited meanwhile too.
+    """Lets one stream at a time read the log. If that fails, it fails for all streams that waited meanwhile too.
 
     Otherwise each of them would wait its full time for a database that does not answer, and the last of many minutes.
     """
 
     def __init__(self) -> None:
-        self._one = threading.Lock()
-        self._failed = 0
-
-    @contextlib.contextmanager
-    def attempt(self) -> Iterator[None]:
-        failed = self._failed
-        with self._one:
-            if self._failed != failed:
-                raise DatabaseUnavailable("The event log did not answer another stream, which read for this one too.")
-            try:
-                yield
-            except DatabaseUnavailable:
-                self._failed += 1
-                raise
-
-
-class _Looks:
-    """Looks up in the log the positions that clients come back with: one query for all that come during another."""
-
-    def __init__(self, log: Log) -> None:
-        self._log = log
-        self._joining = threading.Lock()
-        self._next = _Batch()
-        self._attempts = _Attempts()
-
-    def look(self, log_id: int) -> Look:
-        """Return what the log says of this id, and perhaps of others."""
-        with self._joining:
-            batch = self._next
-            batch.ids.add(log_id)
-        with self._attempts.attempt():
-            if batch.answer is None:
-                with self._joining:
-                    self._next = _Batch()
-                batch.answer = self._log.look(batch.ids)
-            return batch.answer
+        self.turns = Turns(1)
+        self.failed = 0
 
 
 class _Batch:
+    """Positions that are looked up together, and the answer."""
+
     def __init__(self) -> None:
-        self.ids: set[int] = set()
+        self.ids: dict[int, None] = {}
+        self.asked: tuple[int, ...] = ()
         self.answer: Look | None = None
-
-
-class _LargeEvents:
-    """Events larger than a page, on their way to slow clients: each is loaded once, and all have at most `limit` bytes.
-
-    The holders of an event are a set, not a count: the garbage collector may end a stream in the middle of any
-    statement here.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._changed = threading.Condition()
-        self._held: dict[int, _Large] = {}
-
-    @contextlib.contextmanager
-    def hold(self, log_id: int, size: int, load: Callable[[], Page]) -> Iterator[Page | None]:
-        """Give the page with one event, which is loaded once for all its holders. None if there is no room in time."""
-        holder = object()
-        large = self._enter(log_id, size, holder)
-        if large is None:
-            yield None
-            return
-        try:
-            with large.loading.attempt():
-                if large.page is None:
-                    large.page = load()
-            yield large.page
-        finally:
-            with self._changed:
-                large.holders.discard(holder)
-                if not large.holders and self._held.get(log_id) is large:
-                    del self._held[log_id]
-                self._changed.notify_all()
-
-    def _enter(self, log_id: int, size: int, holder: object) -> _Large | None:
-        deadline = time.monotonic() + _LARGE_TIMEOUT
-        with self._changed:
-            while log_id not in self._held and self._held and self._size() + size > self._limit:
-                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
-                    return None
-            large = self._held.setdefault(log_id, _Large(size))
-            large.holders.add(holder)
-            return large
-
-    def _size(self) -> int:
-        return sum(large.size for large in list(self._held.values()))
-
-
-class _Large:
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.holders: set[object] = set()
-        self.page: Page | None = None
-        self.loading = _Attempts()

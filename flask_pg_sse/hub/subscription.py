@@ -66,7 +66,7 @@ class Terms:
 
     subjects:     the stream's subjects, from the app and the token; `disconnect(subject=…)` finds the stream by them.
     revocable:    whether a token or the app's authorizer opened it, so that the right to it can be taken away.
-    clients:      the clients that the stream counts for (`counted_under()`); none if streams are not counted.
+    clients:      the client that the stream takes turns for, and counts for (`counted_under()`).
     asked_at:     when the permission check began. The check may have missed a right that was taken away after that.
     ends_at:      when the stream must end.
     ends_because: the reason for that end, as the client is told it.
@@ -103,6 +103,7 @@ class Subscription:
         "position",
         "terms",
         "ticket",
+        "waits_for",
         "watched_as",
     )
 
@@ -122,6 +123,7 @@ class Subscription:
         # Monotonic time at which the stream must end. After `end()`: at which its connection is cut, if still open.
         self.due = terms.ends_at
         self.ticket: Ticket | None = None  # while the stream is in the hub's tables
+        self.waits_for: Ticket | None = None  # while its generator waits in `wait_for()`
         self._buffer: Buffer | None = None  # made when something has to wait, which for most streams never happens
         self._closing: bytes | None = None
         self._way: _socket.socket | None = None  # the socket for direct writes, while the generator is parked
@@ -255,6 +257,17 @@ class Subscription:
         if drop:
             self._drop()
         self._wake()
+        waits_for = self.waits_for
+        if waits_for is not None:
+            waits_for.cancel()
+
+    def wait_for(self, ticket: Ticket, timeout: float) -> bool:
+        """Wait at most `timeout` seconds, and return whether it was answered. The end of the stream ends the wait."""
+        self.waits_for = ticket
+        try:  # `ended` is read after `waits_for` is set: `end()` does the reverse
+            return not self.ended and ticket.wait(timeout)
+        finally:
+            self.waits_for = None
 
     def _drop(self) -> None:
         buffer = self._buffer  # read once: without the hub's lock another thread may remove it at any moment

@@ -63,6 +63,7 @@ class Ticker:
                     # A client that does not read its last block must not delay the worker's exit.
                     next_beat, self._interval = 0.0, min(self._interval, _LAST_TICK)
                 self._hub.end_departed()
+                self._hub.sweep()
                 if time.monotonic() >= next_beat:
                     next_beat = time.monotonic() + self._interval
                     self._hub.beat()

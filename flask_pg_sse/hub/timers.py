@@ -27,9 +27,18 @@ class Heartbeats:
         self._heartbeat = heartbeat
         # A heap. The number in the middle only keeps sets from being compared.
         self._foreseen: list[tuple[float, int, SubscriberSet]] = []
+        self._gone = 0  # how many sets in it have ended
 
     def begin(self, subscribers: SubscriberSet) -> None:
         self._foresee(subscribers, subscribers.position.active_at + self._heartbeat)
+
+    def end(self) -> None:
+        """Note that the last stream of a set has ended. Once half of the sets have, they are forgotten together."""
+        self._gone += 1
+        if self._gone > len(self._foreseen) // 2:
+            self._gone = 0
+            self._foreseen = [one for one in self._foreseen if one[2]]
+            heapq.heapify(self._foreseen)
 
     @property
     def next_at(self) -> float:
@@ -48,6 +57,7 @@ class Heartbeats:
         found = []
         for subscribers in due:
             if not subscribers:  # its last stream has ended
+                self._gone -= 1
                 continue
             before = subscribers.position
             block = before.heartbeat_block(now - self._heartbeat, cursor)

@@ -316,8 +316,7 @@ def _admitted(
                 raise _Refused(
                     "This site cannot tell whose stream this would be. Ask the site's operator to look at its log."
                 )
-            each = settings.max_streams_per_client is not None
-            clients = authorize.counted_under(subjects, current.remote_addr) if each else ()
+            clients = authorize.counted_under(subjects, current.remote_addr)
             end = _end_of(token, settings.max_age)
             terms = Terms(subjects, clients, asked_at, *end, revocable=permission.revocable)
             worker.admission.count_for(subscription, terms)

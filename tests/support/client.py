@@ -159,6 +159,7 @@ def request(
     receive_buffer: int | None = None,
     version: str = "1.1",
     tls: ssl.SSLContext | None = None,
+    source: str = "",
 ) -> Response:
     """Send one request to 127.0.0.1 and return the answer once its head is there."""
     sock = socket.socket()
@@ -166,6 +167,8 @@ def request(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     sock.settimeout(timeout)
     try:
+        if source:  # another address of this machine, for the server another client
+            sock.bind((source, 0))
         sock.connect(("127.0.0.1", port))
         if tls is not None:
             sock = tls.wrap_socket(sock, server_hostname="127.0.0.1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flask_pg_sse.engine.base import ControlMessage, Item, Look, Page, Readiness, Tail
@@ -32,7 +32,7 @@ class Granted:
 class Quiet:
     """An engine that hears all channels at once, and on which nothing comes."""
 
-    def subscribe(self, channels: Iterable[str]) -> Granted:
+    def subscribe(self, channels: Iterable[str], client: Hashable = ()) -> Granted:
         return Granted()
 
     def unsubscribe(self, channels: Iterable[str]) -> None:
@@ -144,6 +144,9 @@ class Connection(SendProgress):
 
     def cut(self) -> None:
         pass
+
+    def gone(self) -> bool:
+        return False
 
     def release_request(self) -> None:
         pass

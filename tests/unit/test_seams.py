@@ -216,7 +216,7 @@ def test_a_channel_whose_listen_is_under_way_is_not_remembered_yet() -> None:
     log = ModelLog(1)
     world = World(log)
     gone = Client(world, "a", 1000, FIRST)
-    world.replay._unfilled["a"] = None  # it was killed while it waited for its turn to ask
+    world.replay._unfilled.add((), "a")  # it was killed while it waited for its turn to ask
     world.hub.close(gone)
     world.hub.sweep()
     come = Subscription("a", 1000)  # and on its channel, whose LISTEN has ended, there comes another

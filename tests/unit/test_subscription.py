@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, cast
 
 import pytest
@@ -41,7 +41,7 @@ class Confirmed:
 
 def make_hub(log: list[str] | None = None, ticket: Confirmed | None = None, heartbeat: float = 15) -> Hub:
     class Engine:
-        def subscribe(self, channels: Iterable[str]) -> Confirmed:
+        def subscribe(self, channels: Iterable[str], client: Hashable) -> Confirmed:
             if log is not None:
                 log.append("listen " + " ".join(sorted(channels)))
             return ticket or Confirmed()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import json
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ...event import Event
 from ...tokens import Keys, sign_disconnect
-from ..base import ControlMessage, Look, Page, Readiness, Sink, Status, Tail, Ticket
+from ..base import LOG_READERS, ControlMessage, Look, Page, Readiness, Sink, Status, Tail, Ticket
 from . import control
 from .codec import pg_name, to_payload, to_row
 from .control import DisconnectCommands
@@ -31,9 +31,9 @@ from .watch import AddressWatch
 _NOTIFY_CONNECTIONS = 4
 # PostgreSQL's time, in seconds since the epoch.
 _CLOCK = "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float8"
-# Connections for reading the log. They are separate: notify() and the reads for slow clients must not wait for each
-# other.
-_LOG_CONNECTIONS = 2
+# Connections for `sse_cursor()` and for pruning, which needs one at a time. They are separate, as those for reading the
+# log are: a page, notify() and the reads for clients that catch up must not wait for each other.
+_OTHER_CONNECTIONS = 2
 
 
 class PostgresEngine:
@@ -126,9 +126,9 @@ class PostgresEngine:
             self._listener.beat_soon()
         self._look_soon()
 
-    def subscribe(self, channels: Iterable[str]) -> Ticket:
+    def subscribe(self, channels: Iterable[str], client: Hashable = ()) -> Ticket:
         assert self._listener is not None, "subscribe() before start()"
-        return self._listener.subscribe(channels)
+        return self._listener.subscribe(channels, client)
 
     def unsubscribe(self, channels: Iterable[str]) -> None:
         assert self._listener is not None, "unsubscribe() before start()"
@@ -194,11 +194,11 @@ class _Connections:
         new = functools.partial(Pool, self.dsn, on_connect=on_connect, on_silence=on_silence)
         self._pools = (
             new("notify", _NOTIFY_CONNECTIONS),
-            new("log", _LOG_CONNECTIONS, down_for=0.5),
-            new("prune", 1),
+            new("log", LOG_READERS, down_for=0.5),
+            new("head", _OTHER_CONNECTIONS, down_for=0.5),
         )
         self.sending = OwnConnection(self._pools[0])
-        self.history = History(self._pools[1])
+        self.history = History(self._pools[1], self._pools[2])
         self.pruning = self._pools[2]
 
     def suspect(self) -> None:

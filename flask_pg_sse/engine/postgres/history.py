@@ -72,12 +72,14 @@ def _items(channel: str, log_id: int, fields: str, data: str | None, dropped: Dr
 class History:
     """The event log, for streams that read it and for `sse_cursor()`."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, for_heads: Pool) -> None:
         self._pool = pool
+        self._for_heads = for_heads
         self._dropped = Dropped()
 
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
-        run = functools.partial(self._pool.execute, limit=LONGEST_READ)
+        # A page is short, and others wait for their turn.
+        run = functools.partial(self._pool.execute, limit=LONGEST_READ if max_event else None)
         return read_page(run, channels, after, max_bytes, max_event, self._dropped)
 
     def look(self, ids: Collection[int]) -> Look:
@@ -96,4 +98,4 @@ class History:
 
     def head(self) -> int:
         """Return the head of the log: the id up to which every event is committed."""
-        return int(self._pool.execute(_HEAD)[0][0])
+        return int(self._for_heads.execute(_HEAD)[0][0])

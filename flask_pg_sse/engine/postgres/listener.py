@@ -10,16 +10,16 @@ import contextlib
 import logging
 import select
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import psycopg2
 from psycopg2.extensions import quote_ident
 
 from ...errors import DatabaseUnavailable
-from ..base import Readiness, Sink, Status
+from ..base import Readiness, Sink, Status, Ticket, TooManyChannels
 from ..listener import LINGER, Listener
-from ..listens import ListenTable, ListenTicket
+from ..listens import ListenTable
 from ..outage import Outage
 from . import control
 from .codec import pg_name
@@ -96,8 +96,12 @@ class PostgresListener(Listener):
         self._receiver.stopping = True
         super().stop(timeout)
 
-    def subscribe(self, channels: Iterable[str]) -> ListenTicket:
-        return super().subscribe(self._receiver.unquoted.add(channels))
+    def subscribe(self, channels: Iterable[str], client: Hashable = ()) -> Ticket:
+        try:
+            return super().subscribe(self._receiver.unquoted.add(channels), client)
+        except TooManyChannels:
+            self._receiver.unquoted.remove(channels)
+            raise
 
     def unsubscribe(self, channels: Iterable[str]) -> None:
         super().unsubscribe(self._receiver.unquoted.remove(channels))
@@ -148,7 +152,6 @@ class PostgresListener(Listener):
             return
         self._receiver.connected()
         self._find_log(connection, again=True)
-        self._listens.restart()
         # LISTEN takes effect at the commit, so what is heard comes from transactions that have not ended here.
         [(ended,)] = self._execute(connection, f"LISTEN {control.CHANNEL}; {control.SNAPSHOT}")
         self._control.listening(ended)
@@ -160,7 +163,8 @@ class PostgresListener(Listener):
         self._execute(connection, _SETUP)
         self._identify(connection)
         confirmed = []
-        while names := self._listens.due(_BATCH)[1]:
+        for _ in range(0, self._listens.restart(), _BATCH):
+            names = self._listens.due(_BATCH)[1]
             confirmed.append((names, self._listen(connection, names)))
         # After every LISTEN, so from here on nothing is missed. Before any event that has arrived meanwhile: it would
         # seem to follow directly on the position.
@@ -263,6 +267,7 @@ class PostgresListener(Listener):
             raise _Deaf(_DEAF)
         self._identify(connection)
         logger.error("%s. Until then events of the log arrive late, and other events not at all.", _DEAF)
+        self._listens.restart()
         while self._goes_on:
             _, begun = self._listens.due(_BATCH)
             self._recover(connection)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import select
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import psycopg2
 
 from ...errors import DatabaseUnavailable
+from ..turns import Turns
 from .connect import ask_for_an_answer, connect, execute, is_read_only
 from .dsn import Dsn
 
@@ -42,7 +42,7 @@ class _Pooled:
 
 
 class Pool:
-    """At most `size` connections, opened when they are needed.
+    """At most `size` connections, opened when they are needed. Callers that wait for one get it in their order.
 
     For `down_for` seconds after a failed attempt to connect, other callers get the same error at once. So when many
     callers wait for the database, not each of them waits for its own attempt.
@@ -64,7 +64,7 @@ class Pool:
         self._name = name
         self._size = size
         self._idle: list[_Pooled] = []
-        self._free = threading.BoundedSemaphore(size)
+        self._places = Turns(size)
         self._closed = False
         self._down_for = down_for
         self._down_until = 0.0
@@ -100,15 +100,16 @@ class Pool:
         self._run(run)
 
     def _run(self, statements: Callable[[Any], list[Any]]) -> list[Any]:
-        if not self._free.acquire(timeout=TIMEOUT):
-            raise DatabaseUnavailable(
-                f"All {self._size} connections for {self._name} were busy for {TIMEOUT:.0f} s: PostgreSQL answers too "
-                "slowly."
-            )
+        turn = self._places.ask()
         try:
+            if not turn.wait(TIMEOUT):
+                raise DatabaseUnavailable(
+                    f"All {self._size} connections for {self._name} were busy for {TIMEOUT:.0f} s: PostgreSQL answers "
+                    "too slowly."
+                )
             return self._run_on_one(statements)
         finally:
-            self._free.release()
+            turn.leave()
 
     def _run_on_one(self, statements: Callable[[Any], list[Any]]) -> list[Any]:
         while True:

@@ -140,8 +140,8 @@ def test_channels_are_freed_when_nobody_wants_them(database_url: str, make_liste
     assert listener.subscribe(["a", "b", "ü" * 100]).wait(10)
     listener.unsubscribe(["a", "ü" * 100])
     eventually(lambda: listener._listens.listened() == ["b"])
-    assert listener._listens._channel_of.keys() == {"b"}
-    assert not listener._listens._idle_since and not listener._listens._pending and not listener._listens._to_listen
+    assert listener._listens._listens.keys() == {"b"}
+    assert not listener._listens._idle_since and not listener._listens._ending and not listener._listens._queue
 
 
 def test_a_stream_that_comes_during_an_unlisten_gets_a_listen_of_its_own(
@@ -243,8 +243,8 @@ def test_nothing_piles_up_while_postgres_is_away(own_postgres: postgres.Server, 
     for number in range(1000):
         assert not listener.subscribe([f"room-{number}"]).wait(0)
         listener.unsubscribe([f"room-{number}"])
-    assert listener._listens._channel_of.keys() == listener._listens._to_listen | {"kept"} == {"kept"}
-    assert not listener._listens._pending
+    assert listener._listens._listens.keys() == {"kept"}
+    assert not listener._listens._queue
     own_postgres.start()
 
 

@@ -11,14 +11,14 @@ import pytest
 from flask import Flask
 
 from flask_pg_sse import notify, schema_sql, sse_cursor
-from flask_pg_sse.engine.base import Page, Tail
+from flask_pg_sse.engine.base import Tail
 from flask_pg_sse.engine.postgres import history, pool
 from flask_pg_sse.engine.postgres.connect import connect as own_connection
 from flask_pg_sse.engine.postgres.connect import execute as own_execute
 from flask_pg_sse.engine.postgres.dsn import to_dsn
 from flask_pg_sse.errors import DatabaseUnavailable
 from flask_pg_sse.event import end_block
-from flask_pg_sse.hub.replay import _LargeEvents
+from flask_pg_sse.hub.replay import _Attempts
 from flask_pg_sse.hub.subscription import Subscription
 from flask_pg_sse.testing import stream
 from tests.support.client import eventually
@@ -188,30 +188,23 @@ def test_who_is_ended_while_the_log_is_read_is_not_sent_what_it_had(size: int, q
     world.hub.close(subscription)
 
 
-def test_a_large_event_that_cannot_be_read_is_not_asked_for_by_each_who_waits_for_it() -> None:
-    large = _LargeEvents(10**9)
+def test_what_cannot_be_read_is_not_asked_for_by_each_who_waits_for_it() -> None:
     model = StandingStill()
     model.fails = True
-    loads = 0
+    world = World(model, heartbeat=15)
+    attempts = _Attempts()
     failures: list[DatabaseUnavailable] = []
 
-    def load() -> Page:
-        nonlocal loads
-        loads += 1
-        return model.page(["a"], FIRST, 0, 10**6)
-
-    def hold() -> None:
+    def read() -> None:
         try:
-            with large.hold(1, 10**6, load):
-                pass
+            list(world.replay._alone(attempts, Subscription(["a"], 1000), lambda: model.page(["a"], FIRST, 0, 10**6)))
         except DatabaseUnavailable as error:
             failures.append(error)
 
-    threads = [InThread(hold) for _ in range(10)]
-    eventually(lambda: 1 in large._held and len(large._held[1].holders) == 10)
+    threads = [InThread(read) for _ in range(10)]
+    eventually(lambda: sum(map(len, attempts.turns._waiting._waiting.values())) == 9)
     model.let.set()
     for thread in threads:
         thread.join()
     assert len(failures) == 10
-    assert loads <= 2, "and one of a thread that had not yet come to wait"
-    assert not large._held
+    assert model.pages == 1
