@@ -190,14 +190,21 @@ def is_read_only(connection: Any) -> bool:
 
 
 def execute(
-    connection: Any, query: str, args: tuple[Any, ...] | None = None, *, timeout: float, limit: float | None = None
+    connection: Any,
+    query: str,
+    args: tuple[Any, ...] | None = None,
+    *,
+    timeout: float,
+    limit: float | None = None,
+    patience: float | None = None,
 ) -> list[Any]:
     """Run a query and return its rows. Close the connection after an error, because the query may still be running.
 
     `timeout` is how many seconds the server may be silent. `limit` is how many seconds the statement may take in total,
-    for long answers; by default it is equal to `timeout`.
+    for long answers; by default it is equal to `timeout`. `patience` is how many seconds it may wait for a lock; by
+    default that is 80 % of `timeout`.
 
-    PostgreSQL gets slightly shorter timeouts (80 % for a lock, 90 % for the statement), because it would not notice
+    PostgreSQL gets slightly shorter timeouts (90 % for the statement), because it would not notice
     that this client has given up. Statements that wait for a lock would pile up there until no connection is left, and
     would then publish events whose senders got an error. The lock's is the shorter one, because its error can name who
     holds the lock. (A commit with NOTIFY waits for a lock too; it is the same one for all databases.) The
@@ -208,9 +215,10 @@ def execute(
     The settings and the query are sent together and form one transaction. The settings end with it, also through a
     pooler.
     """
+    for_lock, in_all = patience or timeout * 0.8, (limit or timeout) * 0.9
     settings = (
         "SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE; "
-        f"SET LOCAL lock_timeout = {timeout * 800:.0f}; SET LOCAL statement_timeout = {(limit or timeout) * 900:.0f}; "
+        f"SET LOCAL lock_timeout = {for_lock * 1000:.0f}; SET LOCAL statement_timeout = {in_all * 1000:.0f}; "
     )
     with connection.cursor(cursor_factory=Psycopg2Cursor) as cursor:
         cursor.execute(settings + query, args)

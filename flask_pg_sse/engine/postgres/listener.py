@@ -7,6 +7,7 @@ The events themselves go through `receiver.py`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import select
 import time
@@ -28,6 +29,7 @@ from .control import DisconnectCommands
 from .dsn import Dsn
 from .identity import Server, who
 from .installation import InstallationLookup
+from .obstacle import NOT_NOW, Obstacle
 from .receiver import Receiver
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,9 @@ _BATCH = 500
 BEAT_EVERY = 10.0
 # Seconds in which the server must answer a statement, and a beat must come back.
 _ANSWER_WITHIN = 5.0
+# Seconds that a beat may wait for the lock of NOTIFY, when nothing is received, and after which it is tried again.
+_BEAT_PATIENCE = 1.0
+_BEAT_AGAIN = 1.0
 # Seconds between two reads of the log while LISTEN is deaf.
 _DEAF_PACE = 1.0
 
@@ -91,6 +96,7 @@ class PostgresListener(Listener):
         self._receiver = Receiver(dsn, sink, self._listens, commands)
         self._control = self._receiver.control
         self._beat_at = 0.0  # when the last beat came back
+        self._obstacle = Obstacle()
 
     def stop(self, timeout: float) -> None:
         self._receiver.stopping = True
@@ -205,8 +211,10 @@ class PostgresListener(Listener):
             self._execute(connection, ";".join(f"UNLISTEN {quote_ident(name, connection)}" for name in ended))
         if begun:
             heard = self._listen(connection, begun)
-            # This moves the position to the log's head as it was after LISTEN.
-            self._beat(connection, self._beat_query())
+            # Either of them moves the position to the log's head as it was after LISTEN.
+            beaten = not self._obstacle.stands and self._beat(connection, self._beat_query())
+            if not beaten and self._receiver.log_is_on:
+                self._receiver.catch_up(connection)
             self._listens.confirm(begun, heard)
         return bool(ended or begun)
 
@@ -221,9 +229,9 @@ class PostgresListener(Listener):
             half = len(names) // 2
             return self._listen(connection, names[:half]) | self._listen(connection, names[half:])
 
-    def _execute(self, connection: Any, query: str, args: Sequence[Any] = ()) -> Any:
+    def _execute(self, connection: Any, query: str, args: Sequence[Any] = (), patience: float | None = None) -> Any:
         try:
-            return execute(connection, query, tuple(args), timeout=_ANSWER_WITHIN)
+            return execute(connection, query, tuple(args), timeout=_ANSWER_WITHIN, patience=patience)
         except TimeoutError:
             self._on_silence()
             raise
@@ -231,11 +239,21 @@ class PostgresListener(Listener):
     def _beat_query(self) -> str:
         return _BEAT_OF_LOG if self._receiver.log_is_on else _BEAT
 
-    def _beat(self, connection: Any, query: str) -> None:
-        """Send a beat, and hand over events until it comes back. Raises `_Deaf` if it does not come back in 5 s."""
+    def _beat(self, connection: Any, query: str) -> bool:
+        """Send a beat, and hand over events until it comes back. Raises `_Deaf` if it does not come back in 5 s.
+
+        Returns False if the beat could not be sent. That says nothing against the connection.
+        """
         of_log, known = query == _BEAT_OF_LOG, self._receiver.confirmed
         nonce = self._control.next_beat()
-        [(ended, key, refusal)] = self._execute(connection, query, (nonce, known) if of_log else (nonce,))
+        args = (nonce, known) if of_log else (nonce,)
+        try:
+            [(ended, key, refusal)] = self._execute(connection, query, args, _BEAT_PATIENCE)
+        except NOT_NOW as error:
+            self._obstacle.met(error, connection.notices, functools.partial(self._execute, connection))
+            self._beat_at = time.monotonic() + _BEAT_AGAIN - self._beat_every
+            return False
+        self._obstacle.over()
         self._control.beat_sent(ended)
         if of_log and (key is None or bytes(key) != self._receiver.decoder.key):
             # Before the position moves: events of the new log were dropped as forged, and must be read from it.
@@ -252,7 +270,7 @@ class PostgresListener(Listener):
             if self._control.returned == self._control.beats:
                 self._beat_at = time.monotonic()
                 self._receiver.confirmed = self._receiver.position
-                return
+                return True
             left = deadline - time.monotonic()
             if not more and (left <= 0 or not poller.poll(left * 1000)):
                 raise _Deaf(_DEAF)
