@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from flask import Flask
 from psycopg2.extensions import parse_dsn
 
 from flask_pg_sse import notify
+from flask_pg_sse.engine.postgres import pool
 from flask_pg_sse.engine.postgres.schema import drop_schema_sql, schema_sql
 from flask_pg_sse.errors import DatabaseUnavailable
 from flask_pg_sse.testing import stream
@@ -98,6 +101,11 @@ class Sender(threading.Thread):
                 self._connection.close()
         self._connection = None
 
+    def abandon(self) -> None:
+        """End its own connection, as the system does at a limit of time that this one has not."""
+        with socket.socket(fileno=os.dup(self._connection.fileno())) as sock:
+            sock.shutdown(socket.SHUT_RDWR)
+
     @property
     def failures(self) -> list[Call]:
         return [call for call in list(self.calls) if call.failure is not None]
@@ -153,11 +161,11 @@ class Scene:
             promised = {call.text for call in sender.calls if call.failure is None}
             assert promised <= set(texts), sorted(promised - set(texts))[:5]
 
-    def check_undone(self, before: list[Event]) -> None:
-        """Every stream has what the lost log had, up to one `sse-reset` `undone`, and then exactly what there is."""
+    def check_undone(self, before: list[Event], browsers: Sequence[Browser] = ()) -> None:
+        """Each stream has what the lost log had, up to one `sse-reset` `undone`, and then exactly what there is."""
         kept = len([event for event in before if event in self.log])
         assert before[:kept] == self.log[:kept] and kept < len(before), "events were lost, all at the end"
-        for browser in self.browsers:
+        for browser in browsers or self.browsers:
             assert browser.failure is None, (browser.name, browser.failure)
             assert [reset.reason for reset in browser.resets] == ["undone"], (browser.name, browser.resets)
             (seen, after), (reset,) = browser.stretches, browser.resets
@@ -188,13 +196,15 @@ def play(start_server: Start, make_app: MakeApp) -> Play:
     """Let streams and publishers run over the address of a cluster for the time of the context, and end in peace."""
 
     @contextmanager
-    def run(cluster: Cluster, url: str | None = None, listen_url: str | None = None) -> Iterator[Scene]:
+    def run(
+        cluster: Cluster, url: str | None = None, listen_url: str | None = None, app_name: str = "basic"
+    ) -> Iterator[Scene]:
         url = url or cluster.url
         app = make_app(url, SSE_LISTEN_URL=listen_url)
         settings = {"FLASK_SSE_HEARTBEAT": "0.5", "FLASK_SSE_RETRY": "100"}
         if listen_url is not None:
             settings["FLASK_SSE_LISTEN_URL"] = listen_url
-        server = start_server(url, "-w", "2", **settings)
+        server = start_server(url, "-w", "2", app=f"tests.support.apps.{app_name}:app", **settings)
         senders = [Sender(app, url, in_transaction=way) for way in (False, True)]
         scene = Scene(server, senders, url)
         try:
@@ -255,10 +265,13 @@ def test_managed_failover_of_a_host_that_says_nothing_more(logged_cluster: Clust
         logged_cluster.lead_to(standby, drop=False)
         logged_cluster.address.restore()
         events_come(scene.browsers)
-        logged_cluster.address.drop()  # the publisher's own connection has no limit of time, and waits until here
+        ours, theirs = scene.senders
+        theirs.abandon()
         scene.goes_on()
     scene.report("managed failover, silent")
     scene.check_all_exact()
+    # One call may have been under way.
+    assert len(ours.failures) <= 1 and max(call.seconds for call in ours.calls) < 15
 
 
 @pytest.mark.slow
@@ -379,6 +392,27 @@ def test_a_replica_that_lagged_is_promoted(logged_cluster: Cluster, play: Play) 
         scene.goes_on()
     scene.report("lagging replica")
     scene.check_undone(before)
+
+
+@pytest.mark.slow
+def test_an_old_primary_that_lives_on(logged_cluster: Cluster, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection ends. Whoever has one to the old primary goes on there, and what is sent there is lost."""
+    monkeypatch.setattr(pool, "_MOST_AGE", 1.0)
+    old, new = logged_cluster.primary, logged_cluster.standby()
+    synchronous(logged_cluster)
+    with play(logged_cluster, app_name="watchful") as scene:
+        execute(old.url(), "ALTER SYSTEM RESET synchronous_standby_names")
+        execute(old.url(), "SELECT pg_reload_conf()")
+        promote(new)
+        logged_cluster.lead_to(new, drop=False)
+        moved = "The listener moves there"
+        eventually(lambda: scene.server.log().count(moved) == 2, 90, "both workers have moved")
+        before = logged(old.url())
+        old.stop("fast")
+        scene.goes_on()
+    scene.report("an old primary that lives on")
+    assert [browser.connections for browser in scene.staying] == [1] * len(scene.staying)
+    scene.check_undone(before, scene.staying)
 
 
 @pytest.mark.slow
