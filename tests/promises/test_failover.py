@@ -161,23 +161,23 @@ class Scene:
             promised = {call.text for call in sender.calls if call.failure is None}
             assert promised <= set(texts), sorted(promised - set(texts))[:5]
 
-    def check_undone(self, before: list[Event], browsers: Sequence[Browser] = ()) -> None:
-        """Each stream has what the lost log had, up to one `sse-reset` `undone`, and then exactly what there is."""
+    def check_lost(self, before: list[Event], browsers: Sequence[Browser] = (), reason: str = "undone") -> None:
+        """Each stream has what the lost log had, up to one `sse-reset`, and then exactly what there is."""
         kept = len([event for event in before if event in self.log])
         assert before[:kept] == self.log[:kept] and kept < len(before), "events were lost, all at the end"
         for browser in browsers or self.browsers:
             assert browser.failure is None, (browser.name, browser.failure)
-            assert [reset.reason for reset in browser.resets] == ["undone"], (browser.name, browser.resets)
+            assert [reset.reason for reset in browser.resets] == [reason], (browser.name, browser.resets)
             (seen, after), (reset,) = browser.stretches, browser.resets
             wanted = [event for event in before if event[1] in browser.channels and event[0] > seen.after]
             assert seen.events == [(id, data) for id, _, data in wanted][: len(seen.events)]
             assert seen.events[-1] not in [(id, data) for id, _, data in self.log], "it had seen what was lost"
-            assert reset.id == after.after >= self.log[kept - 1][0]
+            assert reset.id == after.after and (not kept or reset.id >= self.log[kept - 1][0])
             wanted = [event for event in self.log if event[1] in browser.channels and event[0] > reset.id]
             assert after.events == [(id, data) for id, _, data in wanted]
         ids = [id for id, _, _ in before[kept:] + self.log]
         assert len(ids) == len(set(ids)), "no id is there twice"
-        assert "has lost events that were sent" in self.server.log()
+        assert reason != "undone" or "has lost events that were sent" in self.server.log()
 
     def report(self, row: str) -> None:
         deliveries = sum(browser.deliveries for browser in self.browsers)
@@ -391,12 +391,12 @@ def test_a_replica_that_lagged_is_promoted(logged_cluster: Cluster, play: Play) 
         logged_cluster.lead_to(standby)
         scene.goes_on()
     scene.report("lagging replica")
-    scene.check_undone(before)
+    scene.check_lost(before)
 
 
 @pytest.mark.slow
 def test_an_old_primary_that_lives_on(logged_cluster: Cluster, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No connection ends. Whoever has one to the old primary goes on there, and what is sent there is lost."""
+    """No connection ends. A client that has one to the old primary goes on there, and what it sends is lost."""
     monkeypatch.setattr(pool, "_MOST_AGE", 1.0)
     old, new = logged_cluster.primary, logged_cluster.standby()
     synchronous(logged_cluster)
@@ -412,7 +412,7 @@ def test_an_old_primary_that_lives_on(logged_cluster: Cluster, play: Play, monke
         scene.goes_on()
     scene.report("an old primary that lives on")
     assert [browser.connections for browser in scene.staying] == [1] * len(scene.staying)
-    scene.check_undone(before, scene.staying)
+    scene.check_lost(before, scene.staying)
 
 
 @pytest.mark.slow
@@ -427,7 +427,7 @@ def test_recovery_to_a_point_in_time(logged_cluster: Cluster, play: Play) -> Non
         logged_cluster.lead_to(logged_cluster.restore(data, "before the mishap"))
         scene.goes_on()
     scene.report("recovery to a point in time")
-    scene.check_undone(before)
+    scene.check_lost(before)
 
 
 @pytest.mark.slow
@@ -446,7 +446,27 @@ def test_last_nights_dump(logged_cluster: Cluster, play: Play, running_postgres:
         logged_cluster.lead_to(target)
         scene.goes_on()
     scene.report(f"last night's dump, {place}")
-    scene.check_undone(before)
+    scene.check_lost(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reason", ["undone", "too-old"])
+def test_a_new_server_with_a_log_of_its_own(
+    logged_cluster: Cluster, play: Play, running_postgres: Running, reason: str
+) -> None:
+    """As with a replication or a dump that leaves the log out. It begins before, or after, what streams have seen."""
+    with running_postgres() as new:
+        if reason == "undone":
+            install_log(new.url())
+        with play(logged_cluster) as scene:
+            logged_cluster.address.cut()
+            before = logged(logged_cluster.primary.url())
+            if reason == "too-old":
+                install_log(new.url())
+            logged_cluster.lead_to(new)
+            scene.goes_on()
+    scene.report(f"a new log, {reason}")
+    scene.check_lost(before, reason=reason)
 
 
 # -- a dump every night
