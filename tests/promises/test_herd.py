@@ -47,6 +47,7 @@ def test_a_thousand_that_return_to_one_channel(database_url: str, start_server: 
     print(worker, found)
     # The listener's first look, and one question for what came before; some who came before its answer ask as well.
     assert found.get("page_v1", 0) + found.get("tail_v1", 0) <= 5
+    assert found["look_v1"] <= 10, "all ids that come at once are looked up together"
 
 
 def _open(crowd: Crowd, ids: Sequence[int], *channels: str) -> list[Reader]:

@@ -76,6 +76,7 @@ class ModelLog:
     def __init__(self, seed: int, fails: float = 0.0) -> None:
         self.items: list[Item] = []
         self.pages = self.tail_reads = self.looks = 0
+        self._highest = FIRST
         self._chooser = random.Random(seed)
         self._fails = fails
 
@@ -84,9 +85,14 @@ class ModelLog:
         return self.items[-1][2] if self.items else FIRST
 
     def append(self, channel: str, size: int, gap: int = 1) -> Item:
-        new = item(channel, self.head + gap, size)
+        self._highest += gap
+        new = item(channel, self._highest, size)
         self.items.append(new)
         return new
+
+    def undo(self, events: int) -> None:
+        """Lose the last events, as a failover to a replica that lags. Their ids are not given out again."""
+        del self.items[max(0, len(self.items) - events) :]
 
     def on(self, channels: Iterable[str], after: int, upto: int | None = None) -> list[Item]:
         wanted = set(channels)
@@ -176,6 +182,11 @@ class World:
         half = len(extra) // 2
         self.hub.deliver([*extra[:half], *turn, *extra[half:]], position)
 
+    def reconnect(self) -> None:
+        """Tell the hub that the log has lost events."""
+        self._handed_over = len(self.log.items)
+        self.hub.gap("undone", self.log.head)
+
     @property
     def undelivered(self) -> int:
         return len(self.log.items) - self._handed_over
@@ -193,4 +204,4 @@ def opening_id(output: bytes) -> int:
     return int(found[1])
 
 
-RESET = control_block("reset", {})[:18]  # how every sse-reset begins
+RESET = control_block("reset", {}).partition(b"\n")[0] + b"\n"  # how every sse-reset begins

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -66,34 +67,50 @@ class Client(Subscription):
         """Bytes that were offered and that no step has had."""
         return 0 if self._buffer is None else self._buffer.size - self._buffer._in_flight
 
-    def check(self, last_event_id: int | None) -> None:
-        """Compare what came with the log, which it must have up to its end."""
+    def check(self, last_event_id: int | None, *, undone: bool) -> None:
+        """Compare what came with the log, which it must have up to its end; after events were undone, since a reset."""
         start = opening_id(self.output)
         assert last_event_id is None or start == last_event_id
-        assert logged_in(self.output) == [one[2] for one in self.world.log.on(self.channels, start)]
         numbers = raw_in(self.output)
         assert numbers == sorted(set(numbers))
-        assert model.RESET not in self.output
+        assert undone or model.RESET not in self.output
+        *_, output = self.output.split(model.RESET)
+        if reset := re.match(rb"id: (\d+)\n", output):
+            start = int(reset[1])
+        assert logged_in(output) == [one[2] for one in self.world.log.on(self.channels, start)]
 
 
+@pytest.mark.parametrize("undoes", [False, True], ids=["nothing is undone", "events are undone"])
 @settings(deadline=None, max_examples=100 * LONG, suppress_health_check=LARGE)
 @given(st.randoms(use_true_random=False), st.sampled_from([0.0, 0.2]))
-def test_every_stream_has_exactly_the_log_whatever_the_order_of_things(chooser: random.Random, fails: float) -> None:
+def test_every_stream_has_exactly_the_log_whatever_the_order_of_things(
+    undoes: bool, chooser: random.Random, fails: float
+) -> None:
     world = World(ModelLog(chooser.randrange(1 << 30), 0.0))
+    given: list[int] = []  # all ids, also of events that were undone
+    away = False  # the log has lost events, and the hub has not heard of it
     clients: list[tuple[Client, int | None]] = []
     numbers = 0
     for _ in range(chooser.randrange(5, 60)):
         act = chooser.choice(["publish", "publish", "deliver", "deliver", "open", "step", "step", "drain", "beat"])
+        if undoes and not away and chooser.random() < 0.2:
+            world.log.undo(chooser.choice([1, 3, 30]))
+            away = True
+        if away and chooser.random() < 0.4:
+            world.reconnect()
+            away = False
+        if away and act == "deliver":
+            continue
         if act == "publish":
             for _ in range(chooser.choice([1, 2, 10])):
                 size = chooser.choice([20, 20, 60, 400])
-                world.log.append(chooser.choice(CHANNELS), size, chooser.randrange(1, 4))
+                given.append(world.log.append(chooser.choice(CHANNELS), size, chooser.randrange(1, 4))[2])
         elif act == "deliver":
             extra = [raw(chooser.choice(CHANNELS), numbers + n) for n in range(chooser.choice([0, 0, 1, 3]))]
             numbers += len(extra)
             world.deliver(chooser.choice([0, 1, 5, 100]), extra)
         elif act == "open":
-            ids = [FIRST, *(one[2] for one in world.log.items)]
+            ids = [FIRST, *given]
             known = chooser.choice([None, 0, ids[-1], chooser.choice(ids), chooser.choice(ids[-5:])])
             channels = "".join(chooser.sample(CHANNELS, chooser.choice([1, 1, 2, 4])))
             clients.append((Client(world, channels, chooser.choice([1, 50, 200, 5000]), known), known))
@@ -107,6 +124,8 @@ def test_every_stream_has_exactly_the_log_whatever_the_order_of_things(chooser: 
             world.log._fails = 0.0
         if clients and chooser.random() < 0.05:
             world.hub.close(clients.pop(chooser.randrange(len(clients)))[0])
+    if away:
+        world.reconnect()
     while world.undelivered:
         world.deliver(7)
     for client, _ in clients:
@@ -116,7 +135,7 @@ def test_every_stream_has_exactly_the_log_whatever_the_order_of_things(chooser: 
             steps += 1
             assert steps < 10_000, "a stream never has it all"
     for client, known in clients:
-        client.check(known)
+        client.check(known, undone=undoes)
 
 
 @pytest.mark.slow
@@ -340,3 +359,20 @@ def test_nothing_is_lost_or_doubled_by_threads_that_fall_behind_and_come_back() 
 
 def test_nothing_is_lost_or_doubled_by_greenlets_that_fall_behind_and_come_back() -> None:
     race("gevent")
+
+
+def test_a_stream_in_the_middle_of_the_log_is_told_that_its_position_was_undone() -> None:
+    """Its position was good when it was looked up, and the hub remembers nothing after it that the stream lacks."""
+    world = World(ModelLog(1))
+    events = [world.log.append("a", 60) for _ in range(20)]
+    world.deliver(20)
+    client = Client(world, "a", 1, FIRST)
+    while len(logged_in(client.output)) < 5:
+        client.step()
+    assert not client.live
+    world.log.undo(18)
+    world.reconnect()
+    for _ in range(5):
+        client.step()
+    assert model.RESET in client.output
+    assert logged_in(client.output.partition(model.RESET)[0])[:5] == [log_id for _, _, log_id in events[:5]]

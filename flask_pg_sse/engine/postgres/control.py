@@ -7,6 +7,7 @@ it is signed with the app's key (a command), or if a false one does no harm (pru
 from __future__ import annotations
 
 import contextlib
+import heapq
 import json
 import logging
 import math
@@ -60,14 +61,22 @@ class DisconnectCommands:
         self._keys = keys
         self._obeyed = obeyed
         self._came = Snapshot()  # the transactions whose commands have come, or were sent before we listened
-        self._done: dict[str, int] = {}  # nonces of obeyed commands, and their transactions
+        self._done: set[str] = set()  # nonces of obeyed commands
+        self._transactions: list[tuple[int, str]] = []  # a heap: the transaction of each of them
         self._warned_at = -math.inf
 
     def came(self, snapshot: Snapshot) -> None:
         """Note that no command of the transactions in `snapshot` can come any more, except from the log."""
         self._came = snapshot
-        for nonce in [nonce for nonce, transaction in self._done.items() if transaction in snapshot]:
-            del self._done[nonce]
+        running = []
+        while self._transactions and self._transactions[0][0] < snapshot.xmax:
+            command = heapq.heappop(self._transactions)
+            if command[0] in snapshot:
+                self._done.discard(command[1])
+            else:
+                running.append(command)
+        for command in running:
+            heapq.heappush(self._transactions, command)
 
     def obey(self, text: str, *, logged: bool) -> None:
         """Obey a command if it is valid. `logged` says that it is from the log, and new."""
@@ -79,7 +88,8 @@ class DisconnectCommands:
         elif command.transaction in self._came and not logged:
             self._ignored("it is a copy of an earlier one")
         else:
-            self._done[command.nonce] = command.transaction
+            self._done.add(command.nonce)
+            heapq.heappush(self._transactions, (command.transaction, command.nonce))
             self._obeyed(Disconnect(command.subject, command.channel))
 
     def _ignored(self, why: str) -> None:

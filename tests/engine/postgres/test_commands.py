@@ -15,10 +15,11 @@ from itsdangerous import URLSafeSerializer
 
 from flask_pg_sse import disconnect, notify, schema_sql, sse_url
 from flask_pg_sse.engine.base import Disconnect
-from flask_pg_sse.engine.postgres.control import Snapshot
+from flask_pg_sse.engine.postgres.control import DisconnectCommands, Snapshot
 from flask_pg_sse.engine.postgres.dsn import to_dsn
 from flask_pg_sse.engine.postgres.engine import PostgresEngine
 from flask_pg_sse.testing import stream
+from flask_pg_sse.tokens import sign_disconnect
 from tests.support.client import eventually
 from tests.support.engines import Process
 from tests.support.link import Link, through
@@ -260,3 +261,29 @@ def test_with_the_log_pruned_beyond_a_missed_command_a_right_is_checked_again(
         line.restore()
         assert [event.event for event in seven] == ["sse-reset", "sse-end"]
         assert next(public).event == "sse-reset"
+
+
+def test_a_beat_looks_at_no_command_twice() -> None:
+    """However many are remembered: their transactions may come long after those that a beat tells of."""
+    looked_at: list[int] = []
+
+    class Counting(Snapshot):
+        def __contains__(self, transaction: int) -> bool:
+            looked_at.append(transaction)
+            return super().__contains__(transaction)
+
+    obeyed: list[Disconnect] = []
+    commands = DisconnectCommands(lambda: ["a key"], obeyed.append)
+    texts = {number: sign_disconnect(["a key"], f"user-{number}", None, number) for number in range(1, 301)}
+    for text in texts.values():
+        commands.obey(text, logged=False)
+    assert len(obeyed) == 300
+    looked_at.clear()
+    for upto in range(1, 301):
+        commands.came(Counting(xmax=upto + 1, running=frozenset([17])))
+    assert len(looked_at) <= 300 + 300, "one each, and the one that runs on"
+    for text in texts.values():
+        commands.obey(text, logged=False)
+    assert len(obeyed) == 300, "the one that runs on is remembered, and the others are copies"
+    commands.came(Counting(xmax=301))
+    assert not commands._done and not commands._transactions
