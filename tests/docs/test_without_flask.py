@@ -82,10 +82,11 @@ def test_from_nothing(database_url: str, tmp_path: Path, start_server: Start) ->
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--no-build-isolation", "."], cwd=source, check=True)
     script = str(tmp_path / "venv" / "bin" / "flask-pg-sse")
-    options = ("--", "-c", "python:tests.support.apps.gunicorn_conf")
-    server = start_server(
-        database_url, command=lambda port: [script, "serve", "--port", str(port), *options], ready="/livez"
-    )
+
+    def command(port: int) -> list[str]:
+        return [script, "serve", "--port", str(port), "--", "--no-control-socket"]
+
+    server = start_server(database_url, command=command, ready="/livez", cwd=tmp_path, PYTHONPATH="")
     line = example("curl").strip().replace("8001", str(server.port)).replace("'", "").split()
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as curl:
         assert curl.stdout is not None

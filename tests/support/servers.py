@@ -55,7 +55,7 @@ class WebServer:
         self._ready = ready
         environ = {key: value for key, value in os.environ.items() if not key.startswith(("PG", "FLASK_", "SSE_"))}
         environ.pop("DATABASE_URL", None)
-        environ.update(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", PYTHONWARNINGS="default", **env)
+        environ |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "default", **env}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,
