@@ -136,6 +136,7 @@ class Runtime:
             self.databases,
             event_log=settings.event_log,
             retention=settings.retention,
+            log_owner=settings.log_owner,
             longest_silence=settings.heartbeat,
             keys=self.keys,
         )

@@ -82,6 +82,12 @@ def _key_text(value: object) -> object:
     return value
 
 
+def _role(value: object) -> str | None:
+    if not isinstance(value, str) or re.search("://|=", value):  # a database's URL belongs to another key
+        raise ValueError
+    return value or None  # an environment file may have `SSE_LOG_OWNER=`
+
+
 def _database(value: object) -> object:
     # A string, or an object such as SQLAlchemy's URL. engine/postgres/dsn.py reads it at first use.
     if isinstance(value, str):
@@ -121,6 +127,7 @@ DATABASE = Kind("a PostgreSQL URL", _database)
 BROKER = Kind('"memory://" (for tests), or not set', _broker)
 WHOLE = Kind(f"a whole number from 1 to {_MOST}", _whole)
 SECONDS = Kind("a number of seconds greater than 0", _seconds)
+ROLE = Kind("the name of a database role", _role)
 SECRET = Kind("text or bytes that nobody can guess", _key_text)
 ON_OFF_AUTO = _on_off_or("auto")
 ON_OFF_ALWAYS = _on_off_or("always")
@@ -162,6 +169,9 @@ class Settings:
         "auto",
         ON_OFF_AUTO,
         "auto: use the event log if it is installed (`flask sse init`); true: require it; false: do not use it",
+    )
+    log_owner: str | None = _key(
+        None, ROLE, "a database role that the app trusts to own the event log (docs/security.md)"
     )
     retention: float = _key(86400.0, SECONDS, "seconds for which the event log keeps events")
     heartbeat: float = _key(

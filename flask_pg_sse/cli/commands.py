@@ -12,11 +12,12 @@ import psycopg2
 from flask import current_app
 from werkzeug.routing import BuildError
 
-from ..engine.postgres import schema
+from ..engine.postgres import installation, schema
 from ..engine.postgres.connect import connect, execute
 from ..engine.postgres.dsn import Dsn
 from ..engine.postgres.retention import prune
 from ..errors import DatabaseUnavailable, PgSSEError
+from ..settings import Settings
 from ..web.api import LONGEST, sse_url
 from ..web.blueprint import sse_bp
 from ..web.state import current_state
@@ -42,14 +43,14 @@ def _init(sql: bool, grant_to: tuple[str, ...]) -> None:
     Every deploy may run this: it changes nothing if the log is up to date.
     """
     try:
-        script = schema.schema_sql(grant_to)
+        script = schema.schema_sql(grant_to, owner=_settings().log_owner)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--grant-to") from None
     if sql:
         click.echo(script, nl=False)
         return
     with _database("The event log was not installed", _INIT_REMEDIES) as (connection, dsn):
-        before = schema.install(connection, grant_to)
+        before, advice = installation.install(connection, grant_to, owner=_settings().log_owner)
     new = schema.VERSION
     if before == 0:
         said = f"Installed version {new} of the event log"
@@ -61,6 +62,8 @@ def _init(sql: bool, grant_to: tuple[str, ...]) -> None:
         said = f"The event log has version {before}, and this flask_pg_sse brings version {new}: left as it is"
     granted = f" Granted to {', '.join(grant_to)}." if grant_to else ""
     click.echo(f"{said} ({dsn}).{granted}")
+    if advice:
+        click.echo(advice, err=True)
 
 
 @sse_bp.cli.command("prune")
@@ -73,10 +76,13 @@ def _init(sql: bool, grant_to: tuple[str, ...]) -> None:
 def _prune(max_age: float | None) -> None:
     """Delete the event log's old events now."""
     with _database("The event log was not pruned", _PRUNE_REMEDIES) as (connection, dsn):
-        if max_age is None:
-            max_age = current_state().runtime.settings.retention
         run = functools.partial(execute, connection, timeout=_PRUNE_TIMEOUT)
-        deleted, another = prune(lambda query, args: run(query, tuple(args)), max_age)
+        log = installation.look_up(run, _settings().log_owner)
+        if log is None:
+            raise installation.NotUsable(_NOT_INSTALLED)
+        if max_age is None:
+            max_age = _settings().retention
+        deleted, another = prune(lambda query, args: run(log.guarded(query), tuple(args)), max_age)
     click.echo(f"Deleted {deleted} event{'' if deleted == 1 else 's'} older than {max_age:g} s ({dsn}).")
     if another:
         click.echo("Another session is pruning the log at this moment, so this command stopped.")
@@ -107,12 +113,14 @@ _INIT_REMEDIES: dict[type[Exception], str] = {
     psycopg2.errors.DeadlockDetected: "Run it again: it conflicted with sessions that were using the log.",
     psycopg2.errors.FeatureNotSupported: "Upgrade PostgreSQL. Without the event log, the older version works too.",
 }
-_NOT_INSTALLED = 'It is not installed there: run "flask sse init".'
+_NOT_INSTALLED = 'It is not installed there: run "flask sse init"'
 _PRUNE_REMEDIES: dict[type[Exception], str] = {
-    psycopg2.errors.InvalidSchemaName: _NOT_INSTALLED,
-    psycopg2.errors.UndefinedFunction: _NOT_INSTALLED,
     psycopg2.errors.InsufficientPrivilege: 'Give the role access with "flask sse init --grant-to ROLE".',
 }
+
+
+def _settings() -> Settings:
+    return current_state().runtime.settings
 
 
 @contextmanager
@@ -130,6 +138,8 @@ def _database(failed: str, remedies: dict[type[Exception], str]) -> Iterator[tup
             connection.close()
     except DatabaseUnavailable as error:
         raise click.ClickException(f"{failed}: {error}") from None
+    except installation.NotUsable as error:
+        raise click.ClickException(f"{failed} ({dsn}): {error}.") from None
     except (TimeoutError, psycopg2.errors.QueryCanceled, psycopg2.errors.LockNotAvailable):
         raise click.ClickException(
             f"{failed} ({dsn}): PostgreSQL did not finish in time. Look in pg_stat_activity for what blocks it."

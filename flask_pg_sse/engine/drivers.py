@@ -87,6 +87,7 @@ def _psycopg_cursor(connection: Any, *, reads: bool, **_: Any) -> Any:
         cursor.adapters.register_loader(16, types.bool.BoolLoader)
         cursor.adapters.register_loader(17, types.string.ByteaLoader)
         cursor.adapters.register_loader(23, types.numeric.IntLoader)
+        cursor.adapters.register_loader(25, types.string.TextLoader)
         cursor.adapters.register_loader(2278, types.string.TextLoader)  # void
     return cursor
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 CHANNEL = RESERVED_PREFIX
 # The query for the text of a `Snapshot`.
-SNAPSHOT = "SELECT pg_catalog.txid_current_snapshot()::text"
+SNAPSHOT = "SELECT pg_catalog.txid_current_snapshot()::pg_catalog.text"
 
 
 @dataclass(frozen=True, slots=True)

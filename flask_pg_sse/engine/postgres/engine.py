@@ -20,7 +20,7 @@ from .codec import pg_name, to_payload, to_row
 from .control import DisconnectCommands
 from .dsn import Dsn
 from .history import History
-from .installation import InstallationLookup
+from .installation import Installation, InstallationLookup
 from .listener import BEAT_EVERY, PostgresListener
 from .pool import Pool
 from .publish import CallersConnection, OwnConnection, to_log, to_notify
@@ -30,7 +30,7 @@ from .watch import AddressWatch
 # The package's own connections for sending. A notify takes about 1 ms, so a few connections serve a whole worker.
 _NOTIFY_CONNECTIONS = 4
 # PostgreSQL's time, in seconds since the epoch.
-_CLOCK = "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float8"
+_CLOCK = "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::pg_catalog.float8"
 # Connections for `sse_cursor()` and for pruning, which needs one at a time. They are separate, as those for reading the
 # log are: a page, notify() and the reads for clients that catch up must not wait for each other.
 _OTHER_CONNECTIONS = 2
@@ -40,8 +40,8 @@ class PostgresEngine:
     """One app's database in one process; see `base.Engine`.
 
     `databases` returns the database to notify and the database to listen to; it is called at first use. `event_log` is
-    the value of `SSE_EVENT_LOG`. `retention` is in seconds. A lost connection must be noticed within `longest_silence`
-    seconds. `keys` returns the keys that sign control messages, oldest first.
+    the value of `SSE_EVENT_LOG`, and `log_owner` that of `SSE_LOG_OWNER`. `retention` is in seconds. A lost connection
+    must be noticed within `longest_silence` seconds. `keys` returns the keys that sign control messages, oldest first.
     """
 
     def __init__(
@@ -50,11 +50,14 @@ class PostgresEngine:
         *,
         event_log: bool | str,
         retention: float,
+        log_owner: str | None = None,
         longest_silence: float = BEAT_EVERY,
         keys: Callable[[], Keys] = lambda: (),
     ) -> None:
         self._databases = databases
-        self._installation = InstallationLookup(event_log)
+        self._installation = InstallationLookup(event_log, log_owner)
+        # Callers' connections may have other roles, and lead to other databases.
+        self._callers = InstallationLookup(event_log, log_owner, quiet=True)
         self._retention = retention
         self._beat_every = min(BEAT_EVERY, longest_silence)
         self._keys = keys
@@ -70,7 +73,9 @@ class PostgresEngine:
         if self._connections is None:
             with self._opening:
                 if self._connections is None:
-                    self._connections = _Connections(self._databases(), self._connected, self._suspect)
+                    self._connections = _Connections(
+                        self._databases(), self._installation, self._connected, self._suspect
+                    )
                     if self._stopped:
                         self._connections.close()  # a connection used after stop() is closed after its use
         return self._connections
@@ -139,26 +144,36 @@ class PostgresEngine:
     def publish(
         self, channel: str, events: Sequence[Event], *, durable: bool = True, connection: Any = None
     ) -> int | None:
-        through = self._own.sending if connection is None else CallersConnection(connection)
-        if not durable or self._installation.look(through.execute) is None:
+        through: OwnConnection | CallersConnection
+        if connection is None:
+            through, installation = self._own.sending, self._installation
+        else:
+            through, installation = CallersConnection(connection), self._callers
+
+        def log(log: Installation) -> tuple[int | None]:
+            return (through.log(log, channel, [to_row(event) for event in events]),)
+
+        sent = installation.call(through.execute, log) if durable else None
+        if sent is None:
             through.notify(pg_name(channel), [to_payload(event, channel) for event in events])
             return None
-        rows = [to_row(event) for event in events]
-        with self._installation.trusted():
-            return through.log(channel, rows)
+        return sent[0]
 
     def control(self, message: ControlMessage) -> None:
         through = self._own.sending
-        logged = self._installation.look(through.execute) is not None
 
-        def query(transaction: int) -> tuple[str, Sequence[Any]]:
+        def query(log: Installation | None, transaction: int) -> tuple[str, Sequence[Any]]:
             command = sign_disconnect(self._keys(), message.subject, message.channel, transaction)
-            if logged:
-                return to_log(control.CHANNEL, [to_row(Event(command))])
+            if log is not None:
+                return to_log(log, control.CHANNEL, [to_row(Event(command))])
             return to_notify(control.CHANNEL, [json.dumps({"disconnect": command})])
 
-        with self._installation.trusted():
-            through.in_transaction(query)
+        def send(log: Installation | None) -> bool:
+            through.in_transaction(functools.partial(query, log))
+            return True
+
+        if not self._installation.call(through.execute, send):
+            send(None)
 
     # -- reading
 
@@ -188,7 +203,11 @@ class _Connections:
     """The pools, whose connections open when they are needed, and the database to listen to."""
 
     def __init__(
-        self, databases: tuple[Dsn, Dsn], on_connect: Callable[[Any], None], on_silence: Callable[[], None]
+        self,
+        databases: tuple[Dsn, Dsn],
+        installation: InstallationLookup,
+        on_connect: Callable[[Any], None],
+        on_silence: Callable[[], None],
     ) -> None:
         self.dsn, self.listen_dsn = databases
         new = functools.partial(Pool, self.dsn, on_connect=on_connect, on_silence=on_silence)
@@ -198,7 +217,7 @@ class _Connections:
             new("head", _OTHER_CONNECTIONS, down_for=0.5),
         )
         self.sending = OwnConnection(self._pools[0])
-        self.history = History(self._pools[1], self._pools[2])
+        self.history = History(self._pools[1], self._pools[2], installation)
         self.pruning = self._pools[2]
 
     def suspect(self) -> None:

@@ -13,16 +13,18 @@ from ...event import encode
 from ..base import Item, Look, Page, Tail
 from ..raw import Dropped
 from . import codec, control
+from .installation import InstallationLookup
 from .pool import Pool
 
 # The fields are read as text. If psycopg2 read them as JSON, one bad row would be an error for the whole query.
 _PAGE = (
-    "SELECT id, channel, fields::text, data, size, upto, head, refusal "
-    "FROM flask_pg_sse.page_v1(%s::text[], %s, %s, %s)"
+    "SELECT id, channel, fields::pg_catalog.text, data, size, upto, head, refusal "
+    "FROM flask_pg_sse.page_v1(%s::pg_catalog.text[], %s::bigint, %s::bigint, %s::bigint)"
 )
 _LOOK = "SELECT id, refusal, head FROM flask_pg_sse.look_v1(%s::bigint[])"
 _TAILS = (
-    "SELECT channel, complete_after, id, fields::text, data FROM flask_pg_sse.tail_v1(%s::text[], %s::bigint[], %s)"
+    "SELECT channel, complete_after, id, fields::pg_catalog.text, data "
+    "FROM flask_pg_sse.tail_v1(%s::pg_catalog.text[], %s::bigint[], %s::bigint)"
 )
 _HEAD = "SELECT flask_pg_sse.head_v1()"
 
@@ -72,24 +74,24 @@ def _items(channel: str, log_id: int, fields: str, data: str | None, dropped: Dr
 class History:
     """The event log, for streams that read it and for `sse_cursor()`."""
 
-    def __init__(self, pool: Pool, for_heads: Pool) -> None:
-        self._pool = pool
-        self._for_heads = for_heads
+    def __init__(self, pool: Pool, for_heads: Pool, installation: InstallationLookup) -> None:
+        self._run = functools.partial(installation.execute, pool)
+        self._run_for_head = functools.partial(installation.execute, for_heads)
         self._dropped = Dropped()
 
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
         # A page is short, and others wait for their turn.
-        run = functools.partial(self._pool.execute, limit=LONGEST_READ if max_event else None)
+        run = functools.partial(self._run, limit=LONGEST_READ if max_event else None)
         return read_page(run, channels, after, max_bytes, max_event, self._dropped)
 
     def look(self, ids: Collection[int]) -> Look:
         """Tell which of these ids no stream can go on after, with one query. `ids` has at least one."""
-        rows = self._pool.execute(_LOOK, (list(ids),))
+        rows = self._run(_LOOK, (list(ids),))
         return Look(rows[0][2], {log_id: refusal for log_id, refusal, _ in rows if refusal is not None})
 
     def last(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[Tail]:
         found: dict[str, tuple[int, list[Item]]] = {}
-        rows = self._pool.execute(_TAILS, (list(uptos), list(uptos.values()), max_bytes))
+        rows = self._run(_TAILS, (list(uptos), list(uptos.values()), max_bytes))
         for channel, after, log_id, fields, data in rows:
             _, items = found.setdefault(channel, (after, []))
             if log_id is not None:
@@ -98,4 +100,4 @@ class History:
 
     def head(self) -> int:
         """Return the head of the log: the id up to which every event is committed."""
-        return int(self._for_heads.execute(_HEAD)[0][0])
+        return int(self._run_for_head(_HEAD)[0][0])

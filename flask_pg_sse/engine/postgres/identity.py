@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _WHO = """
-SELECT c.system_identifier, (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint,
+SELECT c.system_identifier,
+    (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) OPERATOR(pg_catalog.*) 1000000)::bigint,
     d.oid::bigint, d.datname,
     pg_catalog.to_char(pg_catalog.pg_postmaster_start_time() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS')
-FROM pg_catalog.pg_control_system() c, pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()
+FROM pg_catalog.pg_control_system() c, pg_catalog.pg_database d
+WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()
 """
 # Looks in a row that must find the same other server before the listener moves there.
 _ENOUGH = 2

@@ -28,7 +28,7 @@ from .connect import connect, execute, is_read_only
 from .control import DisconnectCommands
 from .dsn import Dsn
 from .identity import Server, who
-from .installation import InstallationLookup
+from .installation import Installation, InstallationLookup
 from .obstacle import NOT_NOW, Obstacle
 from .receiver import Receiver
 
@@ -49,18 +49,20 @@ _DEAF_PACE = 1.0
 # The server's limits for idle sessions and transactions are not meant for this session. Not every version has them.
 _SETUP = """
 SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
-WHERE name IN ('idle_session_timeout', 'transaction_timeout')
+WHERE name OPERATOR(pg_catalog.=) ANY ('{idle_session_timeout,transaction_timeout}'::pg_catalog.text[])
 """
 # Both beats return which transactions have ended; with a log also its key, and why it does not have the id that the
 # last beat brought.
 _BEAT = (
-    "SELECT pg_catalog.pg_notify('flask_pg_sse', pg_catalog.json_build_object('beat', %s::text)::text); "
-    f"{control.SNAPSHOT}, NULL::bytea, NULL::text"
+    "SELECT pg_catalog.pg_notify('flask_pg_sse', "
+    "pg_catalog.json_build_object('beat', %s::pg_catalog.text)::pg_catalog.text); "
+    f"{control.SNAPSHOT}, NULL::pg_catalog.bytea, NULL::pg_catalog.text"
 )
 _BEAT_OF_LOG = (
-    f"SELECT flask_pg_sse.beat_v1(%s); {control.SNAPSHOT}, (SELECT key FROM flask_pg_sse.installed_v1()), "
-    "(SELECT refusal FROM flask_pg_sse.look_v1(ARRAY[%s::bigint]))"
+    f"SELECT flask_pg_sse.beat_v1(%s::pg_catalog.text); {control.SNAPSHOT}, "
+    "(SELECT key FROM flask_pg_sse.installed_v1()), (SELECT refusal FROM flask_pg_sse.look_v1(ARRAY[%s::bigint]))"
 )
+_OTHER_LOG = "The event log is a different one: it was installed again, or restored"
 _DEAF = "LISTEN receives nothing here, as through PgBouncer: set SSE_LISTEN_URL to a direct connection to PostgreSQL"
 
 
@@ -162,7 +164,7 @@ class PostgresListener(Listener):
         [(ended,)] = self._execute(connection, f"LISTEN {control.CHANNEL}; {control.SNAPSHOT}")
         self._control.listening(ended)
         try:
-            self._beat(connection, _BEAT)
+            self._beat(connection, None)
         except _Deaf:
             self._follow_log(connection)
             return
@@ -188,14 +190,17 @@ class PostgresListener(Listener):
             self._wakeup.wait(0 if busy else self._next_chore_in())
             if time.monotonic() >= self._beat_at + self._beat_every:
                 self._find_log(connection)
-                self._beat(connection, self._beat_query())
+                self._beat(connection, self._receiver.log)
                 if is_read_only(connection) != self.read_only:
                     self.read_only = not self.read_only
                     self._on_change()
 
     def _find_log(self, connection: Any, *, again: bool = False) -> None:
         installation = self._installation.look(lambda query: self._execute(connection, query), again=again)
-        self._receiver.decoder.key = installation.key if installation is not None else None
+        before = self._receiver.log
+        if before is not None and not again and (installation is None or installation.key != before.key):
+            raise DatabaseUnavailable(_OTHER_LOG)
+        self._receiver.use(installation)
 
     def _next_chore_in(self) -> float:
         """Return the seconds until an UNLISTEN or a beat is due."""
@@ -212,7 +217,7 @@ class PostgresListener(Listener):
         if begun:
             heard = self._listen(connection, begun)
             # Either of them moves the position to the log's head as it was after LISTEN.
-            beaten = not self._obstacle.stands and self._beat(connection, self._beat_query())
+            beaten = not self._obstacle.stands and self._beat(connection, self._receiver.log)
             if not beaten and self._receiver.log_is_on:
                 self._receiver.catch_up(connection)
             self._listens.confirm(begun, heard)
@@ -236,28 +241,25 @@ class PostgresListener(Listener):
             self._on_silence()
             raise
 
-    def _beat_query(self) -> str:
-        return _BEAT_OF_LOG if self._receiver.log_is_on else _BEAT
+    def _beat(self, connection: Any, log: Installation | None) -> bool:
+        """Send a beat, of the log if given, and hand over events until it comes back.
 
-    def _beat(self, connection: Any, query: str) -> bool:
-        """Send a beat, and hand over events until it comes back. Raises `_Deaf` if it does not come back in 5 s.
-
-        Returns False if the beat could not be sent. That says nothing against the connection.
+        Raises `_Deaf` if it does not come back in 5 s. Returns False if the beat could not be sent, which says nothing
+        against the connection.
         """
-        of_log, known = query == _BEAT_OF_LOG, self._receiver.confirmed
-        nonce = self._control.next_beat()
-        args = (nonce, known) if of_log else (nonce,)
+        nonce, known = self._control.next_beat(), self._receiver.confirmed
+        query, args = (_BEAT, (nonce,)) if log is None else (log.guarded(_BEAT_OF_LOG), (nonce, known))
         try:
-            [(ended, key, refusal)] = self._execute(connection, query, args, _BEAT_PATIENCE)
+            [(ended, key, refusal)] = self._execute(connection, query, args, patience=_BEAT_PATIENCE)
         except NOT_NOW as error:
             self._obstacle.met(error, connection.notices, functools.partial(self._execute, connection))
             self._beat_at = time.monotonic() + _BEAT_AGAIN - self._beat_every
             return False
         self._obstacle.over()
         self._control.beat_sent(ended)
-        if of_log and (key is None or bytes(key) != self._receiver.decoder.key):
+        if log is not None and (key is None or bytes(key) != log.key):
             # Before the position moves: events of the new log were dropped as forged, and must be read from it.
-            raise DatabaseUnavailable("The event log is a different one: it was installed again, or restored")
+            raise DatabaseUnavailable(_OTHER_LOG)
         if refusal not in (None, "too-old"):
             # Restored in place. The position may be that of a newer event, so the id that is gone takes its place.
             self._receiver.position = known

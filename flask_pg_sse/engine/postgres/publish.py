@@ -9,16 +9,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..caller import read_on, send_on
+from .installation import Installation, replaced
 from .pool import Pool
 
 # An event as a row of the log: its fields as JSON, and its data.
 Row = tuple[str, str | None]
 
 # One statement sends all payloads, in one transaction and one round-trip. A function scan keeps the array's order.
-_NOTIFY = "SELECT pg_catalog.pg_notify(%s, payload) FROM pg_catalog.unnest(%s::text[]) AS payload"
-# sql/schema_1.sql explains these two.
-_PUBLISH = "SELECT flask_pg_sse.publish_v1(%s, %s::json[], %s::text[])"
-_ENQUEUE = "SELECT flask_pg_sse.enqueue_v1({}, CAST({} AS json[]), CAST({} AS text[]))"
+_NOTIFY = "SELECT pg_catalog.pg_notify(%s, payload) FROM pg_catalog.unnest(%s::pg_catalog.text[]) AS payload"
+# sql/schema_1.sql explains these two. The types are exactly those of the functions, so no other function fits better.
+_PUBLISH = "SELECT flask_pg_sse.publish_v1(%s::pg_catalog.text, %s::pg_catalog.json[], %s::pg_catalog.text[])"
+_ENQUEUE = (
+    "SELECT flask_pg_sse.enqueue_v1("
+    "CAST({} AS pg_catalog.text), CAST({} AS pg_catalog.json[]), CAST({} AS pg_catalog.text[]))"
+)
 
 
 def to_notify(name: str, payloads: Sequence[str]) -> tuple[str, Sequence[Any]]:
@@ -26,10 +30,10 @@ def to_notify(name: str, payloads: Sequence[str]) -> tuple[str, Sequence[Any]]:
     return _NOTIFY, (name, list(payloads))
 
 
-def to_log(channel: str, rows: Sequence[Row]) -> tuple[str, Sequence[Any]]:
+def to_log(log: Installation, channel: str, rows: Sequence[Row]) -> tuple[str, Sequence[Any]]:
     """Return the query that writes events to the log and sends them. It returns the last event's id."""
     fields, data = zip(*rows, strict=True)
-    return _PUBLISH, (channel, list(fields), list(data))
+    return log.guarded(_PUBLISH), (channel, list(fields), list(data))
 
 
 class OwnConnection:
@@ -43,9 +47,9 @@ class OwnConnection:
         """Send all payloads to PostgreSQL's channel `name`, in one transaction."""
         self.execute(*to_notify(name, payloads))
 
-    def log(self, channel: str, rows: Sequence[Row]) -> int | None:
+    def log(self, log: Installation, channel: str, rows: Sequence[Row]) -> int | None:
         """Write events to the log and send them, in one transaction. Return the last event's id."""
-        [(log_id,)] = self.execute(*to_log(channel, rows))
+        [(log_id,)] = self.execute(*to_log(log, channel, rows))
         return int(log_id)
 
 
@@ -64,8 +68,14 @@ class CallersConnection:
         for payload in payloads:
             send_on(self._connection, "SELECT pg_catalog.pg_notify({}, {})", (name, payload))
 
-    def log(self, channel: str, rows: Sequence[Row]) -> int | None:
-        """Write events to the log. Return None, because they get their ids only at the commit."""
+    def log(self, log: Installation, channel: str, rows: Sequence[Row]) -> int | None:
+        """Write events to the log. Return None, because they get their ids only at the commit.
+
+        Two statements, because a guard in the same one would come too late: PostgreSQL may run a function while it
+        plans the statement. Not one message with both, because some drivers send only one statement at once.
+        """
+        if not self.execute(log.check)[0][0]:
+            raise replaced()
         fields, data = zip(*rows, strict=True)
         send_on(self._connection, _ENQUEUE, (channel, list(fields), list(data)))
         return None

@@ -21,6 +21,7 @@ from .connect import execute
 from .control import Control, DisconnectCommands
 from .dsn import Dsn
 from .history import LONGEST_READ, read_page
+from .installation import Installation
 from .unquoted import UnquotedNames
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Receiver:
         self._sink = sink
         self._listens = listens
         self.unquoted = UnquotedNames()
+        self.log: Installation | None = None
         self.decoder = Decoder()
         self.control = Control(sink.pruned, commands, self.decoder)
         self.position = 0  # in the log; 0 if it is not known or there is no log
@@ -58,7 +60,12 @@ class Receiver:
 
     @property
     def log_is_on(self) -> bool:
-        return self.decoder.key is not None
+        return self.log is not None
+
+    def use(self, log: Installation | None) -> None:
+        """Use this event log from now on, or none."""
+        self.log = log
+        self.decoder.key = None if log is None else log.key
 
     def connected(self) -> None:
         """Note that a new connection follows. What an earlier one received and did not hand over is void."""
@@ -174,7 +181,8 @@ class Receiver:
 
     def _read(self, connection: Any, channels: Sequence[str], after: int) -> Page:
         def run(query: str, args: Sequence[Any]) -> Any:
-            return execute(connection, query, tuple(args), timeout=_READ_WITHIN, limit=LONGEST_READ)
+            guarded = query if self.log is None else self.log.guarded(query)
+            return execute(connection, guarded, tuple(args), timeout=_READ_WITHIN, limit=LONGEST_READ)
 
         return read_page(
             run, channels, after, _TURN_BYTES, _ANY_SIZE, self.decoder.dropped, commanded=self.control.logged

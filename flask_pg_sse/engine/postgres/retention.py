@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import threading
@@ -25,8 +26,8 @@ _EVERY = 60.0
 
 # make_interval() is named with its schema. A make_interval(numeric) that another role made in `public` would match
 # better, and would run with our rights.
-_PRUNE = "SELECT flask_pg_sse.prune_v1(pg_catalog.make_interval(secs => %s), %s)"
-_HOLDERS = "SELECT flask_pg_sse.holders_v1('pruning')"
+_PRUNE = "SELECT flask_pg_sse.prune_v1(pg_catalog.make_interval(secs => %s), %s::integer)"
+_HOLDERS = "SELECT flask_pg_sse.holders_v1('pruning'::pg_catalog.text)"
 # Seconds without a completed round of this process until that is logged, and between two such messages.
 _LATE = 600.0
 
@@ -55,7 +56,7 @@ class Pruner:
     """Prunes the log of one database in rounds, from `start()` to `stop()`. `retention` is in seconds."""
 
     def __init__(self, pool: Pool, installation: InstallationLookup, retention: float) -> None:
-        self._pool = pool
+        self._execute = functools.partial(installation.execute, pool)
         self._installation = installation
         self._retention = retention
         self._wakeup = Wakeup()
@@ -89,7 +90,7 @@ class Pruner:
     def _round(self) -> None:
         started = time.monotonic()
         try:
-            deleted, busy = prune(self._pool.execute, self._retention)
+            deleted, busy = prune(self._execute, self._retention)
             if busy:  # by another process, as it should be, or by a session that does not go on
                 self._say_if_late()
                 return
@@ -106,7 +107,7 @@ class Pruner:
         since = time.monotonic() - self._done_at
         if since < self._late + _LATE:
             return
-        [(holders,)] = self._pool.execute(_HOLDERS)
+        [(holders,)] = self._execute(_HOLDERS)
         self._late = since
         logger.warning(
             "For %.0f minutes this process could not prune the event log, and the log may be growing. The lock for "

@@ -16,20 +16,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
-
-import psycopg2
-
-from .connect import execute
 
 SCHEMA = "flask_pg_sse"
 VERSION = 1
 # The oldest supported PostgreSQL, as server_version_num. The SQL itself needs 13 (gen_random_uuid(), and the storage
 # parameter autovacuum_vacuum_insert_threshold), but 13 has had no bug fixes since November 2025.
 OLDEST = 140000
-
-# Seconds for the installation. It waits for another installation, and for open transactions that use the same objects.
-_TIMEOUT = 600.0
 
 # One statement. So it is one transaction everywhere, also in psql, and it works with drivers that accept only one
 # statement. It contains no ":name" and no "%", because SQLAlchemy and the drivers would read these as parameters.
@@ -39,6 +31,8 @@ DECLARE
     own_role pg_catalog.text := pg_catalog.current_setting('role');
     own_path pg_catalog.text := pg_catalog.current_setting('search_path');
     owner pg_catalog.text;
+    log_owner pg_catalog.text := {log_owner};
+    advice pg_catalog.text := '';
     created boolean := false;
     installed integer := 0;
     found integer;
@@ -65,10 +59,16 @@ BEGIN
         END;
     END IF;
     SELECT r.rolname INTO owner FROM pg_namespace n JOIN pg_roles r ON r.oid = n.nspowner WHERE n.nspname = '{schema}';
+    -- Nothing in the schema is used before it is clear that its owner may be trusted.
+    IF owner IS DISTINCT FROM log_owner AND NOT {trusted_here} THEN
+        RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state', MESSAGE = concat(
+            'the schema {schema} is there already, and belongs to ', quote_ident(owner), ', a role that ',
+            quote_ident(current_user), ' has no reason to trust'),
+            HINT = concat('If you know that role, run this as that role, or set SSE_LOG_OWNER = "', owner,
+                '". Otherwise find out who made the schema, and drop it.');
+    END IF;
     IF owner <> current_user THEN
-        -- Everything in the schema belongs to one role, and its functions run as that role. If that role is hostile and
-        -- has put traps here, they run with its own rights and not with ours.
-        PERFORM set_config('role', owner, true);
+        PERFORM set_config('role', owner, true);  -- everything in the schema belongs to that role
     END IF;
     -- This changes nothing, and takes a lock that only the schema's owner can take. Every role that can connect could
     -- hold an advisory lock.
@@ -150,7 +150,16 @@ BEGIN
         END IF;
         EXECUTE 'GRANT USAGE ON SCHEMA {schema} TO ' || quote_ident(grantee);
         EXECUTE concat('GRANT EXECUTE ON FUNCTION ', functions, ' TO ', quote_ident(grantee));
+        IF owner IS DISTINCT FROM log_owner AND NOT {trusted_by_grantee} THEN
+            advice := concat(advice, chr(10), 'An app that runs as ', quote_ident(grantee),
+                ' does not use this log before it is told to trust its owner: set SSE_LOG_OWNER = "', owner,
+                '" in that app, or GRANT ', quote_ident(grantee), ' TO ', quote_ident(owner), '.');
+        END IF;
     END LOOP;
+    IF advice <> '' THEN
+        RAISE WARNING USING MESSAGE = ltrim(advice, chr(10));
+    END IF;
+    PERFORM set_config('{schema}.advice', advice, true);  -- for install()
     PERFORM set_config('role', own_role, true);
     PERFORM set_config('search_path', own_path, true);
 END $do$;
@@ -175,12 +184,27 @@ _ROWS = """
 """
 
 
-def schema_sql(grant_to: Sequence[str] = ()) -> str:
+def trusted(owner: str, role: str) -> str:
+    """Return an SQL condition: `role` has reason to trust `owner`, the owner of the schema or of a function in it.
+
+    The functions may run with the rights of the role that calls them, whatever they are today. So the owner must be a
+    role that has these rights anyway: the role itself, a member of it, the database's owner, or a superuser (which is
+    a member of every role). Both arguments are SQL expressions.
+    """
+    return (
+        f"(pg_catalog.pg_has_role({owner}, {role}, 'MEMBER')"
+        f" OR pg_catalog.pg_has_role({owner}, 'pg_database_owner', 'MEMBER'))"
+    )
+
+
+def schema_sql(grant_to: Sequence[str] = (), *, owner: str | None = None) -> str:
     """Return the SQL that installs the event log or upgrades an older one. It changes nothing in a current one.
 
     Run it with `op.execute()` in a migration of Alembic, or with psql. It is one statement, so it is applied completely
     or not at all. `grant_to` names the roles that apps run as, if another role installs the log. They get the rights
-    that `notify()` and the streams need.
+    that `notify()` and the streams need. If such an app needs `SSE_LOG_OWNER`, the SQL raises a warning that says so.
+
+    The SQL refuses a schema of a role that the installing one has no reason to trust, unless `owner` names that role.
     """
     if isinstance(grant_to, str):
         raise TypeError("grant_to must be a list of roles, not a string.")
@@ -196,35 +220,15 @@ def schema_sql(grant_to: Sequence[str] = ()) -> str:
         steps="".join([first, _ROWS.format(schema=SCHEMA, sql=_read("rows.sql")), *later]),
         repair=_read("repair.sql"),
         grant_to=f"ARRAY[{', '.join(map(_literal, grant_to))}]::pg_catalog.text[]",
+        log_owner="NULL" if owner is None else _literal(owner),
+        trusted_here=trusted("owner::name", "current_user"),
+        trusted_by_grantee=trusted("owner::name", "grantee::name"),
     )
 
 
 def drop_schema_sql() -> str:
     """Return the SQL that drops the event log with all its events."""
     return f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE;\n"
-
-
-def install(connection: Any, grant_to: Sequence[str] = ()) -> int:
-    """Run `schema_sql()` on a connection of `connect()`. Return the version that was there before, 0 if there was none.
-
-    It does nothing, without an error, for a role that may not install but has access to a log of the current version.
-    """
-    # execute() runs it in one READ COMMITTED transaction: after waiting for another installation, this one must see it.
-    query = f"""
-        {schema_sql(grant_to)}
-        SELECT pg_catalog.current_setting('{SCHEMA}.version_before')::pg_catalog.int4
-    """
-    try:
-        ((before,),) = execute(connection, query, timeout=_TIMEOUT)
-    except psycopg2.errors.InsufficientPrivilege:
-        try:
-            rows = execute(connection, f"SELECT version FROM {SCHEMA}.installed_v1()", timeout=_TIMEOUT)
-            before = rows[0][0] if rows else 0
-        except psycopg2.Error:
-            before = 0
-        if before < VERSION or grant_to:
-            raise
-    return int(before)
 
 
 def _literal(text: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 from flask import Flask
 
 from flask_pg_sse import notify, schema_sql
-from flask_pg_sse.engine.postgres import installation as presence
+from flask_pg_sse.engine.postgres import installation
 from flask_pg_sse.errors import DatabaseUnavailable
 from tests.support.client import eventually
 from tests.support.postgres import execute
@@ -28,18 +28,18 @@ def test_events_of_the_first_moment_go_to_the_log_from_every_thread(
     app = make_app(database_url)
     asking = threading.Semaphore(0)
     ids: list[int | None] = []
-    look_up = presence._look_up
+    look_up = installation.look_up
 
-    def look_up_slowly(run: Callable[[str], Sequence[Sequence[Any]]]) -> Any:
+    def look_up_slowly(run: Callable[[str], Sequence[Sequence[Any]]], log_owner: str | None) -> Any:
         asking.release()
         eventually(lambda: ids or asking._value == 3)  # all ask, or one did not need to
-        return look_up(run)
+        return look_up(run, log_owner)
 
     def send() -> None:
         with app.app_context():
             ids.append(notify("a", "x"))
 
-    monkeypatch.setattr(presence, "_look_up", look_up_slowly)
+    monkeypatch.setattr(installation, "look_up", look_up_slowly)
     threads = [threading.Thread(target=send) for _ in range(3)]
     for thread in threads:
         thread.start()

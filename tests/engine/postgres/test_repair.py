@@ -13,7 +13,7 @@ import pytest
 from flask import Flask
 
 from flask_pg_sse import notify, schema_sql
-from flask_pg_sse.engine.postgres import schema
+from flask_pg_sse.engine.postgres import installation, schema
 from flask_pg_sse.engine.postgres.connect import connect as connect_async
 from flask_pg_sse.engine.postgres.dsn import to_dsn
 from flask_pg_sse.testing import stream
@@ -36,9 +36,9 @@ def url(log_server: postgres.Server) -> Iterator[str]:
         yield url
 
 
-def install(url: str) -> int:
+def install(url: str, owner: str | None = None) -> int:
     with closing(connect_async(to_dsn(url, "tests"), "tests")) as connection:
-        return schema.install(connection)
+        return installation.install(connection, owner=owner)[0]
 
 
 def publish(url: str, count: int) -> list[int]:
@@ -189,14 +189,14 @@ def test_a_schema_that_was_given_to_another_role_alone(url: str) -> None:
             execute(url, NOTIFY, ("orders", "x"))
         for installer in (url, url.replace("postgres@", f"{second}@")):
             with pytest.raises(psycopg2.errors.ObjectNotInPrerequisiteState) as caught:
-                install(installer)
+                install(installer, second)
             diag: Any = caught.value.diag
             assert diag.message_primary.startswith(
                 f"schema flask_pg_sse belongs to {second}, and what is in it to {first}."
             )
             assert f"ALTER SCHEMA flask_pg_sse OWNER TO {first}." in diag.message_hint
         execute(url, diag.message_hint.partition(": ")[2].partition(".")[0])
-        install(url)
+        install(url, first)
         execute(url, NOTIFY, ("orders", "x"))
         assert len(logged(url)) == 1
     finally:

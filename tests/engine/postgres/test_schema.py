@@ -25,7 +25,7 @@ from alembic.config import Config
 from flask import Flask
 
 from flask_pg_sse import EventLogMissing, drop_schema_sql, notify, schema_sql
-from flask_pg_sse.engine.postgres import schema
+from flask_pg_sse.engine.postgres import installation, schema
 from flask_pg_sse.engine.postgres.connect import connect as connect_async
 from flask_pg_sse.engine.postgres.dsn import to_dsn
 from flask_pg_sse.testing import stream
@@ -64,9 +64,9 @@ def roles(url: str) -> Iterator[Callable[..., str]]:
         execute(url, f"DROP ROLE {name}")
 
 
-def install(url: str, *grant_to: str) -> int:
+def install(url: str, *grant_to: str, owner: str | None = None) -> int:
     with closing(connect_async(to_dsn(url, "tests"), "tests")) as connection:
-        return schema.install(connection, grant_to)
+        return installation.install(connection, grant_to, owner=owner)[0]
 
 
 def data(url: str) -> list[Any]:
@@ -258,7 +258,7 @@ def test_it_leaves_the_session_as_it_was(url: str, roles: Callable[..., str]) ->
         cursor.execute("SET search_path = public, pg_temp")
         for role in ("migrator", "migrator", "postgres"):  # the last for a schema that is another's
             cursor.execute(f"SET ROLE {role}")
-            cursor.execute(f"BEGIN; {schema_sql()} SELECT current_user, current_setting('search_path')")
+            cursor.execute(f"BEGIN; {schema_sql(owner='migrator')} SELECT current_user, current_setting('search_path')")
             assert cursor.fetchone() == (role, "public, pg_temp")
             cursor.execute("COMMIT; SELECT current_user, current_setting('search_path')")
             assert cursor.fetchone() == (role, "public, pg_temp")
@@ -276,7 +276,9 @@ def test_all_of_it_belongs_to_the_role_that_the_schema_belongs_to(
     execute(url, "CREATE SCHEMA flask_pg_sse AUTHORIZATION owner_of_log")
     assert install(theirs) == 0
     second_version()
-    assert install(url) == 1
+    with pytest.raises(psycopg2.errors.ObjectNotInPrerequisiteState, match="owner_of_log"):
+        install(url)
+    assert install(url, owner="owner_of_log") == 1
     owners = execute(
         url,
         "SELECT DISTINCT o FROM (SELECT relowner::regrole::text AS o FROM pg_class WHERE relnamespace = s.oid "
@@ -289,7 +291,7 @@ def test_all_of_it_belongs_to_the_role_that_the_schema_belongs_to(
 
 
 def test_a_schema_that_was_laid_out_as_a_trap_gets_no_foreign_rights(url: str, roles: Callable[..., str]) -> None:
-    """Its owner's code may run in the installation, but as its owner."""
+    """The code of a stranger does not run at all, and that of an owner who is trusted runs as its owner."""
     trapper = roles("trapper", "CREATE ON DATABASE " + url.rpartition("/")[2])
     execute(
         trapper,
@@ -298,7 +300,10 @@ def test_a_schema_that_was_laid_out_as_a_trap_gets_no_foreign_rights(url: str, r
         "$$ INSERT INTO flask_pg_sse.seen VALUES (current_user); SELECT 9 $$;"
         "CREATE VIEW flask_pg_sse.installation AS SELECT flask_pg_sse.f() AS version",
     )
-    assert install(url) == 9
+    with pytest.raises(psycopg2.errors.ObjectNotInPrerequisiteState, match="trapper"):
+        install(url)
+    assert execute(url, "SELECT who FROM flask_pg_sse.seen") == []
+    assert install(url, owner="trapper") == 9
     assert execute(url, "SELECT DISTINCT who FROM flask_pg_sse.seen") == [("trapper",)]
 
 
@@ -445,7 +450,7 @@ def test_many_install_at_once(log_server: postgres.Server, default: str) -> None
 
     def one(connection: Any, barrier: threading.Barrier) -> int:
         barrier.wait(10)
-        return schema.install(connection)
+        return installation.install(connection)[0]
 
     for sessions in (2, 5) * 3:
         with fresh_database(log_server) as url, ThreadPoolExecutor(sessions) as threads:
@@ -727,7 +732,7 @@ def test_all_functions_bring_rights_and_search_path_with_them(url: str) -> None:
     install(url)
     query = """
         SELECT oid::regprocedure::text FROM pg_proc WHERE pronamespace = 'flask_pg_sse'::regnamespace
-        AND (NOT prosecdef OR proconfig IS DISTINCT FROM ARRAY['search_path=pg_catalog, pg_temp'])
+        AND NOT (prosecdef AND coalesce('search_path=pg_catalog, pg_temp' = ANY (proconfig), false))
     """
     assert execute(url, query) == []
 

@@ -294,7 +294,7 @@ END $function$;
 -- The functions that read the log have settings for the planner, so no plan depends on statistics, or on how large the
 -- log was when a session cached the plan. Without sorts, bitmaps and scans of whole tables, only an index in the order of
 -- ORDER BY is left. `ORDER BY id` leads to the primary key, and `(channel, id)`, compared as a row, to the other index.
--- With `channel = …` the planner could take the primary key instead, and read all other channels' events. What is turned
+-- With `channel = X` the planner could take the primary key instead, and read all other channels' events. What is turned
 -- off and used all the same (for `retention`) seems so dear that PostgreSQL would compile it, if not for `jit = off`.
 
 -- The head of the log. A reader that has read up to it has seen every committed event. (The sequence's last value is not

@@ -1,0 +1,336 @@
+"""Code of other roles in a schema that has the log's name: it never runs with the rights of those who use the log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from typing import Any, NamedTuple
+
+import psycopg
+import psycopg2
+import pytest
+import sqlalchemy
+from flask import Flask
+
+from flask_pg_sse import EventLogMissing, disconnect, drop_schema_sql, notify, schema_sql, sse_cursor
+from flask_pg_sse.engine.postgres import installation
+from flask_pg_sse.testing import stream
+from tests.support.client import eventually
+from tests.support.documents import Document
+from tests.support.log import run
+from tests.support.postgres import connect, execute, fresh_database
+from tools import postgres
+
+MakeApp = Callable[..., Flask]
+SECURITY = Document("docs/security.md")
+# What every call of the package is answered with. Each function takes what the app alone may read.
+SIGNATURES = [
+    "installed_v1() RETURNS TABLE (version integer, key bytea)",
+    "version_v1() RETURNS integer",
+    "head_v1() RETURNS bigint",
+    "beat_v1(nonce text) RETURNS void",
+    "enqueue_v1(channel text, fields json[], data text[]) RETURNS void",
+    "publish_v1(channel text, fields json[], data text[]) RETURNS bigint",
+    "page_v1(channels text[], after bigint, max_bytes bigint, max_event bigint) RETURNS TABLE (pruned_through bigint, "
+    "head bigint, upto bigint, id bigint, channel text, fields json, data text, size bigint)",
+    "tail_v1(channels text[], uptos bigint[], max_bytes bigint) RETURNS TABLE (channel text, complete_after bigint, "
+    "id bigint, fields json, data text)",
+    "prune_v1(max_age interval, batch integer) RETURNS integer",
+    "holders_v1(name text) RETURNS text",
+]
+
+
+class Place(NamedTuple):
+    """A database, and URLs of it for roles. `other` may CREATE in it."""
+
+    superuser: str
+    owner: str
+    migrator: str
+    app: str
+    other: str
+
+
+@pytest.fixture
+def place(postgres_server: postgres.Server) -> Iterator[Place]:
+    """The app has a table that only it may read. `owner` is the database's owner; `migrator` may CREATE too."""
+    with fresh_database(postgres_server) as url:
+        name = url.rpartition("/")[2]
+        names = ("database_owner", "migrator", "app", "other")
+        try:
+            for role in names:
+                execute(url, f"CREATE ROLE {role} LOGIN")
+            execute(url, f"ALTER DATABASE {name} OWNER TO database_owner; GRANT CREATE ON DATABASE {name} TO migrator")
+            execute(url, f"GRANT CREATE ON DATABASE {name} TO other; CREATE TABLE secret AS SELECT 'of the app' AS it")
+            execute(url, "ALTER TABLE secret OWNER TO app")
+            yield Place(url, *[url.replace("postgres@", f"{role}@") for role in names])
+        finally:
+            execute(url, f"ALTER DATABASE {name} OWNER TO postgres")
+            for role in names:
+                execute(url, f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
+
+
+def attack(language: str = "plpgsql") -> str:
+    """Return what the other role runs: a schema with the log's name, whose functions steal from those who call them.
+
+    The functions may say that they change nothing. Then PostgreSQL may run them while it plans a statement, before any
+    condition in that statement counts.
+    """
+    steal = "INSERT INTO loot.taken SELECT current_user, session_user, it FROM public.secret"
+    functions = [
+        "CREATE FUNCTION loot.steal() RETURNS integer LANGUAGE plpgsql AS "
+        f"$$ BEGIN BEGIN {steal}; EXCEPTION WHEN insufficient_privilege THEN "
+        "INSERT INTO loot.taken VALUES (current_user, session_user, NULL); END; RETURN 1; END $$"
+    ]
+    for signature in SIGNATURES:
+        returns = signature.partition("RETURNS ")[2]
+        if language == "plpgsql":
+            body = (
+                "BEGIN PERFORM loot.steal(); RETURN" + ("" if returns.startswith(("TABLE", "void")) else " 1") + "; END"
+            )
+        elif returns.startswith("TABLE"):
+            columns = [f"NULL::{column.split()[1]}" for column in returns.strip("TABLE ()").split(", ")]
+            body = f"SELECT {', '.join(columns)} FROM (SELECT loot.steal() AS it OFFSET 0) AS stolen WHERE it = 1"
+        else:
+            body = "SELECT loot.steal()" + ("" if returns == "void" else f"::{returns}")
+        functions.append(f"CREATE FUNCTION flask_pg_sse.{signature} LANGUAGE {language} IMMUTABLE AS $$ {body} $$")
+    return (
+        "CREATE SCHEMA flask_pg_sse; GRANT USAGE ON SCHEMA flask_pg_sse TO PUBLIC; CREATE SCHEMA IF NOT EXISTS loot; "
+        "CREATE TABLE IF NOT EXISTS loot.taken (who name, really name, what text); GRANT ALL ON loot.taken TO PUBLIC; "
+        "GRANT USAGE ON SCHEMA loot TO PUBLIC; " + "; ".join(functions)
+    )
+
+
+def taken(place: Place) -> list[Any]:
+    return execute(place.superuser, "TABLE loot.taken")
+
+
+languages = pytest.mark.parametrize("language", [pytest.param("plpgsql", marks=pytest.mark.slow), "sql"])
+
+
+def attempt(call: Callable[[], object]) -> None:
+    with suppress(ConnectionError, EventLogMissing):
+        call()
+
+
+def use_everything(app: Flask, url: str) -> None:
+    """Call everything of the package that calls functions of the log, on its own connections and on a caller's."""
+    with app.app_context():
+        attempt(lambda: notify("orders", "x"))
+        attempt(sse_cursor)
+        attempt(lambda: disconnect(subject="ann"))
+        with closing(psycopg2.connect(url)) as connection:
+            attempt(lambda: notify("orders", "x", connection=connection))
+            connection.commit()
+        with psycopg.connect(url) as connection_3:
+            attempt(lambda: notify("orders", "x", connection=connection_3))
+        engine = sqlalchemy.create_engine(url.replace("postgresql:", "postgresql+psycopg2:"))
+        with engine.begin() as alchemy:
+            attempt(lambda: notify("orders", "x", connection=alchemy))
+        engine.dispose()
+        with suppress(AssertionError):  # no stream without a log that is required
+            events = stream(app.test_client(), "/sse?channel=orders&last_event_id=1", timeout=20)
+            next(events)
+            events.close()
+    for command in (["init"], ["prune"]):
+        app.test_cli_runner().invoke(args=["sse", *command])
+
+
+@pytest.mark.slow
+@languages
+def test_a_schema_of_another_role_is_not_used(
+    place: Place, make_app: MakeApp, caplog: pytest.LogCaptureFixture, language: str
+) -> None:
+    """It appears while the app runs, and then before it starts: the app goes on without the log, and says why."""
+    app = make_app(place.app, SSE_HEARTBEAT=1)
+    events = stream(app.test_client(), "/sse?channel=orders", timeout=20)
+    assert next(events).event == "sse-open"
+    execute(place.other, attack(language))
+    with app.app_context():
+        eventually(lambda: notify("orders", "x") is None and "no reason to trust" in caplog.text, 20)
+        assert [next(events).data, notify("orders", "x")] == ["x", None]
+    assert 'set SSE_LOG_OWNER = "other" in the app, or GRANT "app" TO "other"' in caplog.text
+    assert [record.levelno for record in caplog.records if "no reason" in record.message] == [logging.ERROR]
+    events.close()
+    for required, url in (("auto", place.app), ("auto", place.superuser), (True, place.app)):
+        use_everything(make_app(url, SECRET_KEY="k", SSE_EVENT_LOG=required), url)
+    assert taken(place) == []
+    assert 'GRANT "postgres"' not in caplog.text, "that would make the other role a superuser"
+    with make_app(place.app, SSE_EVENT_LOG=True).app_context(), pytest.raises(EventLogMissing) as caught:
+        notify("orders", "x")
+    assert 'SSE_LOG_OWNER = "other"' in str(caught.value) and 'GRANT "app" TO "other"' in str(caught.value)
+    # The functions do their harm where they are called.
+    for function in ("installed_v1()", "head_v1()", "publish_v1('a', NULL, NULL)"):
+        execute(place.app, f"SELECT * FROM flask_pg_sse.{function}")
+    assert taken(place) == [("app", "app", "of the app")] * 3
+
+
+@languages
+def test_a_log_that_another_role_replaces_is_not_called(place: Place, make_app: MakeApp, language: str) -> None:
+    """In one transaction of the log's owner and at once, so nobody finds that there is none in between."""
+    execute(place.owner, schema_sql(["app"]))
+    app = make_app(place.app, SECRET_KEY="k", SSE_HEARTBEAT=1, SSE_RETENTION=1)
+    events = stream(app.test_client(), "/sse?channel=orders", timeout=20)
+    assert next(events).event == "sse-open"
+    with app.app_context(), closing(psycopg2.connect(place.app)) as connection:
+        assert notify("orders", "x") is not None
+        assert notify("orders", "x", connection=connection) is None
+        connection.commit()
+        assert [next(events).data, next(events).data] == ["x", "x"]
+        execute(place.superuser, f"BEGIN; {drop_schema_sql()} SET ROLE other; {attack(language)}; COMMIT")
+        attempt(lambda: notify("orders", "x", connection=connection))
+        connection.rollback()
+        assert taken(place) == []
+    use_everything(app, place.app)
+    log = app.extensions["pg_sse"].runtime.worker.engine.status
+    eventually(lambda: log().position == 0, 20, "the listener has looked again")
+    assert taken(place) == []
+    events.close()
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        "ALTER FUNCTION flask_pg_sse.head_v1() OWNER TO other",
+        "ALTER FUNCTION flask_pg_sse.head_v1() SECURITY INVOKER",
+        "ALTER FUNCTION flask_pg_sse.head_v1() SET search_path = public, pg_catalog",
+        "CREATE FUNCTION flask_pg_sse.head_v1(integer) RETURNS integer LANGUAGE sql AS 'SELECT 1'",
+    ],
+)
+def test_functions_that_are_not_as_they_were_made(
+    place: Place, make_app: MakeApp, caplog: pytest.LogCaptureFixture, give: str
+) -> None:
+    execute(place.superuser, schema_sql(["app"]))
+    execute(place.superuser, give)
+    with make_app(place.app).app_context():
+        assert notify("orders", "x") is None
+    assert "not as flask sse init makes them" in caplog.text and "head_v1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("owner", "before", "config", "on"),
+    [
+        ("postgres", "", {}, True),
+        ("database_owner", "", {}, True),
+        ("pg_database_owner", "CREATE SCHEMA flask_pg_sse AUTHORIZATION pg_database_owner", {}, True),
+        ("app", "CREATE SCHEMA flask_pg_sse AUTHORIZATION app", {}, True),
+        ("migrator", "", {}, False),
+        ("migrator", "GRANT app TO migrator", {}, True),
+        ("migrator", "GRANT migrator TO app", {}, False),
+        ("migrator", "", {"SSE_LOG_OWNER": "migrator"}, True),
+        ("migrator", "", {"SSE_LOG_OWNER": "other"}, False),
+    ],
+)
+def test_whom_an_app_trusts(
+    place: Place, make_app: MakeApp, owner: str, before: str, config: dict[str, str], on: bool
+) -> None:
+    """`init` by one role and the app under another, on its own connections, a caller's and the listener's."""
+    execute(place.superuser, before or "SELECT")
+    url = {"postgres": place.superuser, "migrator": place.migrator, "app": place.app}.get(owner, place.owner)
+    warnings = said(url, schema_sql(["app"], owner=config.get("SSE_LOG_OWNER")))
+    owned_by = "SELECT nspowner::regrole::text FROM pg_namespace WHERE nspname = 'flask_pg_sse'"
+    assert execute(place.superuser, owned_by) == [(owner,)]
+    needs = 'set SSE_LOG_OWNER = "migrator" in that app, or GRANT app TO migrator.'
+    assert [needs in warning for warning in warnings] == ([] if on else [True])
+    app = make_app(place.app, **config)
+    with app.app_context(), closing(psycopg2.connect(place.app)) as connection:
+        events = stream(app.test_client(), "/sse?channel=orders", timeout=20)
+        opened = next(events)
+        assert (opened.event, bool(opened.id)) == ("sse-open", on)
+        assert (notify("orders", "x") is not None) is on
+        notify("orders", "of the caller's transaction", connection=connection)
+        connection.commit()
+        assert [next(events).data, next(events).data] == ["x", "of the caller's transaction"]
+        events.close()
+    assert execute(place.superuser, "SELECT count(*) FROM flask_pg_sse.event") == [(2 if on else 0,)]
+
+
+def said(url: str, script: str) -> list[str]:
+    with closing(connect(url)) as connection:
+        run(connection, script)
+        return [text for text in connection.notices if text.startswith("WARNING")]
+
+
+def test_who_may_create_is_found_by_the_query_in_the_docs(place: Place) -> None:
+    found = {row[0] for row in execute(place.app, SECURITY.example("roles-create"))}
+    assert found & {"app", "migrator", "other", "database_owner", "postgres"} == {
+        "migrator", "other", "database_owner", "postgres"
+    }  # fmt: skip
+
+
+def test_init_says_what_the_app_needs(place: Place, make_app: MakeApp) -> None:
+    """At once, and not where the app has it already."""
+    runner = make_app(place.migrator).test_cli_runner()
+    result = runner.invoke(args=["sse", "init", "--grant-to", "app"])
+    assert result.exit_code == 0 and "Granted to app." in result.stdout
+    assert 'set SSE_LOG_OWNER = "migrator" in that app, or GRANT app TO migrator.' in result.stderr
+    runner = make_app(place.migrator, SSE_LOG_OWNER="migrator").test_cli_runner()
+    assert runner.invoke(args=["sse", "init", "--grant-to", "app"]).stderr == ""
+
+
+def test_init_refuses_a_schema_of_another_role_in_words(place: Place, make_app: MakeApp) -> None:
+    """Also where the schema is one's own, and something in it is another's."""
+    execute(place.other, attack())
+    execute(
+        place.other,
+        "CREATE FUNCTION flask_pg_sse.trap() RETURNS integer LANGUAGE sql AS 'SELECT loot.steal()';"
+        "CREATE VIEW flask_pg_sse.installation AS SELECT flask_pg_sse.trap() AS version",
+    )
+    for url in (place.superuser, place.owner, place.migrator):
+        for _ in range(2):
+            result = make_app(url).test_cli_runner().invoke(args=["sse", "init"])
+            (line,) = result.stderr.splitlines()
+            assert result.exit_code == 1 and result.stdout == ""
+            assert "belongs to other" in line and "no reason to trust" in line and "SSE_LOG_OWNER" in line
+        execute(place.superuser, f"ALTER SCHEMA flask_pg_sse OWNER TO {url.partition('//')[2].partition('@')[0]}")
+        result = make_app(url).test_cli_runner().invoke(args=["sse", "init"])
+        assert result.exit_code == 1 and "what is in it to other" in result.stderr
+        execute(place.superuser, "ALTER SCHEMA flask_pg_sse OWNER TO other")
+    assert taken(place) == []
+
+
+@pytest.mark.slow
+def test_a_callers_role_decides_for_its_own_transaction_alone(
+    place: Place, make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The app trusts the log's owner, and the role of one transaction does not: the app's own events are logged."""
+    execute(place.superuser, "GRANT app TO migrator")
+    execute(place.migrator, schema_sql(["app"]))
+    app = make_app(place.app)
+    with app.app_context(), closing(psycopg2.connect(place.superuser)) as connection:
+        assert notify("orders", "1") is not None
+        attempt(lambda: notify("orders", "2", connection=connection))
+        connection.commit()
+        assert notify("orders", "3") is not None
+        connection.cursor().execute("SET ROLE app")
+        eventually(lambda: notify("orders", "4", connection=connection) is None and logged(connection) == 3, 20)
+    assert 'role "postgres" has no reason to trust' in caplog.text
+
+
+def logged(connection: Any) -> int:
+    connection.commit()
+    with connection.cursor() as cursor:
+        cursor.execute("RESET ROLE; SELECT count(*) FROM flask_pg_sse.event")
+        (count,) = cursor.fetchone()
+        cursor.execute("SET ROLE app")
+    connection.commit()
+    return int(count)
+
+
+def test_a_role_that_is_not_trusted_any_more(
+    place: Place, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the next call on; and what has become of the functions is looked at once in a minute."""
+    execute(place.superuser, "GRANT app TO migrator")
+    execute(place.migrator, schema_sql(["app"]))
+    with make_app(place.app).app_context():
+        assert notify("orders", "x") is not None
+        execute(place.superuser, "REVOKE app FROM migrator")
+        attempt(lambda: notify("orders", "x"))
+        assert execute(place.superuser, "SELECT count(*) FROM flask_pg_sse.event") == [(1,)]
+        assert "no reason to trust" in caplog.text
+    monkeypatch.setattr(installation, "_CHECK_AGAIN", 0)
+    with make_app(place.app, SSE_LOG_OWNER="migrator").app_context():
+        assert notify("orders", "x") is not None
+        execute(place.superuser, "ALTER FUNCTION flask_pg_sse.head_v1() OWNER TO other")
+        assert notify("orders", "x") is None
