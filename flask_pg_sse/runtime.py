@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .channels import check_channel
 from .engine.base import Disconnect, Engine
@@ -19,7 +19,7 @@ from .engine.caller import check_caller
 from .engine.memory import MemoryEngine
 from .engine.postgres.dsn import Dsn, configured_databases
 from .engine.postgres.engine import PostgresEngine
-from .errors import ConfigurationError, DatabaseUnavailable
+from .errors import ConfigurationError, DatabaseNotConfigured, DatabaseUnavailable
 from .event import make_event
 from .hub.admission import Admission, StreamLimiter, TryLater
 from .hub.hub import Hub
@@ -28,6 +28,9 @@ from .hub.ticker import Ticker
 from .server import shutdown
 from .server.capacity import room_for_streams
 from .settings import Settings, secret_keys, unknown_keys
+
+if TYPE_CHECKING:
+    from .engine.broker import Broker
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ class Runtime:
         self._settings: Settings | None = None
         self._locks: dict[int, threading.Lock] = {}
         self._worker: Worker | None = None
+        self.redis: Broker | None = None  # where the events are, if not in PostgreSQL
         self.captured_by: Engine | None = None  # in tests: the engine that events go to instead of the app's own
         self._warned_of: set[str] = set()
 
@@ -60,6 +64,20 @@ class Runtime:
             if key not in self._warned_of:
                 self._warned_of.add(key)
                 logger.warning("%s", text)
+
+    def use_redis(self, url: str, source: str) -> None:
+        """Carry the events over Redis' pub/sub. `source` is the setting that has the URL.
+
+        Raises `ConfigurationError` if the URL cannot be used, if redis-py is not installed, or if the configuration
+        requires an event log, which Redis does not have.
+        """
+        from .engine.broker import to_broker
+
+        if self.settings.event_log is True:
+            raise ConfigurationError(
+                f"SSE_EVENT_LOG is true, and {source} is set: Redis keeps no events. Remove one of the two."
+            )
+        self.redis = to_broker(url, source)
 
     def notify(
         self,
@@ -130,6 +148,10 @@ class Runtime:
 
     def _new_engine(self) -> Engine:
         settings = self.settings
+        if self.redis is not None:
+            from .engine.redis.engine import RedisEngine
+
+            return RedisEngine(self.redis, longest_silence=settings.heartbeat)
         if settings.broker_url is not None:
             return MemoryEngine(log=settings.event_log is not False, retention=settings.retention)
         return PostgresEngine(
@@ -143,7 +165,15 @@ class Runtime:
 
     def databases(self) -> tuple[Dsn, Dsn]:
         """Return the database to notify and the database to listen to. Raises `ConfigurationError`."""
-        return configured_databases(self.settings, self._config)
+        try:
+            return configured_databases(self.settings, self._config)
+        except DatabaseNotConfigured:
+            if self.redis is None:
+                raise
+            raise DatabaseNotConfigured(
+                f"The events come from Redis ({self.redis.source}), which keeps none: the event log needs PostgreSQL. "
+                f"Set DATABASE_URL to postgresql://user:password@host/database, and no {self.redis.source}."
+            ) from None
 
     def _lock(self) -> threading.Lock:
         # One lock for each process. A lock from before a fork may stay locked forever in the child, and may be of the

@@ -69,8 +69,11 @@ def create_app(environ: Mapping[str, str]) -> Flask:
         app.add_url_rule(f"/{name}", name, view)
     app.register_blueprint(sse_bp, url_prefix="/")
     state = state_of(app)
+    if environ.get("REDIS_URL") and not _switch(environ, "RELAY_USE_PG"):
+        state.runtime.use_redis(environ["REDIS_URL"], "REDIS_URL")
     state.open_unless_asked = "SSE_CHANNELS" not in environ and not state.runtime.keys()
-    state.hears_unquoted = state.runtime.settings.broker_url is None  # only PostgreSQL's senders fold names
+    # Only PostgreSQL's senders fold names.
+    state.hears_unquoted = state.runtime.settings.broker_url is None and state.runtime.redis is None
     state.no_channels = frozenset(_HEALTH)
     return app
 
@@ -81,7 +84,7 @@ def _live() -> ResponseReturnValue:
 
 
 def _ready() -> ResponseReturnValue:
-    """Answer 200 if the database is heard, and 503 if it is not."""
+    """Answer 200 if PostgreSQL or Redis is heard, and 503 if it is not."""
     worker = current_state().runtime.worker
     with contextlib.suppress(TryLater):
         _ = worker.streams  # starts to listen, if no stream has come yet
@@ -97,7 +100,7 @@ _HEALTH = {"livez": _live, "healthz": _ready, "readyz": _ready}
 def check_database(app: Flask) -> None:
     """Raise `ConfigurationError` if the app has no database to listen to."""
     state = state_of(app)
-    if state.runtime.settings.broker_url is not None:
+    if state.runtime.redis is not None or state.runtime.settings.broker_url is not None:
         return
     if not (os.environ.get("DATABASE_URL") or app.config.get("SSE_DATABASE_URL")):
         raise DatabaseNotConfigured(
@@ -168,7 +171,17 @@ def _serve() -> Flask:
     app = create_app(os.environ)
     check_database(app)
     _say_what_is_open(state_of(app))
+    _say_what_is_lost(state_of(app))
     return app
+
+
+def _say_what_is_lost(state: State) -> None:
+    if state.runtime.redis is not None:
+        logger.warning(
+            "Events come from Redis at %s, whose pub/sub keeps nothing: a client or a worker that is not connected "
+            "when an event is sent misses it. With PostgreSQL and its event log none is missed.",
+            state.runtime.redis,
+        )
 
 
 def _say_what_is_open(state: State) -> None:

@@ -16,7 +16,7 @@ from tests.support.client import eventually
 
 pytest_plugins = [
     "tests.support.browsers", "tests.support.postgres", "tests.support.cluster", "tests.support.servers",
-    "tests.support.proxies",
+    "tests.support.proxies", "tests.support.redis",
 ]  # fmt: skip
 # A busy machine is no bug: a test that says how long something may take measures that itself.
 hypothesis.settings.register_profile(
@@ -62,7 +62,7 @@ def no_threads_left() -> Iterator[None]:
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the user's own databases out of the tests."""
     for name in list(os.environ):
-        if name == "DATABASE_URL" or name.startswith(("PG", "FLASK_", "SSE_")):
+        if name in ("DATABASE_URL", "REDIS_URL", "RELAY_USE_PG") or name.startswith(("PG", "FLASK_", "SSE_")):
             monkeypatch.delenv(name)
 
 

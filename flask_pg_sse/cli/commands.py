@@ -18,14 +18,14 @@ from ..engine.postgres.dsn import Dsn
 from ..engine.postgres.retention import prune
 from ..errors import DatabaseUnavailable, PgSSEError
 from ..settings import Settings
-from ..web.api import LONGEST, sse_url
+from ..web.api import LONGEST, notify, sse_url
 from ..web.blueprint import sse_bp
 from ..web.state import current_state
 
 # Seconds for one batch of events.
 _PRUNE_TIMEOUT = 60.0
 
-sse_bp.cli.help = "Server-Sent Events from PostgreSQL: manage the event log and sign URLs."
+sse_bp.cli.help = "Server-Sent Events from PostgreSQL: manage the event log, sign URLs and send events."
 sse_bp.cli.short_help = sse_bp.cli.help
 
 
@@ -101,6 +101,20 @@ def _sign(channels: tuple[str, ...], expires: float | None, subject: str | None)
             click.echo(sse_url(channels, sign=True, expires=expires, subject=subject))
     except (PgSSEError, ValueError, BuildError) as error:
         raise click.ClickException(f"The URL was not signed: {error}") from None
+
+
+@sse_bp.cli.command("notify")
+@click.argument("channel")
+@click.argument("data")
+@click.option("--event", metavar="NAME", help="The event's name in the browser. Default: message.")
+@click.option("--id", "id_", metavar="ID", help="The id that the page sees. Default: the event's id in the log.")
+def _notify(channel: str, data: str, event: str | None, id_: str | None) -> None:
+    """Send an event to every stream that listens to CHANNEL. DATA is sent as it is."""
+    try:
+        log_id = notify(channel, data, event=event, id=id_)
+    except PgSSEError as error:
+        raise click.ClickException(f"The event was not sent: {error}") from None
+    click.echo(f"Sent to {channel}." if log_id is None else f"Sent to {channel}, as event {log_id} of the log.")
 
 
 _RIGHTS = (

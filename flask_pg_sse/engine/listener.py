@@ -20,6 +20,14 @@ from .outage import Outage
 
 # Seconds from a channel's last stream to UNLISTEN, so a page that reloads costs no round-trip.
 LINGER = 10.0
+# Channels in one command or statement. A long one delays events that have arrived.
+BATCH = 500
+# Limits of one turn. A flood is handed over in pieces, and other threads or greenlets run between them.
+TURN_EVENTS = 1000
+TURN_BYTES = 65536
+# A pause between two full turns, in which streams send. In a flood a stream's buffer would fill up without it, and with
+# no log the stream would end. In seconds, and only for threads: equal to the interpreter's switch interval.
+PAUSE = 0.005
 
 
 class Listener:
@@ -122,3 +130,20 @@ class Listener:
         # New streams wake the thread too, and must not shorten the pause.
         while not self._stopping and (left := deadline - time.monotonic()) > 0:
             self._wakeup.wait(left)
+
+
+class Listening:
+    """The part of an engine that hands its calls to a listener, once `start()` has made one."""
+
+    _listener: Listener | None = None
+
+    def subscribe(self, channels: Iterable[str], client: Hashable = ()) -> Ticket:
+        assert self._listener is not None, "subscribe() before start()"
+        return self._listener.subscribe(channels, client)
+
+    def unsubscribe(self, channels: Iterable[str]) -> None:
+        assert self._listener is not None, "unsubscribe() before start()"
+        self._listener.unsubscribe(channels)
+
+    def status(self) -> Status:
+        return Status(Readiness.AWAY, 0, 0) if self._listener is None else self._listener.status()

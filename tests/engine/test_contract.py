@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from flask_pg_sse.engine.base import Disconnect, Engine, Item, Readiness
+from flask_pg_sse.errors import ConfigurationError
 from flask_pg_sse.event import Event, encode
 from tests.support.client import eventually
 from tests.support.engines import ENGINES, LOGGED, Bus, Process, together
@@ -262,6 +263,10 @@ def test_a_position_that_is_not_in_the_log_is_told(start: Start) -> None:
 @pytest.mark.parametrize("message", [Disconnect("ann", None), Disconnect(None, "a"), Disconnect("ann", "a")])
 def test_every_process_obeys_a_control_message_once(start: Start, bus: Bus, message: Disconnect) -> None:
     processes = [start("a") for _ in range(2 if bus.shared else 1)]
+    if not bus.commands:
+        with pytest.raises(ConfigurationError, match=r"disconnect\(\) needs PostgreSQL"):
+            processes[0].engine.control(message)
+        return
     processes[0].engine.control(message)
     publish(processes[0].engine, "a", "after it")
     for process in processes:

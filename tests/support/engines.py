@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from redis._parsers import _RESP3Parser
 
 from flask_pg_sse.engine.base import ControlMessage, Engine, Item, Readiness
+from flask_pg_sse.engine.broker import to_broker
 from flask_pg_sse.engine.memory import MemoryEngine
 from flask_pg_sse.engine.postgres.dsn import to_dsn
 from flask_pg_sse.engine.postgres.engine import PostgresEngine
+from flask_pg_sse.engine.redis.engine import RedisEngine
 from tests.support.client import eventually
 
 
@@ -25,12 +29,14 @@ from tests.support.client import eventually
 class Bus:
     """What engines have in common: `new_engine()` makes one, as another process has it.
 
-    logged: whether events have ids and are kept. shared: whether several engines hear each other.
+    logged: whether events have ids and are kept. shared: whether several engines hear each other. commands: whether
+    messages go from one process to the others.
     """
 
     new_engine: Callable[[], Engine]
     logged: bool
     shared: bool
+    commands: bool = True
 
 
 Make = Callable[[pytest.FixtureRequest], AbstractContextManager[Bus]]
@@ -77,6 +83,22 @@ def _postgres_without_log(request: pytest.FixtureRequest) -> Iterator[Bus]:
 def _postgres_engine(url: str) -> Engine:
     dsn = to_dsn(url, "the test")
     return PostgresEngine(lambda: (dsn, dsn), event_log="auto", retention=86400, keys=lambda: ["a key"])
+
+
+@register("redis", logged=False)
+@contextmanager
+def _redis(request: pytest.FixtureRequest) -> Iterator[Bus]:
+    broker = to_broker(request.getfixturevalue("redis_server").url, "the test")
+    yield Bus(lambda: RedisEngine(broker), logged=False, shared=True, commands=False)
+
+
+@register("redis, RESP3", logged=False)
+@contextmanager
+def _redis_resp3(request: pytest.FixtureRequest) -> Iterator[Bus]:
+    """With redis-py's own reader, which it uses where hiredis is not installed."""
+    broker = to_broker(f"unix://{request.getfixturevalue('redis_server').socket}?protocol=3", "the test")
+    broker = dataclasses.replace(broker, _options={**broker._options, "parser_class": _RESP3Parser})
+    yield Bus(lambda: RedisEngine(broker), logged=False, shared=True, commands=False)
 
 
 class Recorder:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import json
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ...event import Event
 from ...tokens import Keys, sign_disconnect
-from ..base import LOG_READERS, ControlMessage, Look, Page, Readiness, Sink, Status, Tail, Ticket
+from ..base import LOG_READERS, ControlMessage, Look, Page, Sink, Tail
+from ..listener import Listening
 from . import control
 from .codec import pg_name, to_payload, to_row
 from .control import DisconnectCommands
@@ -36,7 +37,7 @@ _CLOCK = "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::pg_catalog.fl
 _OTHER_CONNECTIONS = 2
 
 
-class PostgresEngine:
+class PostgresEngine(Listening):
     """One app's database in one process; see `base.Engine`.
 
     `databases` returns the database to notify and the database to listen to; it is called at first use. `event_log` is
@@ -131,14 +132,6 @@ class PostgresEngine:
             self._listener.beat_soon()
         self._look_soon()
 
-    def subscribe(self, channels: Iterable[str], client: Hashable = ()) -> Ticket:
-        assert self._listener is not None, "subscribe() before start()"
-        return self._listener.subscribe(channels, client)
-
-    def unsubscribe(self, channels: Iterable[str]) -> None:
-        assert self._listener is not None, "unsubscribe() before start()"
-        self._listener.unsubscribe(channels)
-
     # -- sending
 
     def publish(
@@ -194,9 +187,6 @@ class PostgresEngine:
     def now(self) -> float:
         [(now,)] = self._own.sending.execute(_CLOCK)
         return float(now)
-
-    def status(self) -> Status:
-        return Status(Readiness.AWAY, 0, 0) if self._listener is None else self._listener.status()
 
 
 class _Connections:

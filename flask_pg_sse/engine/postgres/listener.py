@@ -19,7 +19,7 @@ from psycopg2.extensions import quote_ident
 
 from ...errors import DatabaseUnavailable
 from ..base import Readiness, Sink, Status, Ticket, TooManyChannels
-from ..listener import LINGER, Listener
+from ..listener import BATCH, LINGER, Listener
 from ..listens import ListenTable
 from ..outage import Outage
 from . import control
@@ -34,8 +34,6 @@ from .receiver import Receiver
 
 logger = logging.getLogger(__name__)
 
-# Channels in one round-trip. Their statements are one transaction, and a long one delays events that have arrived.
-_BATCH = 500
 # Seconds between two beats. Only a beat detects a server that vanished silently (a dropped NAT entry, a power failure).
 BEAT_EVERY = 10.0
 # Seconds in which the server must answer a statement, and a beat must come back.
@@ -171,8 +169,8 @@ class PostgresListener(Listener):
         self._execute(connection, _SETUP)
         self._identify(connection)
         confirmed = []
-        for _ in range(0, self._listens.restart(), _BATCH):
-            names = self._listens.due(_BATCH)[1]
+        for _ in range(0, self._listens.restart(), BATCH):
+            names = self._listens.due(BATCH)[1]
             confirmed.append((names, self._listen(connection, names)))
         # After every LISTEN, so from here on nothing is missed. Before any event that has arrived meanwhile: it would
         # seem to follow directly on the position.
@@ -211,7 +209,7 @@ class PostgresListener(Listener):
         """Send one batch of UNLISTEN and LISTEN for the wanted channels. Return True if there may be more to do."""
         if self._stopping:
             return False
-        ended, begun = self._listens.due(_BATCH)
+        ended, begun = self._listens.due(BATCH)
         if ended:
             self._execute(connection, ";".join(f"UNLISTEN {quote_ident(name, connection)}" for name in ended))
         if begun:
@@ -289,7 +287,7 @@ class PostgresListener(Listener):
         logger.error("%s. Until then events of the log arrive late, and other events not at all.", _DEAF)
         self._listens.restart()
         while self._goes_on:
-            _, begun = self._listens.due(_BATCH)
+            _, begun = self._listens.due(BATCH)
             self._recover(connection)
             self._listens.confirm(begun, set(begun))
             while self._receiver.hand_over(connection) and self._goes_on:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...concurrency import checkpoint
 from ..base import Item, Page, Sink
+from ..listener import PAUSE, TURN_BYTES, TURN_EVENTS
 from ..listens import ListenTable
 from . import codec, control
 from .codec import Decoder
@@ -26,18 +27,12 @@ from .unquoted import UnquotedNames
 
 logger = logging.getLogger(__name__)
 
-# Limits of one turn. A flood is handed over in pieces, and other threads or greenlets run between them.
-_TURN_EVENTS = 1000
-_TURN_BYTES = 65536
 # A lone payload shorter than this has nothing unread behind it: libpq reads all there is, up to at least 8 kB.
 _ALONE_CHARS = 1024
 # No event is larger: a value in PostgreSQL has at most 1 GB.
 _ANY_SIZE = 2**30
 # Seconds in which the server must answer a read of the log. One page may be one event of many megabytes.
 _READ_WITHIN = 30.0
-# A pause between two full turns, in which streams send. In a flood a stream's buffer would fill up without it, and with
-# no log the stream would end. In seconds, and only for threads: equal to the interpreter's switch interval.
-_PAUSE = 0.005
 
 
 class Receiver:
@@ -87,7 +82,7 @@ class Receiver:
         before = self.position
         fetch = alone = False
         try:
-            while len(turn) < _TURN_EVENTS and size < _TURN_BYTES and not fetch:
+            while len(turn) < TURN_EVENTS and size < TURN_BYTES and not fetch:
                 if not self._left:
                     if alone:
                         return False
@@ -125,7 +120,7 @@ class Receiver:
                 self._sink.deliver(turn, self.position)
         if fetch:
             self.catch_up(connection)
-        checkpoint(_PAUSE)
+        checkpoint(PAUSE)
         return True
 
     def recover(self, connection: Any) -> None:
@@ -161,7 +156,7 @@ class Receiver:
             self._sink.deliver(page.items, page.upto)
             if page.upto >= page.head:
                 return
-            checkpoint(_PAUSE)
+            checkpoint(PAUSE)
 
     def _restart(self, page: Page) -> None:
         """Continue from the head of a log that no longer has the position."""
@@ -185,5 +180,5 @@ class Receiver:
             return execute(connection, guarded, tuple(args), timeout=_READ_WITHIN, limit=LONGEST_READ)
 
         return read_page(
-            run, channels, after, _TURN_BYTES, _ANY_SIZE, self.decoder.dropped, commanded=self.control.logged
+            run, channels, after, TURN_BYTES, _ANY_SIZE, self.decoder.dropped, commanded=self.control.logged
         )

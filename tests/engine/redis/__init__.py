@@ -1,0 +1,1 @@
+"""Tests of Redis' own: its URLs, payloads, listener and refusals."""
