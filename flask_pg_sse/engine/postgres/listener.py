@@ -248,7 +248,7 @@ class PostgresListener(Listener):
         nonce, known = self._control.next_beat(), self._receiver.confirmed
         query, args = (_BEAT, (nonce,)) if log is None else (log.guarded(_BEAT_OF_LOG), (nonce, known))
         try:
-            [(ended, key, refusal)] = self._execute(connection, query, args, patience=_BEAT_PATIENCE)
+            [(ended, key, refusal)] = self._execute(connection, query, args, _BEAT_PATIENCE)
         except NOT_NOW as error:
             self._obstacle.met(error, connection.notices, functools.partial(self._execute, connection))
             self._beat_at = time.monotonic() + _BEAT_AGAIN - self._beat_every

@@ -18,6 +18,8 @@ from flask_pg_sse.engine.base import Disconnect
 from flask_pg_sse.engine.postgres.control import DisconnectCommands, Snapshot
 from flask_pg_sse.engine.postgres.dsn import to_dsn
 from flask_pg_sse.engine.postgres.engine import PostgresEngine
+from flask_pg_sse.engine.postgres.listener import PostgresListener
+from flask_pg_sse.event import Event
 from flask_pg_sse.testing import stream
 from flask_pg_sse.tokens import sign_disconnect
 from tests.support.client import eventually
@@ -189,6 +191,32 @@ def events_of(app: Flask, query: str) -> Any:
     events = stream(app.test_client(), query, timeout=20)
     assert next(events).event == "sse-open"
     return (event for event in events if event.event != "sse-cursor")
+
+
+def test_a_command_that_is_heard_before_the_log_is_read_passes_no_event(
+    logged_url: str, line: Link, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new connection hears commands first, then the log is read: what it missed comes before the command's id."""
+    process, other = start(through(line, logged_url)), start(logged_url)
+    publish = other.engine.publish
+    publish("a", [Event("before")])
+    process.sink.wait(1)
+    beat = PostgresListener._beat
+    listener: Any = process.engine
+    missed: list[int | None] = []
+
+    def beat_behind_a_command(self: PostgresListener, connection: Any, *rest: Any) -> bool:
+        if self is listener._listener and not missed:
+            missed.append(publish("a", [Event("missed")]))
+            other.engine.control(COMMAND)
+        return beat(self, connection, *rest)
+
+    monkeypatch.setattr(PostgresListener, "_beat", beat_behind_a_command)
+    line.drop()
+    assert process.sink.wait(2)[-1][2] == missed[0]
+    publish("a", [Event("after")])
+    assert [data.split(b"data: ")[1].strip() for _, data, _ in process.sink.wait(3)] == [b"before", b"missed", b"after"]
+    assert process.sink.messages == [COMMAND]
 
 
 def test_without_the_log_a_right_is_checked_again_after_a_connection_was_lost(
