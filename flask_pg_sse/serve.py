@@ -120,9 +120,15 @@ def log_level(environ: Mapping[str, str]) -> int:
     return level
 
 
+# Empty, other variables count as not set, as compose files set them (`${SSE_RETRY:-}`). These two would then open all.
+_CLOSING = ("SSE_CHANNELS", "SSE_SECRET_KEY")
+
+
 def _config(environ: Mapping[str, str]) -> dict[str, Any]:
     """Return the app's config: every `SSE_` variable by its name, and the older projects' variables."""
-    config: dict[str, Any] = {name: value for name, value in environ.items() if name.startswith("SSE_")}
+    config: dict[str, Any] = {
+        name: value for name, value in environ.items() if name.startswith("SSE_") and (value or name in _CLOSING)
+    }
     if "SSE_ALLOWED_ORIGINS" not in config and "ALLOWED_ORIGINS" in environ:
         # sse_relay_server ignored what is empty between two commas.
         origins = [origin.strip() for origin in environ["ALLOWED_ORIGINS"].split(",") if origin.strip()]

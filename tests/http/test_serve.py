@@ -16,6 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from flask_pg_sse.cli.main import main
+from flask_pg_sse.serve import create_app
+from flask_pg_sse.settings import Settings
 from tests.support.client import Response, eventually, open_stream, request
 from tests.support.postgres import execute
 from tests.support.servers import ROOT, WebServer, gunicorn
@@ -176,9 +178,7 @@ def test_under_gunicorn_too_it_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_the_variables_of_the_older_project(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flask_pg_sse.serve import create_app
-
+def test_the_variables_of_the_older_project() -> None:
     app = create_app({"ALLOWED_ORIGINS": " https://a.example, ,https://b.example,", "RELAY_SERVER_DEBUG": "True"})
     settings = app.extensions["pg_sse"].runtime.settings
     assert settings.allowed_origins == ("https://a.example", "https://b.example")
@@ -186,6 +186,8 @@ def test_the_variables_of_the_older_project(database_url: str, tmp_path: Path, m
     app = create_app({"ALLOWED_ORIGINS": "https://a.example", "SSE_ALLOWED_ORIGINS": "https://c.example"})
     assert app.extensions["pg_sse"].runtime.settings.allowed_origins == ("https://c.example",)
     assert not app.debug
+    app = create_app({"SSE_RETRY": "", "SSE_SERVER_URL": "", "ALLOWED_ORIGINS": "", "RELAY_SERVER_DEBUG": ""})
+    assert app.extensions["pg_sse"].runtime.settings == Settings()
 
 
 # -- the commands without an app

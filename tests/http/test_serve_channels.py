@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 from flask import Flask
 
 from flask_pg_sse import disconnect, notify, sse_bp, sse_url
-from flask_pg_sse.channels import unquoted
+from flask_pg_sse.channels import heard_unquoted, unquoted
+from flask_pg_sse.engine.postgres.unquoted import UnquotedNames
 from flask_pg_sse.serve import create_app
 from flask_pg_sse.testing import Received, stream
 from flask_pg_sse.web.blueprint import SSEBlueprint
@@ -221,17 +221,15 @@ def test_a_flask_app_goes_by_the_exact_name(database_url: str, make_app: Callabl
     events.close()
 
 
-def test_a_channel_is_not_listened_to_when_its_last_stream_has_left(alone: Alone, database_url: str) -> None:
-    app = alone()
-    streams = [stream(app.test_client(), url) for url in ("/Orders", "/ORDERS", "/orders")]
-    for events in streams:
-        assert next(events).event == "sse-open"
-    listens: Any = app.extensions["pg_sse"].runtime.worker.engine._listener._listens
-    for events in streams:
-        events.close()
-    app.extensions["pg_sse"].runtime.worker.streams[0].sweep()
-    assert listens._streams == {}
-    assert app.extensions["pg_sse"].runtime.worker.engine._listener._receiver.unquoted.heard == {}
+def test_a_name_is_heard_until_its_last_stream_has_left() -> None:
+    names = UnquotedNames()
+    assert names.add(["Orders", heard_unquoted("orders")]) == ["Orders", "orders"]
+    assert names.add([heard_unquoted("orders")]) == ["orders"]
+    assert names.add(["orders"]) == ["orders"]  # by its own name
+    assert names.remove([heard_unquoted("orders")]) == ["orders"]
+    assert names.heard == {"orders": heard_unquoted("orders")}
+    assert names.remove(["Orders", heard_unquoted("orders")]) == ["Orders", "orders"]
+    assert names.heard == {}
 
 
 def test_the_start_says_that_all_is_open(
