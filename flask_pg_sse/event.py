@@ -18,9 +18,15 @@ from .errors import InvalidEvent
 
 FIELDS = frozenset({"event", "id", "data", "retry", "comment"})
 RESERVED_PREFIX = "sse-"
+# Names that are reserved, or become so in a client that takes away what stands before them. Browsers take away nothing
+# here, but clients in other languages trim values, and each has its own idea of what is blank.
+_RESERVED = re.compile(rf"[\s\0-\x20\ufeff\u180e]*{RESERVED_PREFIX}")
+# A browser waits so many milliseconds before it reconnects. Below the first it would flood the server; a browser that
+# is told to wait for days does not come back.
+RETRY_FROM, RETRY_TO = 100, 3_600_000
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _FORBIDDEN = re.compile(r"[\r\n\0]")
-# The largest id and retry. Without a limit a number could have thousands of digits, and Python refuses to turn such a
+# The largest id. Without a limit a number could have thousands of digits, and Python refuses to turn such a
 # number into text.
 MAX_NUMBER = 2**63 - 1
 
@@ -37,8 +43,8 @@ class Event:
     silent:  whether clients dispatch nothing. Only other programs send such events: they have no data at all.
 
     Raises `InvalidEvent` if the format cannot carry a value: line ends or NUL in `event` or `id`, text that is not
-    valid Unicode, or a `retry` that is not a whole number from 0 to 2**63 - 1. Names that begin with `sse-` are
-    refused too: they are reserved for the package's own events.
+    valid Unicode, or a `retry` that is not a whole number from 100 to 3,600,000. Names that begin with `sse-`, also
+    after blanks or a byte order mark, are refused too: they are reserved for the package's own events.
     """
 
     data: str = ""
@@ -63,10 +69,12 @@ class Event:
                 ) from None
             if field in ("event", "id") and _FORBIDDEN.search(value):
                 raise InvalidEvent(f"The event's {field} must be one line: it must not contain a line end or NUL.")
-        if self.event is not None and self.event.startswith(RESERVED_PREFIX):
+        if self.event is not None and _RESERVED.match(self.event):
             raise InvalidEvent(f"Event names that begin with {RESERVED_PREFIX!r} are reserved; choose another.")
-        if self.retry is not None and (type(self.retry) is not int or not 0 <= self.retry <= MAX_NUMBER):
-            raise InvalidEvent("The event's retry must be a whole number of milliseconds, 0 or more.")
+        if self.retry is not None and (type(self.retry) is not int or not RETRY_FROM <= self.retry <= RETRY_TO):
+            raise InvalidEvent(
+                f"The event's retry must be a whole number of milliseconds, from {RETRY_FROM} to {RETRY_TO} (an hour)."
+            )
 
 
 def make_event(

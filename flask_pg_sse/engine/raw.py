@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import InvalidEvent
-from ..event import FIELDS, Event, make_event, refuse_constant
+from ..event import FIELDS, RETRY_FROM, RETRY_TO, Event, make_event, refuse_constant
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +34,15 @@ def read_raw(payload: str) -> Event:
 
 
 def to_event(fields: Mapping[str, Any]) -> Event:
-    """Read fields that another program wrote. `id` and `event` may be numbers, and `retry` may be text of digits."""
+    """Read fields that another program wrote. `id` and `event` may be numbers, and `retry` may be text of digits.
+
+    A `retry` that is too small or too large becomes the smallest or the largest that is allowed.
+    """
     retry = fields.get("retry")
     if isinstance(retry, str) and len(retry) < 20 and retry.isascii() and retry.isdigit():
         retry = int(retry)
+    if type(retry) is int and retry >= 0:
+        retry = min(max(retry, RETRY_FROM), RETRY_TO)
     texts: dict[str, Any] = {}
     for field in ("event", "id"):
         value = fields.get(field)

@@ -30,7 +30,7 @@ class LargeEvent:
 
     def keep(self, data: bytes) -> None:
         self.loaded_at = self.taken_at = time.monotonic()
-        self.data = data
+        self.data, self.size = data, len(data)  # in the log it may be smaller
 
     def piece(self, start: int) -> bytes | None:
         """Return the next piece from `start` on; b"" at the end, and None if the event must be loaded."""

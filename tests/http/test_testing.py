@@ -61,14 +61,14 @@ def test_capture_records_what_views_send_without_a_database(app: Flask) -> None:
 
 def test_captured_fields_are_those_that_would_have_travelled(app: Flask) -> None:
     with capture(app) as events, app.app_context():
-        notify("a", b"\xc3\xa9", event="e", id=7, retry=5, comment="c", durable=False)
+        notify("a", b"\xc3\xa9", event="e", id=7, retry=500, comment="c", durable=False)
         notify("b")
-        postgres_notify(channel="c", sse_payload={"event": "e", "id": 1, "data": [1], "retry": 2, "comment": "x"})
+        postgres_notify(channel="c", sse_payload={"event": "e", "id": 1, "data": [1], "retry": 200, "comment": "x"})
         notify_many("d", ["x", {"y": 1}], event="e")
     assert events == [
-        Captured("a", "é", "e", "7", 5, "c"),
+        Captured("a", "é", "e", "7", 500, "c"),
         Captured("b", "", None, None, None, None),
-        Captured("c", "[1]", "e", "1", 2, "x"),
+        Captured("c", "[1]", "e", "1", 200, "x"),
         Captured("d", "x", "e", None, None, None),
         Captured("d", '{"y": 1}', "e", None, None, None),
     ]

@@ -152,13 +152,13 @@ texts = st.one_of(
     st.lists(st.one_of(st.sampled_from(AWKWARD), st.sampled_from(["data: x", "id: 1", "a", "é"]))).map("".join),
 )
 lines = texts.map(lambda text: text.replace("\r", "").replace("\n", "").replace("\0", ""))
-names = lines.filter(lambda text: not text.startswith("sse-"))
+names = lines.filter(lambda text: "sse-" not in text)
 events = st.builds(
     Event,
     data=texts,
     event=st.none() | names.filter(bool),
     id=st.none() | lines,
-    retry=st.none() | st.integers(0, 2**63 - 1),
+    retry=st.none() | st.integers(100, 3_600_000),
     comment=st.none() | texts,
 )
 chunkings = st.lists(st.integers(0, 10_000), max_size=8)
@@ -260,7 +260,10 @@ def test_half_a_surrogate_pair_is_refused_everywhere(field: str) -> None:
         make_event(**fields)
 
 
-@pytest.mark.parametrize("retry", [-1, True, 1.5, "1000", 2**63, pytest.param(10**5000, id="huge"), [], float("nan")])
+@pytest.mark.parametrize(
+    "retry",
+    [-1, 0, 99, 3_600_001, True, 1.5, "1000", 2**63, pytest.param(10**5000, id="huge"), [], float("nan")],
+)
 def test_a_retry_that_is_no_whole_number_is_refused(retry: Any) -> None:
     with pytest.raises(InvalidEvent, match="retry"):
         make_event("x", retry=retry)
@@ -285,17 +288,23 @@ def test_ids_of_callers_travel_as_they_are(value: Any, text: str) -> None:
     assert event_of(to_payload(make_event("x", id=value), "c")).id == text
 
 
-@pytest.mark.parametrize("name", ["sse-", "sse-open", "sse-reset", "sse-end", "sse-anything"])
+BLANKS = ["  ", "\t", "\x0b", "\x0c", "\x1c", "\x85", "\xa0", "\u2028", "\u3000", "\ufeff", " \ufeff "]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sse-", "sse-open", "sse-reset", "sse-end", "sse-anything", *[f"{blank}sse-end" for blank in BLANKS]],
+)
 def test_reserved_event_names_are_refused_from_every_side(name: str) -> None:
     with pytest.raises(InvalidEvent, match="reserved"):
         make_event("x", event=name)
     with pytest.raises(InvalidEvent, match="reserved"):
         from_payload(json.dumps({"event": name, "data": "x"}))
     with pytest.raises(InvalidEvent, match="reserved"):
-        from_payload(to_payload(Event("x", event="EVENT"), "c").replace("EVENT", name))
+        from_payload(to_payload(Event("x", event="EVENT"), "c").replace("EVENT", json.dumps(name)[1:-1]))
 
 
-@pytest.mark.parametrize("name", ["sse", "SSE-open", " sse-open", "ssex-"])
+@pytest.mark.parametrize("name", ["sse", "SSE-open", "x sse-open", "ssex-", "_sse-end"])
 def test_names_that_only_look_reserved_are_allowed(name: str) -> None:
     assert make_event("x", event=name).event == name
 
@@ -496,8 +505,8 @@ def test_other_payloads_are_data_verbatim(payload: str) -> None:
     [
         ('{"data": "x"}', Event("x")),
         (
-            '{"event": "created", "data": "x", "id": "1", "retry": 5, "comment": "c"}',
-            Event("x", "created", "1", 5, "c"),
+            '{"event": "created", "data": "x", "id": "1", "retry": 500, "comment": "c"}',
+            Event("x", "created", "1", 500, "c"),
         ),
         ('{"event": "ping"}', Event("", "ping", silent=True)),
         ('{"id": 1, "data": 2}', Event("2", id="1")),
@@ -514,6 +523,11 @@ def test_other_payloads_are_data_verbatim(payload: str) -> None:
         ('{"data": true}', Event("true")),
         ('{"data": "NaN"}', Event("NaN")),
         ('{"retry": "2000", "data": "x"}', Event("x", retry=2000)),
+        # Chromium never came back after the third, and after the first at once.
+        ('{"retry": 0, "data": "x"}', Event("x", retry=100)),
+        ('{"retry": "99", "data": "x"}', Event("x", retry=100)),
+        (f'{{"retry": {2**63}, "data": "x"}}', Event("x", retry=3_600_000)),
+        ('{"data": "x", "retry": ' + "9" * 4000 + "}", Event("x", retry=3_600_000)),
         ('{"data": "a", "data": "b"}', Event("b")),
         (' \t\r\n{"data": "x"}\n', Event("x")),
         ('{"data": "\\u0000\\r\\n"}', Event("\0\r\n")),
@@ -540,7 +554,6 @@ def test_a_json_object_of_sse_fields_is_read_as_those(payload: str, event: Event
         '{"retry": "soon"}',
         '{"retry": "٣"}',
         '{"retry": "' + "9" * 7000 + '"}',
-        '{"retry": ' + "9" * 4000 + "}",
         '{"data": [1e999]}',
         '{"data": -1e999}',
     ],

@@ -6,6 +6,7 @@ sql/schema_1.sql explains the SQL functions.
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -45,13 +46,15 @@ def read_page(
 ) -> Page:
     """Return the events on `channels` after an id: at most `max_bytes`, or one larger event, up to `max_event` bytes.
 
-    `execute` runs a query on the database. An event that cannot be sent is skipped, and counted in `dropped`. The
-    control channel has commands instead of events; `commanded` is called with each.
+    These are bytes as streams send them. The log's own bytes may be fewer: each line end in the data becomes seven
+    bytes. `execute` runs a query on the database. An event that cannot be sent is skipped, and counted in `dropped`.
+    The control channel has commands instead of events; `commanded` is called with each.
     """
     *rows, (*_, upto, head, refusal) = execute(_PAGE, (list(channels), after, max_bytes, max_event))
     if refusal is not None:
         return Page(head, upto or 0, refusal=refusal)
     items: list[Item] = []
+    left = max_bytes
     for log_id, channel, fields, data, size, *_ in rows:
         if size > max(max_bytes, max_event):
             return Page(head, after, items, (log_id, size))
@@ -59,7 +62,16 @@ def read_page(
             if commanded is not None:
                 commanded(data or "")
         else:
-            items += _items(channel, log_id, fields, data, dropped)
+            for item in _items(channel, log_id, fields, data, dropped):
+                sent = len(item[1])
+                if items and sent > left:
+                    return Page(head, after, items)
+                # With no bytes for others, the caller wants this event alone and cannot know how long it has become.
+                if sent > max(max_bytes, max_event) and max_bytes:
+                    return Page(head, after, items, (log_id, sent))
+                items.append(item)
+                left -= sent
+        after = log_id
     return Page(head, upto, items)
 
 
@@ -69,6 +81,17 @@ def _items(channel: str, log_id: int, fields: str, data: str | None, dropped: Dr
     except Exception as error:  # another writer's row; it must not hold up other events
         dropped.add(f"event {log_id} of the log", error)
         return []
+
+
+def _newest(tail: Tail, max_bytes: int) -> Tail:
+    """Return the newest of these events that have at most `max_bytes` as streams send them."""
+    items = deque(tail.items)
+    size = sum(len(block) for _, block, _ in items)
+    after = tail.after
+    while size > max_bytes:
+        _, block, after = items.popleft()
+        size -= len(block)
+    return Tail(tail.channel, after, list(items))
 
 
 class History:
@@ -96,7 +119,7 @@ class History:
             _, items = found.setdefault(channel, (after, []))
             if log_id is not None:
                 items += _items(channel, log_id, fields, data, self._dropped)
-        return [Tail(channel, after, items) for channel, (after, items) in found.items()]
+        return [_newest(Tail(channel, after, items), max_bytes) for channel, (after, items) in found.items()]
 
     def head(self) -> int:
         """Return the head of the log: the id up to which every event is committed."""

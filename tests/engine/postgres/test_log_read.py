@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
+from flask import Flask
 
-from tests.support.log import LONG, InThread, connected, fill, run
+from flask_pg_sse.testing import stream
+from tests.support.log import LONG, PUBLISH, InThread, connected, fill, run
 from tests.support.postgres import execute
 
+MakeApp = Callable[..., Flask]
 CHANNELS = [f"room-{number}" for number in range(40)]
 
 
@@ -214,3 +217,37 @@ def test_tails(log_url: str, seed: int) -> None:
                 cut += complete_after != pruned
         assert cut > 20
         assert run(connection, TAIL, ([], [], 0)) == []
+
+
+# -- what goes out
+
+
+def test_bounds_count_what_streams_send(log_url: str, make_app: MakeApp) -> None:
+    """A line end is one byte in the log and seven in a stream: 60 kB of them are an event of 420 kB."""
+    execute(log_url, PUBLISH, ("orders", ["{}"], ["first"]))
+    for data in ("\n" * 60_000, *["\n" * 3_000] * 40, "\r\n" * 100_000, "last"):
+        execute(log_url, PUBLISH, ("orders", ["{}"], [data]))
+    app = make_app(log_url, SSE_BUFFER_BYTES=65536)
+    with app.app_context():
+        engine = app.extensions["pg_sse"].runtime.worker.engine
+        after, head, sizes = 1, engine.head(), []
+        while after < head:
+            page = engine.page(["orders"], after, 65536, 0)
+            if page.too_large:
+                log_id, size = page.too_large
+                page = engine.page(["orders"], after, 0, size)
+                [(_, block, found)] = page.items
+                assert found == log_id and len(block) > 65536
+            else:
+                assert sum(len(block) for _, block, _ in page.items) <= 65536
+            sizes += [len(block) for _, block, _ in page.items]
+            after = page.upto
+        assert len(sizes) == 44 and sizes[1] > 420_000 and sizes[2:42] == [sizes[2]] * 40
+        [tail] = engine.last({"orders": head}, 65536)
+        assert sum(len(block) for _, block, _ in tail.items) <= 65536
+        assert tail.items[-1][2] == head and tail.after < tail.items[0][2]
+    events = stream(app.test_client(), "/sse?channel=orders&last_event_id=0", timeout=20)
+    expected = ["first", "\n" * 60_000, *["\n" * 3_000] * 40, "\n" * 100_000, "last"]
+    assert next(events).event == "sse-open"
+    assert [next(events).data for _ in expected] == expected
+    events.close()

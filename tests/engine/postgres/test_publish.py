@@ -109,9 +109,9 @@ def test_calls_of_the_older_projects_run_unchanged(app: Flask, ear: Ear) -> None
     payload = {"event": "NEW_NOTIFICATION", "id": 1, "data": '{"message": "A new notification"}'}
     notify(channel="orders", sse_payload=payload)
     postgres_notify(channel="orders", sse_payload=payload)
-    postgres_notify(channel="orders", sse_payload={"data": {"a": 1}, "retry": 10, "comment": "c", "event": None})
+    postgres_notify(channel="orders", sse_payload={"data": {"a": 1}, "retry": 1000, "comment": "c", "event": None})
     expected = Event('{"message": "A new notification"}', "NEW_NOTIFICATION", "1")
-    third = Event('{"a": 1}', None, None, 10, "c")
+    third = Event('{"a": 1}', None, None, 1000, "c")
     assert ear.heard() == [("orders", expected), ("orders", expected), ("orders", third)]
     with pytest.raises(TypeError, match="not both"):
         notify("orders", "x", sse_payload=payload)
@@ -139,6 +139,9 @@ def test_refused_calls_send_nothing(app: Flask, ear: Ear) -> None:
         (InvalidEvent, {"id": "a\rb"}),
         (InvalidEvent, {"id": "a\0b"}),
         (InvalidEvent, {"retry": -1}),
+        (InvalidEvent, {"retry": 99}),
+        (InvalidEvent, {"retry": 3_600_001}),
+        (InvalidEvent, {"event": "\ufeff sse-end"}),
         (InvalidEvent, {"data": float("nan")}),
         (InvalidEvent, {"data": {"deep": [float("inf")]}}),
         (InvalidEvent, {"data": b"\xff"}),
