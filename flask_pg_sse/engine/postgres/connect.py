@@ -184,6 +184,14 @@ def ask_for_an_answer(connection: Any, timeout: float) -> None:
         wait(connection, timeout)
 
 
+def is_direct(connection: Any, timeout: float) -> bool:
+    """Ask whether PostgreSQL itself is at the other end, and no pooler: poolers make the number of a backend up."""
+    with connection.cursor(cursor_factory=Psycopg2Cursor) as cursor:
+        cursor.execute("SELECT pg_catalog.pg_backend_pid()")
+        wait(connection, timeout)
+        return bool(cursor.fetchone() == (connection.info.backend_pid,))
+
+
 def is_read_only(connection: Any) -> bool:
     """Tell whether transactions are read-only by default. PostgreSQL reports a change with its next answer."""
     return bool(connection.info.parameter_status("default_transaction_read_only") == "on")

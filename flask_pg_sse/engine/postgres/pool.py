@@ -13,7 +13,7 @@ import psycopg2
 
 from ...errors import DatabaseUnavailable
 from ..turns import Turns
-from .connect import ask_for_an_answer, connect, execute, is_read_only
+from .connect import ask_for_an_answer, connect, execute, is_direct, is_read_only
 from .dsn import Dsn
 
 # Seconds to wait for a free connection, and again for the statement.
@@ -27,16 +27,18 @@ _TRIAL = 2.0
 _MOST_AGE = 60.0
 # The error of a connection whose session the server ended with a message. Then nothing was committed. libpq puts the
 # severity (FATAL, in the server's language) and two spaces before such a message. Its own errors have no such prefix.
+# A pooler's message looks the same ("server conn crashed?"), and the statement may have been committed before it.
 _SERVER_ENDED_IT = re.compile(r"\S+:  ")
 
 
 class _Pooled:
     """A connection of a pool, with the monotonic times at which it was made and last used."""
 
-    __slots__ = ("connection", "made_at", "read_only", "used_at")
+    __slots__ = ("connection", "direct", "made_at", "read_only", "used_at")
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, direct: bool) -> None:
         self.connection = connection
+        self.direct = direct
         self.made_at = self.used_at = time.monotonic()
         self.read_only = is_read_only(connection)
 
@@ -78,7 +80,7 @@ class Pool:
 
         Raises `DatabaseUnavailable`, whose `__cause__` is the error of psycopg2. If the server has closed a connection
         since its last use, the statement runs on another one. If a connection breaks without a message from the server,
-        the statement may have been executed, so it is not sent again.
+        or behind a pooler, the statement may have been executed, so it is not sent again.
         """
 
         def run(connection: Any) -> list[Any]:
@@ -126,7 +128,7 @@ class Pool:
                 if isinstance(error, TimeoutError):
                     self._found_silent()
                 # The server ended the session between _checkout() and execute().
-                if used_before and broken and _SERVER_ENDED_IT.match(str(error)):
+                if used_before and broken and pooled.direct and _SERVER_ENDED_IT.match(str(error)):
                     continue
                 if isinstance(error, psycopg2.Error | TimeoutError):
                     reason = " ".join(str(error).split())
@@ -148,13 +150,14 @@ class Pool:
             self._down, self._down_until = str(error), time.monotonic() + self._down_for
             raise
         try:
+            direct = is_direct(connection, TIMEOUT)
             self._on_connect(connection)
         except BaseException as error:
             connection.close()
             if isinstance(error, psycopg2.Error | OSError):
                 raise DatabaseUnavailable(f"PostgreSQL ended a new connection ({self._dsn}): {error}") from error
             raise
-        return _Pooled(connection)
+        return _Pooled(connection, direct)
 
     def _checkout(self) -> _Pooled | None:
         """Return an idle connection that still works, or None."""

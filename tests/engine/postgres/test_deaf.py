@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 import pytest
 from flask import Flask
 
-from flask_pg_sse import notify, notify_many
+from flask_pg_sse import DatabaseUnavailable, notify, notify_many
 from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.testing import Received, stream
 from tests.support.client import eventually
+from tests.support.log import InThread
 from tests.support.pgbouncer import pgbouncer
 from tests.support.postgres import execute
+from tools import postgres
 
 MakeApp = Callable[..., Flask]
 
@@ -79,3 +81,35 @@ def test_without_the_log_a_deaf_stream_is_refused_and_not_kept_waiting_for_nothi
     first, _ = opened(app)
     assert (first.event, first.json) == ("sse-end", {"reason": "unavailable"})
     eventually(lambda: "SSE_LISTEN_URL" in caplog.text, 10)
+
+
+@pytest.mark.slow
+def test_an_event_is_not_sent_twice_when_the_server_behind_the_pooler_crashes(
+    own_postgres: postgres.Server, make_app: MakeApp
+) -> None:
+    """It was committed, and waited for a standby. PgBouncer's message looks as if PostgreSQL had ended the session."""
+    server = own_postgres
+    execute(server.url(), schema_sql())
+    errors: list[DatabaseUnavailable] = []
+    with pgbouncer(server.url()) as url:
+        app = make_app(url)
+
+        def send() -> None:
+            with app.app_context(), pytest.raises(DatabaseUnavailable) as caught:
+                notify("orders", "once")
+            errors.append(caught.value)
+
+        with app.app_context():
+            notify("orders", "before")
+        execute(server.url(), "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        execute(server.url(), "SELECT pg_reload_conf()")
+        sender = InThread(send)
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        eventually(lambda: execute(server.url(), waiting) == [(1,)])
+        server.stop("kill")
+        server.options["synchronous_standby_names"] = ""
+        server.start()
+        sender.join()
+        app.extensions["pg_sse"].close()
+    assert "server conn crashed" in str(errors[0])
+    assert execute(server.url(), "SELECT data FROM flask_pg_sse.event ORDER BY id") == [("before",), ("once",)]

@@ -25,7 +25,7 @@ from tests.support.client import eventually
 from tests.support.clock import needs_faketime, postgres_with_a_clock
 from tests.support.cluster import Cluster, promote
 from tests.support.log import ENQUEUE, LONG, NOTIFY, PUBLISH, InThread, connected, logged, run
-from tests.support.postgres import Running, execute, fresh_database, program
+from tests.support.postgres import Running, dump, execute, fresh_database, restore_rows
 from tools import postgres
 
 MakeApp = Callable[..., Flask]
@@ -162,13 +162,10 @@ def test_a_schema_that_was_restored_hands_no_id_out_again(log_url: str) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--disable-triggers"]], ids=["", "triggers off"])
-def test_rows_that_were_put_back_in_place(
-    logged_url: str, tmp_path: Path, make_app: MakeApp, options: list[str]
-) -> None:
+def test_rows_that_were_put_back_in_place(logged_url: str, make_app: MakeApp, options: list[str]) -> None:
     """TRUNCATE and pg_restore --data-only, beside streams that go on: each gets all that comes after it."""
     publish(logged_url, 10)
-    dump = tmp_path / "dump"
-    subprocess.run([program("pg_dump"), "-Fc", "-f", dump, logged_url], check=True)
+    archive = dump(logged_url, "-Fc")
     app = make_app(logged_url)
     with app.app_context():
         live = stream(app.test_client(), "/sse?channel=orders")
@@ -176,8 +173,7 @@ def test_rows_that_were_put_back_in_place(
         seen = [notify("orders", f"lost {n}") for n in range(20)]
         assert [next(live).data for _ in range(20)] == [f"lost {n}" for n in range(20)]
         execute(logged_url, "TRUNCATE flask_pg_sse.event, flask_pg_sse.installation, flask_pg_sse.retention")
-        restore = [program("pg_restore"), "--data-only", *options, "-d", logged_url, dump]
-        subprocess.run([*map(str, restore)], check=True)
+        assert not restore_rows(archive, logged_url, *options)
         assert len(logged(logged_url)) == 10
         new = [notify("orders", f"new {n}") for n in range(30)]
         assert not {*seen} & {*new} and min(map(int, map(str, new))) > max(map(int, map(str, seen)))
