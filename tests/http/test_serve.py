@@ -221,13 +221,8 @@ def test_with_an_inherited_socket_no_request_fails_while_the_server_restarts(
     """systemd holds the socket, and hands it to each server that it starts."""
     with socket.create_server(("127.0.0.1", 0), backlog=200) as listening:
         port = listening.getsockname()[1]
-        activated = [
-            "bash",
-            "-c",
-            f'LISTEN_PID=$$ exec "$@" 3<&{listening.fileno()}',
-            "bash",
-            *command("serve", *OPTIONS),
-        ]
+        line = command("serve", "--port", str(port), *OPTIONS)
+        activated = ["bash", "-c", f'LISTEN_PID=$$ exec "$@" 3<&{listening.fileno()}', "bash", *line]
 
         def start() -> WebServer:
             log = tmp_path / f"activated-{len(list(tmp_path.iterdir()))}.log"

@@ -113,6 +113,22 @@ def test_all_channels_are_open_unless_something_says_who_may_listen(alone: Alone
     assert status(signing, signed) == 200
 
 
+def test_an_app_signs_urls_for_it_and_ends_its_streams(
+    database_url: str, alone: Alone, make_app: Callable[..., Flask]
+) -> None:
+    app = make_app(database_url, SECRET_KEY="k", SSE_SERVER_URL="https://live.example.com")
+    server = alone(SSE_SECRET_KEY="k")
+    with app.app_context():
+        signed = sse_url("user-7", expires=60, subject=7)
+    assert signed.startswith("https://live.example.com/?channel=user-7&token=")
+    events = stream(server.test_client(), signed.removeprefix("https://live.example.com"))
+    assert next(events).event == "sse-open"
+    with app.app_context():
+        disconnect(subject=7)
+    assert next(events).json == {"reason": "revoked"}
+    events.close()
+
+
 def test_an_authorizer_closes_the_others(alone: Alone, monkeypatch: pytest.MonkeyPatch) -> None:
     app = alone()
     monkeypatch.setattr(SSEBlueprint, "default_authorize", None)
