@@ -55,6 +55,21 @@ def test_publishing_prints_its_tables() -> None:
     assert "fsync off" in done.stdout
 
 
+@pytest.mark.slow
+def test_coming_back_prints_its_tables() -> None:
+    done = run("benchmarks.resuming", "--events", "8000", "--clients", "3")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert re.findall(r"^### A log of (.*) events$", done.stdout, re.MULTILINE) == ["8,000"]
+    rows = rows_of(done.stdout)
+    assert len([row for row in rows if row[0].startswith("3 to ")]) == 4
+    names = {row[0].partition(",")[0] for row in rows}
+    shown = PAGE.text.partition("<!-- resuming: begin -->")[2].partition("<!-- resuming: end -->")[0]
+    assert {
+        row[0].partition(",")[0] for row in rows_of(shown) if "come" not in row[0] and " to " not in row[0]
+    } <= names
+
+
 # -- the fan-out
 
 

@@ -52,7 +52,7 @@ def queries(start: int, step: int, events: int) -> list[Query]:
         Query("page, 1 busy and 99 quiet", PAGE, (["busy", *nobodys(99)], old, 65536, 0), 100),
         Query("page, 1000 quiet channels", PAGE, (nobodys(1000), old, 65536, 0), 1000),
         Query("page, 1000 channels, near the end", PAGE, (nobodys(1000), head - 9 * step, 65536, 0)),
-        Query("tail of a busy channel", TAIL, (["busy"], [head], 16384)),
+        Query("tail of a busy channel", TAIL, (["busy"], [head], 4096)),
         Query("tails of 100 channels", TAIL, (rooms(100), [head] * 100, 16384), 100),
         Query("head", "SELECT flask_pg_sse.head_v1()", ()),
         Query("beat", "SELECT flask_pg_sse.beat_v1('1')", ()),
