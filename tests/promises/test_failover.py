@@ -25,7 +25,7 @@ from flask_pg_sse.errors import DatabaseUnavailable
 from flask_pg_sse.testing import stream
 from tests.promises.test_outages import events_come
 from tests.promises.test_resume import listening, run_to_the_end
-from tests.support.client import eventually
+from tests.support.client import eventually, open_stream
 from tests.support.cluster import Cluster, MakeCluster, promote
 from tests.support.documents import Document
 from tests.support.eventsource import LOGGED, Browser, check, for_ever
@@ -272,6 +272,23 @@ def test_managed_failover_of_a_host_that_says_nothing_more(logged_cluster: Clust
     scene.check_all_exact()
     # One call may have been under way.
     assert len(ours.failures) <= 1 and max(call.seconds for call in ours.calls) < 15
+
+
+@pytest.mark.slow
+def test_a_synchronous_standby_that_is_away(logged_cluster: Cluster, play: Play) -> None:
+    """Commits wait for it, and so does all that publishes. Streams stay, new ones open."""
+    standby = logged_cluster.standby(wal_retrieve_retry_interval="200ms")
+    synchronous(logged_cluster)
+    with play(logged_cluster) as scene:
+        standby.line.cut()
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        eventually(lambda: execute(logged_cluster.primary.url(), waiting) == [(1,)], 10, "a commit waits")
+        open_stream(scene.server.port, "orders").close()
+        standby.line.restore()
+        scene.goes_on()
+    scene.report("a synchronous standby that is away")
+    scene.check_all_exact()
+    assert not [call for sender in scene.senders for call in sender.failures]
 
 
 @pytest.mark.slow
