@@ -6,10 +6,12 @@ other publisher until its end. So the event must be numbered last.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
+import psycopg
 import psycopg2
 import pytest
 
@@ -138,6 +140,175 @@ def test_set_constraints_all_immediate_numbers_nothing_early(url: str, times: in
         assert [heard.data for heard in ear.wait(6)] == expected
     assert [row[3] for row in logged(url)] == expected
     assert pending(url) == 0
+
+
+def but_one_slow(names: Iterable[str]) -> list[Any]:
+    first, *rest = names
+    return [first, *(pytest.param(name, marks=pytest.mark.slow) for name in rest)]
+
+
+# What a sender can do that has no right but EXECUTE on notify(): each goes on for as long as it likes after it.
+HOLD = "SELECT 1 FROM gate WHERE id = 1 FOR UPDATE"
+IMMEDIATE = "SET CONSTRAINTS ALL IMMEDIATE"
+HOLDERS = {
+    "in one DO": [f"DO $$ BEGIN {f'{IMMEDIATE}; ' * 2} PERFORM 1 FROM gate WHERE id = 1 FOR UPDATE; END $$"],
+    "in a loop": [
+        f"DO $$ BEGIN FOR n IN 1 .. 30 LOOP {IMMEDIATE}; END LOOP; PERFORM 1 FROM gate WHERE id = 1 FOR UPDATE; END $$"
+    ],
+    "by EXECUTE": [
+        f"DO $$ BEGIN FOR n IN 1 .. 30 LOOP EXECUTE '{IMMEDIATE} /*' || chr(10) || 'at COMMIT */'; END LOOP; "
+        "PERFORM 1 FROM gate WHERE id = 1 FOR UPDATE; END $$"
+    ],
+    "in functions in SQL": [f"SELECT {', '.join(['at_once()'] * 30)}", HOLD],
+    "in functions in SQL, and at once": [f"{'SELECT at_once(); ' * 30} {HOLD}"],
+    "in one message": [f"{f'{IMMEDIATE}; ' * 30} {HOLD}"],
+    "in one message, in small letters": [f"{'set constraints all immediate /* */; ' * 30} {HOLD}"],
+    "prepared": [f"{'EXECUTE at_once; ' * 30} {HOLD}"],
+    "in a trigger of its own": ["INSERT INTO again VALUES (1)", "COMMIT"],
+}
+
+
+@pytest.mark.parametrize("how", but_one_slow(HOLDERS))
+def test_a_sender_holds_nobody_up(url: str, how: str) -> None:
+    """Whatever fires the trigger, only the commit itself numbers."""
+    execute(
+        url,
+        f"""
+        CREATE FUNCTION at_once() RETURNS void LANGUAGE sql AS '{IMMEDIATE}';
+        CREATE TABLE again (id integer);
+        CREATE FUNCTION again() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            FOR n IN 1 .. 30 LOOP {IMMEDIATE}; END LOOP;
+            PERFORM 1 FROM gate WHERE id = 1 FOR UPDATE;
+            RETURN NULL;
+        END $$;
+        CREATE CONSTRAINT TRIGGER again AFTER INSERT ON again
+        DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION again();
+        """,
+    )
+    with gate_held(url) as holder, closing(psycopg.connect(url, autocommit=True)) as mine:
+        mine.pgconn.prepare(b"at_once", IMMEDIATE.encode())  # in SQL, PREPARE takes no such statement
+        run(mine, "BEGIN")
+        for data in "12":
+            run(mine, NOTIFY, ("orders", data))
+        *before, last = HOLDERS[how]
+        for statement in before:
+            run(mine, statement)
+        going_on = InThread(run, mine, last)
+        try:
+            wait_until_blocked(url, mine, holder)
+            check_others_publish(url, mine)
+        finally:
+            holder.commit()
+            going_on.join()
+        if last != "COMMIT":
+            run(mine, "COMMIT")
+    assert [row[3] for row in logged(url)] == ["immediate", "deferred", "holder", "1", "2"]
+    assert pending(url) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("commits", [False, True])
+def test_who_neither_numbers_nor_commits_is_named_soon(url: str, commits: bool) -> None:
+    """With the lock held: a deferred trigger in the fifth round, or the immediate way in a transaction that goes on."""
+    execute(
+        url,
+        """
+        CREATE TABLE slow (id integer);
+        CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF NEW.id < 8 THEN
+                UPDATE slow SET id = NEW.id + 1;
+            ELSE
+                PERFORM 1 FROM gate WHERE id = 1 FOR UPDATE;
+            END IF;
+            RETURN NULL;
+        END $$;
+        CREATE CONSTRAINT TRIGGER slow AFTER INSERT OR UPDATE ON slow
+        DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slow();
+        """,
+    )
+    with gate_held(url) as holder, connected(url) as mine, connected(url, transactions=False) as other:
+        run(mine, "SET application_name = 'a sender'")
+        pid = mine.info.backend_pid
+        if commits:
+            run(mine, "INSERT INTO slow VALUES (1)")
+            run(mine, NOTIFY, ("orders", "mine"))
+        else:
+            run(mine, PUBLISH, ("orders", ["{}"], ["mine"]))
+        going_on = InThread(mine.commit if commits else lambda: run(mine, "SELECT 1 FROM gate WHERE id = 1 FOR UPDATE"))
+        try:
+            wait_until_blocked(url, mine, holder)
+            began = time.monotonic()
+            with pytest.raises(psycopg2.errors.LockNotAvailable) as caught:
+                run(other, NOTIFY, ("orders", "other"))
+            took = time.monotonic() - began
+        finally:
+            holder.rollback()
+            going_on.join()
+        mine.commit()
+        run(other, NOTIFY, ("orders", "other"))
+    assert 2.9 < took < 7, "not the whole 8 s"
+    named = f'session {pid} of role "postgres" (application_name "a sender", '
+    assert named in str(caught.value)
+    assert "which has numbered its events, and does something else before its commit" in str(caught.value)
+    assert [row[3] for row in logged(url)] == ["mine", "other"]
+
+
+COMMITS = {
+    "in one message": "BEGIN; {} SET CONSTRAINTS ALL IMMEDIATE; SET CONSTRAINTS ALL IMMEDIATE; COMMIT",
+    "without BEGIN": "{}",
+    "in a procedure": "CALL commits()",
+    "in a procedure in a procedure": "DO $$ BEGIN CALL commits(); END $$",
+    "in a DO, after SET CONSTRAINTS": "DO $$ BEGIN PERFORM flask_pg_sse.notify('orders', 'x'); "
+    "SET CONSTRAINTS ALL IMMEDIATE; SET CONSTRAINTS ALL IMMEDIATE; COMMIT; PERFORM pg_sleep(0); END $$",
+}
+
+
+@pytest.mark.parametrize("how", but_one_slow(COMMITS))
+def test_every_commit_is_known_as_one(url: str, how: str) -> None:
+    execute(
+        url,
+        "CREATE PROCEDURE commits() LANGUAGE plpgsql AS "
+        "$$ BEGIN PERFORM flask_pg_sse.notify('orders', 'x'); COMMIT; PERFORM 1; END $$",
+    )
+    with listening(url, "orders") as ear, connected(url, transactions=False) as mine:
+        run(mine, COMMITS[how].format("SELECT flask_pg_sse.notify('orders', 'x');"))
+        assert [heard.data for heard in ear.wait(1)] == ["x"]
+    assert pending(url) == 0
+
+
+def test_settings_may_be_reset_before_the_commit(url: str) -> None:
+    with connected(url) as mine:
+        for data in "123":
+            run(mine, NOTIFY, ("orders", data))
+            run(mine, "RESET ALL")
+        mine.commit()
+    assert [row[3] for row in logged(url)] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("value", ["", "(7,1)", "(4000000000,1)"])
+def test_a_transaction_that_loses_its_own_events_fails(url: str, value: str) -> None:
+    """By changing the setting that tells where they are, in the middle of the commit."""
+    execute(
+        url,
+        f"""
+        CREATE FUNCTION spoil() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM set_config('flask_pg_sse.last', '{value}', true);
+            RETURN NULL;
+        END $$;
+        CREATE CONSTRAINT TRIGGER spoil AFTER INSERT ON child
+        DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION spoil();
+        """,
+    )
+    with connected(url) as mine:
+        for data in "123":
+            run(mine, NOTIFY, ("orders", data))
+        run(mine, "INSERT INTO child VALUES (1)")
+        with pytest.raises(psycopg2.errors.RaiseException, match=r"flask_pg_sse\.last was changed"):
+            mine.commit()
+    assert logged(url) == [] and pending(url) == 0
 
 
 def test_a_check_that_fails_takes_the_events_along(url: str) -> None:

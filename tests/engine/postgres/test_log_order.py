@@ -273,7 +273,7 @@ def test_the_signature_of_an_event(log_url: str) -> None:
 @pytest.mark.parametrize(
     ("query", "args"),
     [
-        (listener._BEAT_OF_LOG, ("1",)),
+        (listener._BEAT_OF_LOG, ("1", 0)),
         (prune._PRUNE, (60.0, 5000)),
         (log._HEAD, ()),
         (log._PAGE, (["orders"], 0, 1000, 0)),

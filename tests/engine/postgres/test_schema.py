@@ -478,8 +478,7 @@ ALTER TABLE flask_pg_sse.pending ADD COLUMN origin text;
 CREATE INDEX event_created_at ON flask_pg_sse.event (created_at);
 CREATE FUNCTION flask_pg_sse.enqueue_v2(channel text, fields json[], data text[], origin text) RETURNS void
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
-    INSERT INTO flask_pg_sse.pending (channel, fields, data, origin)
-    SELECT $1, item.fields, item.data, $4 FROM unnest($2, $3) AS item (fields, data)
+    INSERT INTO flask_pg_sse.pending (channel, fields, data, origin) VALUES ($1, $2, $3, $4)
 $function$;
 CREATE OR REPLACE FUNCTION flask_pg_sse.head_v1() RETURNS bigint
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$

@@ -23,13 +23,15 @@ CREATE TABLE flask_pg_sse.event (
 );
 CREATE INDEX event_channel_id ON flask_pg_sse.event (channel, id);
 
--- Events between their notify() and the commit of its transaction. A row lives for one transaction, so nothing is lost
--- if a crash empties the table. Each row leaves four dead versions. Vacuum runs early; it is cheap, as there is no index.
+-- Events between their notify() and the commit of its transaction: a row for each call. A row lives for one transaction,
+-- so nothing is lost if a crash empties the table. It leaves two dead versions, the first one of a transaction four.
+-- Vacuum runs early; it is cheap, as there is no index.
 CREATE UNLOGGED TABLE flask_pg_sse.pending (
     channel text NOT NULL,
-    fields json NOT NULL,
-    data text,
-    -- How often the trigger has deferred the row during one statement of the client, and which statement that was.
+    fields json[] NOT NULL,
+    data text[] NOT NULL,
+    before tid,  -- where the transaction's row before this one is, set at the commit; of the first row: where it was
+    -- How often the trigger has deferred the first row during one statement of the client, and which statement that was.
     requeued integer NOT NULL DEFAULT 0,
     requeued_at timestamptz,
     created_at timestamptz NOT NULL DEFAULT now()
@@ -75,33 +77,85 @@ ALTER TABLE flask_pg_sse.retention ENABLE ALWAYS TRIGGER one_row;
 ALTER TABLE flask_pg_sse.installation REPLICA IDENTITY FULL;
 ALTER TABLE flask_pg_sse.retention REPLICA IDENTITY FULL;
 
--- Two locks that only these functions can take. An advisory lock is open to every role that can connect. A lock on a view
+-- Locks that only these functions can take. An advisory lock is open to every role that can connect. A lock on a view
 -- needs a right on the view, and no role has one. It is not a lock on a table: an open transaction with an ANALYZE, a
--- COMMENT or a CREATE INDEX for that table would hold it too.
+-- COMMENT or a CREATE INDEX for that table would hold it too. A transaction that publishes takes `numbering`, and
+-- `numbered` when its events have their ids.
 CREATE VIEW flask_pg_sse.numbering AS SELECT true AS locked;
+CREATE VIEW flask_pg_sse.numbered AS SELECT true AS locked;
 CREATE VIEW flask_pg_sse.pruning AS SELECT true AS locked;
 
 -- Its last value is the last id that was drawn, or that logical replication has brought.
 CREATE SEQUENCE flask_pg_sse.event_id;
 
--- The sessions that hold one of the two locks, in words. A role without pg_read_all_stats does not see the state of other
--- roles' sessions.
-CREATE FUNCTION flask_pg_sse.holders_v1(name text) RETURNS text
+-- The sessions that hold one of the locks. `committing` is true from the moment when a commit takes NOTIFY's own lock,
+-- which is one on "database 0".
+CREATE FUNCTION flask_pg_sse.holding_v1(name text) RETURNS TABLE (pid integer, transaction text, committing boolean)
 LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT coalesce(string_agg(concat(
-        'session ', l.pid, ' of role "', a.usename, '" (application_name "', a.application_name, '", ',
-        coalesce(a.state, 'state not visible to ' || quote_ident(current_user)), ')'), ', '), 'no session any more')
-    FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+    WITH locks AS MATERIALIZED (SELECT * FROM pg_locks)
+    SELECT l.pid, l.virtualtransaction, EXISTS (
+        SELECT FROM locks n WHERE n.virtualtransaction = l.virtualtransaction AND n.locktype = 'object'
+            AND n.database = 0 AND n.classid = 'pg_database'::regclass AND n.objid = 0)
+    FROM locks l
     WHERE l.locktype = 'relation' AND l.granted AND l.mode = 'ShareUpdateExclusiveLock'
         AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
         AND l.relation = (SELECT c.oid FROM pg_class c
             WHERE c.relname = $1 AND c.relnamespace = 'flask_pg_sse'::regnamespace)
 $function$;
 
+-- The sessions that hold one of the locks, in words. A role without pg_read_all_stats does not see the state of other
+-- roles' sessions.
+CREATE FUNCTION flask_pg_sse.holders_v1(name text) RETURNS text
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT coalesce(string_agg(concat(
+        'session ', h.pid, ' of role "', a.usename, '" (application_name "', a.application_name, '", ',
+        coalesce(a.state, 'state not visible to ' || quote_ident(current_user)), ')', CASE
+            WHEN a.wait_event = 'SyncRep' THEN ', whose commit waits for a synchronous standby'
+            WHEN h.committing THEN ', whose commit is not done yet'
+            WHEN h.numbered THEN ', which has numbered its events, and does something else before its commit'
+        END), ', '), 'no session any more')
+    FROM (
+        SELECT h.*, $1 = 'numbering' AND h.pid IN (SELECT n.pid FROM flask_pg_sse.holding_v1('numbered') AS n) AS numbered
+        FROM flask_pg_sse.holding_v1($1) AS h
+    ) AS h LEFT JOIN pg_stat_activity a ON a.pid = h.pid
+$function$;
+
+-- Wait for the lock `numbering`: for 8 s at most, or for a shorter lock_timeout of the caller; and only for 3 s where a
+-- session neither numbers nor commits all that time, as with a deferred trigger of its own that sleeps.
+CREATE FUNCTION flask_pg_sse.wait_v1() RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    own_timeout text := current_setting('lock_timeout');
+    until timestamptz := clock_timestamp() + CASE
+        WHEN own_timeout::interval BETWEEN '1 ms' AND '8 s' THEN own_timeout::interval ELSE '8 s' END;
+    seconds integer;
+    most numeric;
+    idle_before text;
+    idle text;
+BEGIN
+    FOREACH seconds IN ARRAY ARRAY[2, 1, 5] LOOP  -- each time from the end of the queue, so not more often
+        most := ceil(1000 * least(seconds, extract(epoch FROM until - clock_timestamp())));
+        EXIT WHEN most <= 0;
+        BEGIN
+            PERFORM set_config('lock_timeout', most::text, true);
+            LOCK TABLE flask_pg_sse.numbering IN SHARE UPDATE EXCLUSIVE MODE;
+            PERFORM set_config('lock_timeout', own_timeout, true);
+            RETURN;
+        EXCEPTION WHEN lock_not_available THEN
+            idle_before := idle;
+            idle := (SELECT h.transaction FROM flask_pg_sse.holding_v1('numbered') AS h WHERE NOT h.committing LIMIT 1);
+        END;
+        EXIT WHEN idle = idle_before;
+    END LOOP;
+    RAISE EXCEPTION USING ERRCODE = 'lock_not_available', MESSAGE = concat(
+        'The event log could not number an event in time. Transactions that publish commit one after the other, ',
+        'and the lock for that is held by ', flask_pg_sse.holders_v1('numbering'), '.'),
+        HINT = 'Try again. If that session does not go on, end it with pg_terminate_backend().';
+END $function$;
+
 -- Draw ids for some events, and return the first one. The others follow in steps of four.
 --
--- From here to the end of the transaction no other transaction can draw ids. So ids are in the order of commits. Other
--- publishers wait for 8 s at most, or for a shorter lock_timeout of their own.
+-- From here to the end of the transaction no other transaction can draw ids. So ids are in the order of commits.
 --
 -- An id is 4 * the microseconds since 2020 + the server's timeline modulo 4, or higher if the last id was not lower. So no
 -- id is given out twice, whatever was lost, restored or copied in between: the clock has gone on. Two servers that publish
@@ -111,35 +165,19 @@ $function$;
 CREATE FUNCTION flask_pg_sse.draw_v1(events integer) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
-    timeline integer := 0;
     number bigint;
 BEGIN
     -- The first attempt does not wait, because to set a timeout and to set it back takes longer than all the rest.
     BEGIN
         LOCK TABLE flask_pg_sse.numbering IN SHARE UPDATE EXCLUSIVE MODE NOWAIT;
     EXCEPTION WHEN lock_not_available THEN
-        DECLARE
-            own_timeout text := current_setting('lock_timeout');
-        BEGIN
-            IF own_timeout::interval NOT BETWEEN '1 ms' AND '8 s' THEN
-                PERFORM set_config('lock_timeout', '8s', true);
-            END IF;
-            LOCK TABLE flask_pg_sse.numbering IN SHARE UPDATE EXCLUSIVE MODE;
-            PERFORM set_config('lock_timeout', own_timeout, true);
-        EXCEPTION WHEN lock_not_available THEN
-            RAISE EXCEPTION USING ERRCODE = 'lock_not_available', MESSAGE = concat(
-                'The event log could not number an event in time. Transactions that publish commit one after the other, ',
-                'and the lock for that is held by ', flask_pg_sse.holders_v1('numbering'), '.'),
-                HINT = 'Try again. If that session does not go on, end it with pg_terminate_backend().';
-        END;
+        PERFORM flask_pg_sse.wait_v1();
     END;
-    IF (SELECT i.timelines FROM flask_pg_sse.installation i) THEN
-        timeline := strpos('123456789ABCDEF', substr(pg_walfile_name(pg_current_wal_lsn()), 8, 1)) & 3;
-    END IF;
     SELECT 4 * greatest(s.last_value / 4 + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint - 1577836800000000)
-        + timeline INTO number FROM flask_pg_sse.event_id s;
-    PERFORM setval('flask_pg_sse.event_id', number + 4 * (events - 1));
-    RETURN number;
+        + CASE WHEN i.timelines THEN strpos('123456789ABCDEF', substr(pg_walfile_name(pg_current_wal_lsn()), 8, 1)) & 3
+            ELSE 0 END
+    INTO number FROM flask_pg_sse.event_id s LEFT JOIN flask_pg_sse.installation i ON true;
+    RETURN setval('flask_pg_sse.event_id', number + 4 * (events - 1)) - 4 * (events - 1);
 END $function$;
 
 -- Rows that logical replication brings into the log move the sequence, so the events that this server publishes later
@@ -162,100 +200,189 @@ CREATE TRIGGER replicated AFTER INSERT ON flask_pg_sse.event
 FOR EACH ROW EXECUTE FUNCTION flask_pg_sse.replicated_v1();
 ALTER TABLE flask_pg_sse.event ENABLE REPLICA TRIGGER replicated;
 
--- Number an event, write it to the log and notify. Call it last in a transaction, because other publishers wait until the
--- transaction ends.
+-- Number events, write them to the log and notify. Return the last id. Call it last in a transaction, because other
+-- publishers wait until the transaction ends. All that does not need the ids is done before the lock is taken.
 --
 -- The signature covers the id, the channel, and everything that follows it in the payload. It is sha256() of the key and
 -- these, of which only 64 of 256 bits are sent. So nobody can compute from it the signature of a longer text, which is the
 -- weakness of a hash with a key in front. The id has a fixed length and the channel its length in front, so two different
 -- events never give the same bytes.
-CREATE FUNCTION flask_pg_sse.number_v1(channel text, fields json, data text) RETURNS bigint
+CREATE FUNCTION flask_pg_sse.number_v1(channels text[], fields json[], data text[]) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_variable
 DECLARE
-    number bigint;
-    head text;
-    rest text;
-    utf8 bytea := convert_to(channel, 'UTF8');
+    count integer := coalesce(cardinality(channels), 0);
+    wrong boolean;
+    signing bytea;
+    names text[];
+    signed bytea[];
+    rests text[];
+    first bigint;
 BEGIN
-    -- An event that cannot be read would block readers of the log from all later events.
-    IF json_typeof(fields) <> 'object' THEN
-        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = 'An event''s fields must be a JSON object.';
+    IF count = 0 THEN
+        RETURN NULL;
     END IF;
     IF getdatabaseencoding() <> 'UTF8' THEN
-        PERFORM convert_to(concat(channel, fields, data), 'UTF8');
+        PERFORM convert_to(concat(u.channel, u.fields, u.data), 'UTF8')
+        FROM unnest(channels, fields, data) AS u (channel, fields, data);
+    END IF;
+    SELECT array_agg(CASE
+            WHEN octet_length(r.utf8) <= 63 THEN r.channel
+            ELSE 'flask_pg_sse' || chr(58) || left(encode(sha256(r.utf8), 'hex'), 40)
+        END),
+        array_agg(int4send(octet_length(r.utf8)) || r.utf8 || convert_to(r.rest, 'UTF8')), array_agg(r.rest),
+        (SELECT i.key FROM flask_pg_sse.installation i), bool_or(json_typeof(r.fields) <> 'object')
+    INTO names, signed, rests, signing, wrong
+    FROM (
+        SELECT u.channel, convert_to(u.channel, 'UTF8') AS utf8, u.fields, CASE
+                -- More than NOTIFY can take with the longest id before it: the listener fetches it from the log.
+                WHEN 50 + octet_length(u.fields::text) + coalesce(octet_length(u.data), 0) > 7999 THEN ',"f": true}'
+                ELSE concat(CASE WHEN u.fields::text = '{}' THEN '}' ELSE ',' || substr(u.fields::text, 2) END,
+                    E'\n' || u.data)
+            END AS rest
+        FROM unnest(channels, fields, data) AS u (channel, fields, data)
+        OFFSET 0  -- or each expression is computed for each place that names it
+    ) AS r;
+    IF wrong THEN  -- it could not be read, and would block readers of the log from all later events
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = 'An event''s fields must be a JSON object.';
     END IF;
     -- Listeners receive an event after its commit. A crash must not lose it after that.
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;
-    number := flask_pg_sse.draw_v1(1);
-    INSERT INTO flask_pg_sse.event VALUES (number, channel, fields, data, clock_timestamp());
 
-    head := concat(chr(30), '1{"i":', number, ',"s":"');
-    IF coalesce(octet_length(data), 0) <= 7999 THEN  -- do not copy many megabytes in vain
-        rest := concat(CASE WHEN fields::text = '{}' THEN '}' ELSE ',' || substr(fields::text, 2) END, E'\n' || data);
-    END IF;
-    IF rest IS NULL OR octet_length(head) + 17 + octet_length(rest) > 7999 THEN
-        rest := ',"f": true}';  -- the listener fetches it from the log
-    END IF;
-    head := concat(head, left(encode(sha256(
-        (SELECT i.key FROM flask_pg_sse.installation i) || int8send(number) || int4send(octet_length(utf8)) || utf8
-        || convert_to(rest, 'UTF8')), 'hex'), 16), '"');
-    IF octet_length(utf8) > 63 THEN
-        channel := 'flask_pg_sse' || chr(58) || left(encode(sha256(utf8), 'hex'), 40);
-    END IF;
-    PERFORM pg_notify(channel, head || rest);
-    RETURN number;
+    first := flask_pg_sse.draw_v1(count);
+    INSERT INTO flask_pg_sse.event
+    SELECT first + 4 * (u.number - 1), u.channel, u.fields, u.data, clock_timestamp()
+    FROM unnest(channels, fields, data) WITH ORDINALITY AS u (channel, fields, data, number);
+    PERFORM pg_notify(u.name, concat(chr(30), '1{"i":', first + 4 * (u.number - 1), ',"s":"',
+        left(encode(sha256(signing || int8send(first + 4 * (u.number - 1)) || u.signed), 'hex'), 16), '"', u.rest))
+    FROM unnest(names, signed, rests) WITH ORDINALITY AS u (name, signed, rest, number);
+    LOCK TABLE flask_pg_sse.numbered IN SHARE UPDATE EXCLUSIVE MODE;
+    RETURN first + 4 * (count - 1);
 END $function$;
 
--- The trigger of `pending` fires four times at commit. The first three times it only queues itself again. Deferred
--- triggers fire in rounds: first those that were queued before, in order, and then those that the round has queued. So the
--- last call comes after the transaction's own constraints and deferred triggers, and after those that they cause, down to
--- the third level. This keeps the lock for the shortest time, and no transaction with the lock waits for a row that another
--- publisher holds. The row is found by its ctid and not by a key, because scans for a key would make SERIALIZABLE
--- transactions fail.
+-- The trigger of `pending` publishes all events of the transaction when it commits, as its last deed.
+--
+-- It fires once for each row, and links the rows to a chain. The setting flask_pg_sse.last tells where the last row is; a
+-- rollback to a savepoint sets it back. The rows are found by their ctid and not by a key, because scans for a key would
+-- make SERIALIZABLE transactions fail.
+--
+-- For the first row it fires several times, and all but the last time only queues itself again. Deferred triggers fire in
+-- rounds: first those that were queued before, in order, and then those that the round has queued. So the last call comes
+-- after the transaction's own constraints and deferred triggers, and after those that they cause, down to the third level.
+-- This keeps the lock for the shortest time, and no transaction with the lock waits for a row that another publisher holds.
+--
+-- SET CONSTRAINTS also fires it, and then the transaction may go on for as long as it likes. From a function, the context's
+-- second line is one of SQL, which that of a COMMIT is not, in any language of the messages ("SQL", but not "PL/pgSQL").
+-- From the client, each such statement fires it once, and there are at most as many of them as these words in the query.
 CREATE FUNCTION flask_pg_sse.publish_pending_v1() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_variable
+DECLARE
+    next tid;
+    own tid;
+    rounds integer := 3;
+    context text;
+    query text;
+    last_id bigint;
 BEGIN
     -- On a caller's own table the columns' types could have casts that run with our rights.
     IF TG_RELID <> 'flask_pg_sse.pending'::regclass THEN
         RAISE EXCEPTION 'This trigger function is for flask_pg_sse.pending alone.';
     END IF;
-    IF NEW.requeued_at IS DISTINCT FROM statement_timestamp() THEN
-        -- The commit, or the user's SET CONSTRAINTS ALL IMMEDIATE. The latter must not take the lock before the commit.
-        SET CONSTRAINTS flask_pg_sse.publish DEFERRED;
-        UPDATE flask_pg_sse.pending SET requeued = 1, requeued_at = statement_timestamp() WHERE ctid = NEW.ctid;
-    ELSIF NEW.requeued < 3 THEN
-        UPDATE flask_pg_sse.pending SET requeued = NEW.requeued + 1 WHERE ctid = NEW.ctid;
-    ELSE
-        DELETE FROM flask_pg_sse.pending WHERE ctid = NEW.ctid;
-        PERFORM flask_pg_sse.number_v1(NEW.channel, NEW.fields, NEW.data);
+    IF NEW.requeued = 0 THEN
+        next := nullif(current_setting('flask_pg_sse.last', true), '');
+        IF next IS NOT NULL THEN  -- not the first row
+            UPDATE flask_pg_sse.pending SET before = next WHERE ctid = NEW.ctid RETURNING ctid INTO own;
+            next := set_config('flask_pg_sse.last', own::text, true);
+            RETURN NULL;
+        END IF;
+        NEW.before := NEW.ctid;
+        next := set_config('flask_pg_sse.last', NEW.ctid::text, true);
     END IF;
+
+    IF NEW.requeued_at IS DISTINCT FROM statement_timestamp() THEN
+        SET CONSTRAINTS flask_pg_sse.publish DEFERRED;
+        UPDATE flask_pg_sse.pending SET requeued = 1, requeued_at = statement_timestamp(), before = NEW.before
+        WHERE ctid = NEW.ctid;
+        RETURN NULL;
+    END IF;
+    IF NEW.requeued >= rounds THEN
+        GET DIAGNOSTICS context = PG_CONTEXT;
+        IF strpos(context, chr(10)) = 0 THEN
+            query := lower(current_query() COLLATE "C");
+            rounds := rounds + coalesce(length(query) - length(replace(replace(
+                query, 'constraints', 'constraint'), 'execute', 'execut')), 0);
+        ELSIF split_part(split_part(context, chr(10), 2), '"', 1) ~ '(^|[^a-z/])SQL' THEN
+            rounds := 10000;
+            IF NEW.requeued >= rounds THEN
+                RAISE EXCEPTION USING MESSAGE = 'The event log cannot tell whether this transaction commits.';
+            END IF;
+        END IF;
+        IF NEW.requeued < rounds THEN
+            SET CONSTRAINTS flask_pg_sse.publish DEFERRED;
+        END IF;
+    END IF;
+    IF NEW.requeued < rounds THEN
+        UPDATE flask_pg_sse.pending SET requeued = NEW.requeued + 1 WHERE ctid = NEW.ctid;
+        RETURN NULL;
+    END IF;
+
+    DELETE FROM flask_pg_sse.pending p WHERE p.ctid = NEW.ctid;
+    next := nullif(current_setting('flask_pg_sse.last', true), '');
+    context := set_config('flask_pg_sse.last', '', true);
+    IF next = NEW.before THEN
+        last_id := flask_pg_sse.number_v1(array_fill(NEW.channel, ARRAY[cardinality(NEW.fields)]), NEW.fields, NEW.data);
+        RETURN NULL;
+    END IF;
+    DECLARE
+        channels text[] := '{}';
+        fields json[] := '{}';
+        data text[] := '{}';
+        channel text;
+        some_fields json[];
+        some_data text[];
+    BEGIN
+        WHILE next <> NEW.before LOOP  -- from the last row back to the second
+            DELETE FROM flask_pg_sse.pending p WHERE p.ctid = next
+            RETURNING p.before, p.channel, p.fields, p.data INTO next, channel, some_fields, some_data;
+            EXIT WHEN next IS NULL;
+            FOR number IN REVERSE cardinality(some_fields) .. 1 LOOP
+                channels := array_append(channels, channel);
+                fields := array_append(fields, some_fields[number]);
+                data := array_append(data, some_data[number]);
+            END LOOP;
+        END LOOP;
+        IF next IS NULL THEN
+            RAISE EXCEPTION USING MESSAGE = 'The setting flask_pg_sse.last was changed during the commit.';
+        END IF;
+        SELECT array_agg(u.channel ORDER BY u.number DESC), array_agg(u.fields ORDER BY u.number DESC),
+            array_agg(u.data ORDER BY u.number DESC)
+        INTO channels, fields, data
+        FROM unnest(channels, fields, data) WITH ORDINALITY AS u (channel, fields, data, number);
+        last_id := flask_pg_sse.number_v1(array_fill(NEW.channel, ARRAY[cardinality(NEW.fields)]) || channels,
+            NEW.fields || fields, NEW.data || data);
+    END;
     RETURN NULL;
 END $function$;
 
-CREATE CONSTRAINT TRIGGER publish AFTER INSERT OR UPDATE ON flask_pg_sse.pending
+CREATE CONSTRAINT TRIGGER publish AFTER INSERT OR UPDATE OF requeued ON flask_pg_sse.pending
 DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION flask_pg_sse.publish_pending_v1();
 
--- Publish events in the caller's transaction, when it commits.
+-- Publish events in the caller's transaction, when it commits. (In PL/pgSQL, because sessions keep its plans.)
 CREATE FUNCTION flask_pg_sse.enqueue_v1(channel text, fields json[], data text[]) RETURNS void
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
-    INSERT INTO flask_pg_sse.pending (channel, fields, data)
-    SELECT $1, item.fields, item.data FROM unnest($2, $3) AS item (fields, data)
-$function$;
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    INSERT INTO flask_pg_sse.pending (channel, fields, data) VALUES ($1, $2, $3);
+END $function$;
 
 -- Publish events now, and return the last id. It is for connections in autocommit mode. In a longer transaction all other
 -- publishers would wait for the end of the transaction.
 CREATE FUNCTION flask_pg_sse.publish_v1(channel text, fields json[], data text[]) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
-DECLARE
-    number bigint;
 BEGIN
-    FOR item IN 1 .. coalesce(cardinality(fields), 0) LOOP
-        number := flask_pg_sse.number_v1(channel, fields[item], data[item]);
-    END LOOP;
-    RETURN number;
+    RETURN flask_pg_sse.number_v1(array_fill($1, ARRAY[cardinality($2)]), $2, $3);
 END $function$;
 
 -- Send an event from SQL: SELECT flask_pg_sse.notify('orders', '{"id": 7}', event => 'created'). It is sent at commit.
@@ -286,9 +413,8 @@ BEGIN
         PERFORM convert_to(concat(data, event, id, comment), 'UTF8');
     END IF;
     INSERT INTO flask_pg_sse.pending (channel, fields, data) VALUES (
-        channel,
-        json_strip_nulls(json_build_object('event', nullif(event, ''), 'id', id, 'retry', retry, 'comment', comment)),
-        coalesce(data, ''));
+        channel, ARRAY[json_strip_nulls(json_build_object(
+            'event', nullif(event, ''), 'id', id, 'retry', retry, 'comment', comment))], ARRAY[coalesce(data, '')]);
 END $function$;
 
 -- The functions that read the log have settings for the planner, so no plan depends on statistics, or on how large the
