@@ -163,8 +163,8 @@ class Runtime:
             keys=self.keys,
         )
 
-    def databases(self) -> tuple[Dsn, Dsn]:
-        """Return the database to notify and the database to listen to. Raises `ConfigurationError`."""
+    def databases(self) -> tuple[Dsn, Dsn | None]:
+        """Return the database to notify and the one to listen to, if LISTEN is used. Raises `ConfigurationError`."""
         try:
             return configured_databases(self.settings, self._config)
         except DatabaseNotConfigured:

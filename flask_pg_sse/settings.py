@@ -26,6 +26,10 @@ class Kind:
     parse: Callable[[Any], Any]
 
 
+# As SSE_LISTEN_URL: read the event log once a second, because LISTEN is not to be had.
+POLL = "poll"
+
+
 def _texts(value: object) -> tuple[str, ...]:
     # A string is split at commas, never iterated: the letters of "news*" include "*", which would open every channel.
     if isinstance(value, str):
@@ -97,6 +101,12 @@ def _database(value: object) -> object:
     return value
 
 
+def _listen(value: object) -> object:
+    if isinstance(value, str) and value.strip().lower() == POLL:
+        return POLL
+    return _database(value)
+
+
 def _broker(value: object) -> str | None:
     if isinstance(value, str) and value.strip() in ("", "memory://"):
         return value.strip() or None  # an environment file may have `SSE_BROKER_URL=`
@@ -124,6 +134,7 @@ PATTERNS = Kind("a list of patterns, or a string of patterns with commas between
 ORIGINS = Kind('a list of origins such as "https://www.example.com" (no path, no wildcard inside), or "*"', _origins)
 WEB_URL = Kind("an http:// or https:// URL without query", _web_url)
 DATABASE = Kind("a PostgreSQL URL", _database)
+LISTEN = Kind(f'a PostgreSQL URL, or "{POLL}"', _listen)
 BROKER = Kind('"memory://" (for tests), or not set', _broker)
 WHOLE = Kind(f"a whole number from 1 to {_MOST}", _whole)
 SECONDS = Kind("a number of seconds greater than 0", _seconds)
@@ -135,7 +146,7 @@ ON_OFF_ALWAYS = _on_off_or("always")
 
 def _key(default: Any, kind: Kind, help: str) -> Any:
     # Error trackers send the repr() of local variables, which must not contain a password or a key.
-    shown = kind not in (DATABASE, BROKER, SECRET)
+    shown = kind not in (DATABASE, LISTEN, BROKER, SECRET)
     return dataclasses.field(default=default, repr=shown, metadata={"kind": kind, "help": help})
 
 
@@ -150,7 +161,9 @@ class Settings:
         None, DATABASE, "the database; else `SQLALCHEMY_DATABASE_URI`, else the environment's `DATABASE_URL`"
     )
     listen_url: Any = _key(  # noqa: RUF009
-        None, DATABASE, "a direct connection for LISTEN, needed if the database URL leads through PgBouncer"
+        None,
+        LISTEN,
+        "a direct connection for LISTEN, if the database URL leads through PgBouncer; poll: read the log instead",
     )
     allowed_origins: tuple[str, ...] = _key(
         (),
@@ -224,14 +237,23 @@ class Settings:
             except (ValueError, TypeError, OverflowError, KeyError):
                 shown = _shown(value, kind)
                 raise ConfigurationError(f"{key_of(entry.name)} is {shown}, and must be {kind.expects}.") from None
-        return cls(**values)
+        settings = cls(**values)
+        return settings._with_the_log_required() if settings.listen_url == POLL else settings
+
+    def _with_the_log_required(self) -> Settings:
+        if self.event_log is False:
+            raise ConfigurationError(
+                'SSE_LISTEN_URL is "poll", which reads the event log, and SSE_EVENT_LOG is false. Set SSE_EVENT_LOG to '
+                "true, and install the log with flask sse init; or set SSE_LISTEN_URL to a direct connection."
+            )
+        return dataclasses.replace(self, event_log=True)
 
 
 def _shown(value: object, kind: Kind) -> str:
     """Return a wrong value for an error message. A value that may contain a password, or a secret, is not shown."""
     if kind is SECRET:
         return "empty" if value in ("", b"") else f"a value of type {type(value).__name__}"
-    if kind in (DATABASE, BROKER):
+    if kind in (DATABASE, LISTEN, BROKER):
         return repr(value) if isinstance(value, bool | int | float) or not value else "that value"
     text = repr(value)
     if re.search(r"://.*@|passw", text, re.IGNORECASE):

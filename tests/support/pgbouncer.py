@@ -23,8 +23,11 @@ PROGRAM = shutil.which("pgbouncer", path=os.environ.get("PATH", "") + ":/usr/sbi
 
 
 @contextmanager
-def pgbouncer(direct_url: str) -> Iterator[str]:
-    """Run one for the time of the context; give the URL that leads through it to the database of `direct_url`."""
+def pgbouncer(direct_url: str, **settings: object) -> Iterator[str]:
+    """Run one for the time of the context, with settings of its own on top.
+
+    Gives the URL that leads through it to the database of `direct_url`.
+    """
     if PROGRAM is None:
         pytest.skip("no PgBouncer: install it (Debian: apt-get install pgbouncer)")
     direct = urlsplit(direct_url)
@@ -35,6 +38,7 @@ def pgbouncer(direct_url: str) -> Iterator[str]:
         f"[databases]\n* = host=127.0.0.1 port={direct.port} user=postgres\n"
         f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
         "pool_mode = transaction\nserver_idle_timeout = 1\nserver_login_retry = 1\n"
+        + "".join(f"{key} = {value}\n" for key, value in settings.items())
     )
     config.chmod(0o644)
     user: dict[str, Any] = {"user": "nobody"} if os.geteuid() == 0 else {}  # it refuses to run as root

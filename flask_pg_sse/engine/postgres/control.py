@@ -47,6 +47,9 @@ class Snapshot:
         return transaction < self.xmax and transaction not in self.running
 
 
+_EVERYTHING = Snapshot(xmax=2**64)
+
+
 class DisconnectCommands:
     """Passes each authentic command to end streams to `obeyed()`, once.
 
@@ -113,6 +116,10 @@ class Control:
     def listening(self, snapshot: str) -> None:
         """Note that a connection listens, and which transactions had ended before that."""
         self._commands.came(Snapshot.read(snapshot))
+
+    def reads_only_the_log(self) -> None:
+        """Note that no command comes but from the log, where none comes twice."""
+        self._commands.came(_EVERYTHING)
 
     def next_beat(self) -> str:
         self.beats += 1

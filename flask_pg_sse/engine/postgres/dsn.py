@@ -21,7 +21,7 @@ from psycopg2.extensions import get_wait_callback, make_dsn, parse_dsn
 
 from ...concurrency import is_patched
 from ...errors import ConfigurationError, DatabaseNotConfigured
-from ...settings import Settings, database_sources
+from ...settings import POLL, Settings, database_sources
 
 logger = logging.getLogger(__name__)
 
@@ -190,8 +190,10 @@ _NO_DATABASE = (
 )
 
 
-def configured_databases(settings: Settings, config: Mapping[str, Any]) -> tuple[Dsn, Dsn]:
+def configured_databases(settings: Settings, config: Mapping[str, Any]) -> tuple[Dsn, Dsn | None]:
     """Return the database to notify and the database to listen to, from an app's config, and log both.
+
+    The second is None if the event log must be read from the first instead.
 
     Raises `DatabaseNotConfigured` and `ConfigurationError`.
     """
@@ -203,8 +205,11 @@ def configured_databases(settings: Settings, config: Mapping[str, Any]) -> tuple
     dsn = to_dsn(value, source, connect_args)
     if source == "SQLALCHEMY_DATABASE_URI":
         _warn_of_psycopg2(value)
-    listen = dsn
-    if settings.listen_url is not None:
+    listen: Dsn | None = dsn
+    if settings.listen_url == POLL:
+        listen = None
+        logger.info("Reading the event log once a second, without LISTEN (SSE_LISTEN_URL is %r).", POLL)
+    elif settings.listen_url is not None:
         listen = to_dsn(settings.listen_url, "SSE_LISTEN_URL")
         logger.info("Listening at %s (from SSE_LISTEN_URL).", listen)
     logger.info("Using PostgreSQL at %s (from %s).", dsn, dsn.source)

@@ -40,14 +40,15 @@ _OTHER_CONNECTIONS = 2
 class PostgresEngine(Listening):
     """One app's database in one process; see `base.Engine`.
 
-    `databases` returns the database to notify and the database to listen to; it is called at first use. `event_log` is
-    the value of `SSE_EVENT_LOG`, and `log_owner` that of `SSE_LOG_OWNER`. `retention` is in seconds. A lost connection
-    must be noticed within `longest_silence` seconds. `keys` returns the keys that sign control messages, oldest first.
+    `databases` returns the database to notify and the database to listen to (None: read the log of the first instead);
+    it is called at first use. `event_log` is the value of `SSE_EVENT_LOG`, and `log_owner` that of `SSE_LOG_OWNER`.
+    `retention` is in seconds. A lost connection must be noticed within `longest_silence` seconds. `keys` returns the
+    keys that sign control messages, oldest first.
     """
 
     def __init__(
         self,
-        databases: Callable[[], tuple[Dsn, Dsn]],
+        databases: Callable[[], tuple[Dsn, Dsn | None]],
         *,
         event_log: bool | str,
         retention: float,
@@ -87,10 +88,11 @@ class PostgresEngine(Listening):
         own = self._own
         commands = DisconnectCommands(self._keys, sink.control)
         self._listener = PostgresListener(
-            own.listen_dsn,
+            own.listen_dsn or own.dsn,
             sink,
             self._installation,
             commands,
+            polls=own.listen_dsn is None,
             beat_every=self._beat_every,
             on_silence=self._suspect,
             on_change=self._look_soon,
@@ -194,7 +196,7 @@ class _Connections:
 
     def __init__(
         self,
-        databases: tuple[Dsn, Dsn],
+        databases: tuple[Dsn, Dsn | None],
         installation: InstallationLookup,
         on_connect: Callable[[Any], None],
         on_silence: Callable[[], None],

@@ -27,7 +27,7 @@ _TAILS = (
     "SELECT channel, complete_after, id, fields::pg_catalog.text, data "
     "FROM flask_pg_sse.tail_v1(%s::pg_catalog.text[], %s::bigint[], %s::bigint)"
 )
-_HEAD = "SELECT flask_pg_sse.head_v1()"
+HEAD = "SELECT flask_pg_sse.head_v1()"
 
 # Seconds for one page while bytes keep coming: it may be an event of many megabytes on a slow line.
 LONGEST_READ = 600.0
@@ -123,4 +123,4 @@ class History:
 
     def head(self) -> int:
         """Return the head of the log: the id up to which every event is committed."""
-        return int(self._run_for_head(_HEAD)[0][0])
+        return int(self._run_for_head(HEAD)[0][0])

@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_WHO = """
-SELECT c.system_identifier,
-    (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) OPERATOR(pg_catalog.*) 1000000)::bigint,
-    d.oid::bigint, d.datname,
-    pg_catalog.to_char(pg_catalog.pg_postmaster_start_time() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS')
+_STARTED = "pg_catalog.pg_postmaster_start_time()"
+_WHO = f"""
+SELECT c.system_identifier, (extract(epoch FROM {_STARTED}) OPERATOR(pg_catalog.*) 1000000)::bigint, d.oid::bigint,
+    d.datname, pg_catalog.to_char({_STARTED} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS')
 FROM pg_catalog.pg_control_system() c, pg_catalog.pg_database d
 WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()
 """

@@ -40,6 +40,11 @@ _CHECK_AGAIN = 60.0
 _TIMEOUT = 600.0
 _MISSING = "the database has no event log. Remedy: flask sse init"
 
+_REQUIRED = (
+    'The event log is required (SSE_EVENT_LOG is true, or SSE_LISTEN_URL is "poll"), and {}; or set SSE_EVENT_LOG to '
+    '"auto", and SSE_LISTEN_URL to a direct connection.'
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Installation:
@@ -101,7 +106,7 @@ class InstallationLookup:
             self._look_at = time.monotonic() + (_LOOK_AGAIN if self._found is None else _CHECK_AGAIN)
             self._say(wrong)
         if self._found is None and self._setting is True:
-            raise EventLogMissing(f'SSE_EVENT_LOG is true, and {wrong or _MISSING}; or set SSE_EVENT_LOG to "auto".')
+            raise EventLogMissing(_REQUIRED.format(wrong or _MISSING))
         return self._found
 
     def call(self, execute: Execute, run: Callable[[Installation], T]) -> T | None:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import select
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
@@ -41,8 +42,9 @@ _ANSWER_WITHIN = 5.0
 # Seconds that a beat may wait for the lock of NOTIFY, when nothing is received, and after which it is tried again.
 _BEAT_PATIENCE = 1.0
 _BEAT_AGAIN = 1.0
-# Seconds between two reads of the log while LISTEN is deaf.
-_DEAF_PACE = 1.0
+# Seconds between two reads of the log without LISTEN, and between two that new streams cause.
+_POLL_EVERY = 1.0
+_POLL_AGAIN = 0.05
 
 # The server's limits for idle sessions and transactions are not meant for this session. Not every version has them.
 _SETUP = """
@@ -61,13 +63,17 @@ _BEAT_OF_LOG = (
     "(SELECT key FROM flask_pg_sse.installed_v1()), (SELECT refusal FROM flask_pg_sse.look_v1(ARRAY[%s::bigint]))"
 )
 _OTHER_LOG = "The event log is a different one: it was installed again, or restored"
-_DEAF = "LISTEN receives nothing here, as through PgBouncer: set SSE_LISTEN_URL to a direct connection to PostgreSQL"
+_DEAF = (
+    "LISTEN receives nothing here, as through PgBouncer: set SSE_LISTEN_URL to a direct connection to PostgreSQL, or "
+    'to "poll"'
+)
 
 
 class PostgresListener(Listener):
-    """Listens to PostgreSQL. `commands` gets the commands to end streams. `linger` and `beat_every` are in seconds.
+    """Listens to PostgreSQL, or `polls` the event log without LISTEN. `commands` gets the commands to end streams.
 
-    `on_silence` is called when the server has not answered, and `on_change` when it has become read-only or writable.
+    `linger` and `beat_every` are in seconds. `on_silence` is called when the server has not answered, and `on_change`
+    when it has become read-only or writable.
     """
 
     APPLICATION_NAME = "flask_pg_sse listener"
@@ -79,6 +85,7 @@ class PostgresListener(Listener):
         installation: InstallationLookup,
         commands: DisconnectCommands,
         *,
+        polls: bool = False,
         linger: float = LINGER,
         beat_every: float = BEAT_EVERY,
         on_silence: Callable[[], None] = lambda: None,
@@ -87,6 +94,8 @@ class PostgresListener(Listener):
         super().__init__(sink, ListenTable(linger, pg_name), Outage(dsn, psycopg2.Error))
         self.dsn = dsn
         self.server: Server | None = None  # the one that the present connection leads to, if that is known
+        self.polls = polls
+        self.hears = not polls  # whether LISTEN works on the present connection
         self.read_only = False  # whether transactions there are read-only by default
         self._on_silence = on_silence
         self._on_change = on_change
@@ -158,13 +167,22 @@ class PostgresListener(Listener):
             return
         self._receiver.connected()
         self._find_log(connection, again=True)
+        self.hears = not self.polls
+        if self.polls:
+            self._poll_log(connection)
+            return
         # LISTEN takes effect at the commit, so what is heard comes from transactions that have not ended here.
         [(ended,)] = self._execute(connection, f"LISTEN {control.CHANNEL}; {control.SNAPSHOT}")
         self._control.listening(ended)
         try:
             self._beat(connection, None)
         except _Deaf:
-            self._follow_log(connection)
+            if not self._receiver.log_is_on:
+                raise
+            self._execute(connection, f"UNLISTEN {control.CHANNEL}")
+            logger.warning("%s. Until then events come late, and raw and ephemeral ones not at all.", _DEAF)
+            self.hears = False
+            self._poll_log(connection)
             return
         self._execute(connection, _SETUP)
         self._identify(connection)
@@ -279,21 +297,28 @@ class PostgresListener(Listener):
         self._ready(Readiness.READY)  # commands are heard from here on, or read from the log
         self._receiver.recover(connection)
 
-    def _follow_log(self, connection: Any) -> None:
-        """Serve without LISTEN: read the log once a second."""
-        if not self._receiver.log_is_on:
-            raise _Deaf(_DEAF)
+    def _poll_log(self, connection: Any) -> None:
+        """Serve without LISTEN: read the log once a second, and at once for channels that are new."""
         self._identify(connection)
-        logger.error("%s. Until then events of the log arrive late, and other events not at all.", _DEAF)
+        self._control.reads_only_the_log()
         self._listens.restart()
+        begun = self._listens.due(sys.maxsize)[1]
+        self._recover(connection)
+        self._listens.confirm(begun, set(begun))
+        self._outage.over()
+        read_at = time.monotonic()
         while self._goes_on:
-            _, begun = self._listens.due(BATCH)
-            self._recover(connection)
+            self._wakeup.wait(max(0.0, read_at + _POLL_EVERY - time.monotonic()))
+            begun = self._listens.due(sys.maxsize)[1]
+            if begun:  # those that come at once are served by one query
+                time.sleep(max(0.0, read_at + _POLL_AGAIN - time.monotonic()))
+                begun += self._listens.due(sys.maxsize)[1]
+            elif time.monotonic() < read_at + _POLL_EVERY:
+                continue
+            read_at = time.monotonic()
+            self._receiver.poll(connection)
+            self._control.reads_only_the_log()
             self._listens.confirm(begun, set(begun))
-            while self._receiver.hand_over(connection) and self._goes_on:
-                pass
-            self._outage.over()
-            self._wakeup.wait(_DEAF_PACE)
 
 
 class _Deaf(DatabaseUnavailable):

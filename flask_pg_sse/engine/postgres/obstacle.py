@@ -31,21 +31,23 @@ _PID = re.compile(r"PID\D*(\d+)")
 _SESSION = """
 SELECT pg_catalog.concat('session ', a.pid, ' of role "', a.usename, '" (application_name "', a.application_name, '", ',
     coalesce(a.state, 'state not visible to this role'),
-    ' for ' || extract(epoch FROM pg_catalog.clock_timestamp() - a.state_change)::bigint || ' s',
-    CASE a.wait_event WHEN 'SyncRep' THEN ', waiting for a synchronous standby' END, ')')
+    ', for ', extract(epoch FROM pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) a.state_change)::bigint, ' s',
+    CASE WHEN a.wait_event OPERATOR(pg_catalog.=) 'SyncRep' THEN ', waiting for a synchronous standby' END, ')')
 FROM pg_catalog.pg_stat_activity a
 """
-_THAT_SESSION = f"{_SESSION} WHERE a.pid = %s"
+_THAT_SESSION = f"{_SESSION} WHERE a.pid OPERATOR(pg_catalog.=) %s::integer"
 # Without PostgreSQL's warning, which comes once in five seconds for all sessions.
 _OLDEST_SESSION = f"""{_SESSION}
-WHERE a.backend_type = 'client backend' AND a.pid <> pg_catalog.pg_backend_pid() AND a.xact_start IS NOT NULL
+WHERE a.backend_type OPERATOR(pg_catalog.=) 'client backend' AND a.xact_start IS NOT NULL
+    AND a.pid OPERATOR(pg_catalog.<>) pg_catalog.pg_backend_pid()
 ORDER BY a.xact_start LIMIT 1
 """
 # The lock of NOTIFY is one on "database 0".
 _COMMITTING_SESSION = f"""{_SESSION}
-JOIN pg_catalog.pg_locks l ON l.pid = a.pid
-WHERE l.locktype = 'object' AND l.database = 0 AND l.classid = 'pg_catalog.pg_database'::regclass AND l.objid = 0
-    AND l.granted
+JOIN pg_catalog.pg_locks l ON l.pid OPERATOR(pg_catalog.=) a.pid
+WHERE l.granted AND l.locktype OPERATOR(pg_catalog.=) 'object' AND l.database OPERATOR(pg_catalog.=) 0
+    AND l.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_database'::pg_catalog.regclass
+    AND l.objid OPERATOR(pg_catalog.=) 0
 """
 
 

@@ -8,6 +8,7 @@ commits, so when a beat comes back everything up to that head has arrived. Event
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from .codec import Decoder
 from .connect import execute
 from .control import Control, DisconnectCommands
 from .dsn import Dsn
-from .history import LONGEST_READ, read_page
+from .history import HEAD, LONGEST_READ, read_page
 from .installation import Installation
 from .unquoted import UnquotedNames
 
@@ -94,9 +95,9 @@ class Receiver:
                     # readable again. To look for it now would cost as much as all the rest.
                     alone = len(self._left) == 1 and len(self._left[0].payload) < _ALONE_CHARS
                 notification = self._left.pop()
+                if self._behind and codec.is_logged(notification.payload):
+                    continue  # the position must not pass what came before it; catch_up() reads it
                 if notification.channel == control.CHANNEL:
-                    if self._behind and codec.is_logged(notification.payload):
-                        continue  # the position must not pass what came before it; catch_up() reads it
                     ours = notification.pid == connection.info.backend_pid
                     self.position = self.control.notified(notification.payload, ours, self.position)
                     continue
@@ -158,6 +159,13 @@ class Receiver:
                 return
             checkpoint(PAUSE)
 
+    def poll(self, connection: Any) -> None:
+        """Read the log if it has changed. This costs one look at its head, however many channels there are."""
+        self._left, connection.notifies = [], []  # without LISTEN the log alone has the events whole and in order
+        [(head,)] = self._run(connection, HEAD)
+        if head != self.position:
+            self.catch_up(connection)
+
     def _restart(self, page: Page) -> None:
         """Continue from the head of a log that no longer has the position."""
         lost, self.position, self.confirmed = self.position, page.head, page.head
@@ -174,11 +182,12 @@ class Receiver:
         )
         self._sink.gap("undone", page.head)
 
-    def _read(self, connection: Any, channels: Sequence[str], after: int) -> Page:
-        def run(query: str, args: Sequence[Any]) -> Any:
-            guarded = query if self.log is None else self.log.guarded(query)
-            return execute(connection, guarded, tuple(args), timeout=_READ_WITHIN, limit=LONGEST_READ)
+    def _run(self, connection: Any, query: str, args: Sequence[Any] = ()) -> Any:
+        guarded = query if self.log is None else self.log.guarded(query)
+        return execute(connection, guarded, tuple(args), timeout=_READ_WITHIN, limit=LONGEST_READ)
 
+    def _read(self, connection: Any, channels: Sequence[str], after: int) -> Page:
+        run = functools.partial(self._run, connection)
         return read_page(
             run, channels, after, TURN_BYTES, _ANY_SIZE, self.decoder.dropped, commanded=self.control.logged
         )

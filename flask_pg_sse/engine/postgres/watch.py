@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 # Seconds between two looks, and between two that follow on a look that has found another server.
 _EVERY = 30.0
 _AGAIN = 2.0
+# Seconds after which a listener that was deaf tries LISTEN again.
+_TRY_AGAIN = 600.0
 # Seconds in which a server must answer a statement, and a notification must come back.
 _ANSWER_WITHIN = 5.0
 # A channel to try LISTEN on. No listener hears it.
@@ -54,6 +56,7 @@ class AddressWatch:
         self._apart = Repeats()
         self._stopping = False
         self._looked_at = 0.0
+        self._tried_at = time.monotonic()
         # At once if the two addresses may lead to different databases: that is a mistake of the configuration.
         self._look_at = time.monotonic() + (_EVERY if dsn == listener.dsn else _AGAIN)
         self._wakeup = Wakeup()
@@ -118,13 +121,16 @@ class AddressWatch:
             finding = self._sightings.saw(found, ours, now)
             if finding is Finding.UNSTEADY:
                 self._say_unsteady(found, ours, now)
-            if finding is Finding.MOVED and self._fit(connection, ours):
-                logger.warning(
-                    "%s now leads to the %s. The listener moves there from the %s.", listener.dsn, found, ours
-                )
-                self._sightings.left(ours, now)
+            moved = finding is Finding.MOVED
+            if (moved or self._listens_again(now)) and self._fit(connection, ours, moved=moved):
+                if moved:
+                    text = "%s now leads to the %s. The listener moves there from the %s."
+                    logger.warning(text, listener.dsn, found, ours)
+                    self._sightings.left(ours, now)
+                    self._on_move()
+                name = listener.APPLICATION_NAME
+                execute(connection, f"SET application_name = '{name}'", timeout=_ANSWER_WITHIN)
                 listener.move_to(connection, instead_of=ours)
-                self._on_move()
                 connection = None
         finally:
             if connection is not None:
@@ -133,13 +139,21 @@ class AddressWatch:
             self._compare(found)
         return finding in (Finding.OTHER, Finding.UNSTEADY)
 
-    def _fit(self, connection: Any, ours: Server) -> bool:
+    def _listens_again(self, now: float) -> bool:
+        """Tell whether to try LISTEN again. A listener that was deaf reads the log instead."""
+        if self._listener.hears or self._listener.polls or now < self._tried_at + _TRY_AGAIN:
+            return False
+        self._tried_at = now
+        return True
+
+    def _fit(self, connection: Any, ours: Server, *, moved: bool) -> bool:
         """Tell whether the listener can move to a connection, and log why not."""
+        hears = self._listener.hears or not moved  # one that reads the log can do so anywhere
         try:
-            why_not = _why_not(connection, read_only=self._listener.read_only)
+            why_not = _why_not(connection, read_only=self._listener.read_only, hears=hears)
         except (psycopg2.Error, OSError, DatabaseUnavailable) as error:
             why_not = " ".join(str(error).split()).rstrip(".")
-        if why_not:
+        if why_not and moved:
             self._say_unfit(why_not, ours)
         return not why_not
 
@@ -183,13 +197,15 @@ def _who(connection: Any) -> Server:
     return who(lambda query: execute(connection, query, timeout=_ANSWER_WITHIN))
 
 
-def _why_not(connection: Any, *, read_only: bool) -> str | None:
-    """Try LISTEN. Return why the listener cannot use a connection; None if it can.
+def _why_not(connection: Any, *, read_only: bool, hears: bool) -> str | None:
+    """Try LISTEN, if the listener `hears`. Return why the listener cannot use a connection; None if it can.
 
     `read_only` says that the present server is read-only by default too: then that is how the role is meant to be.
     """
     if is_read_only(connection) and not read_only:
         return "it is read-only"
+    if not hears:
+        return None
     execute(connection, f'LISTEN "{_TRIAL}"', timeout=_ANSWER_WITHIN)
     try:
         execute(connection, "SELECT pg_catalog.pg_notify(%s, '')", (_TRIAL,), timeout=_ANSWER_WITHIN)
@@ -204,11 +220,8 @@ def _why_not(connection: Any, *, read_only: bool) -> str | None:
             break
         left = deadline - time.monotonic()
         if left <= 0 or not poller.poll(left * 1000):
+            execute(connection, f'UNLISTEN "{_TRIAL}"', timeout=_ANSWER_WITHIN)  # the session may be a pooler's
             return "it receives nothing"
     connection.notifies = []
-    execute(
-        connection,
-        f"UNLISTEN \"{_TRIAL}\"; SET application_name = '{PostgresListener.APPLICATION_NAME}'",
-        timeout=_ANSWER_WITHIN,
-    )
+    execute(connection, f'UNLISTEN "{_TRIAL}"', timeout=_ANSWER_WITHIN)
     return None

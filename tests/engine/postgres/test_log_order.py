@@ -275,7 +275,7 @@ def test_the_signature_of_an_event(log_url: str) -> None:
     [
         (listener._BEAT_OF_LOG, ("1", 0)),
         (prune._PRUNE, (60.0, 5000)),
-        (log._HEAD, ()),
+        (log.HEAD, ()),
         (log._PAGE, (["orders"], 0, 1000, 0)),
         (log._TAILS, (["orders"], [2**62], 1000)),
         (publish._PUBLISH, ("orders", ["{}"], ["x"])),

@@ -163,6 +163,6 @@ def test_who_holds_the_queue_up_is_read_from_postgresqls_warning_in_any_language
         obstacle.met(psycopg2.errors.ProgramLimitExceeded(), ["WARNUNG: 12", german], run)
         obstacle.met(psycopg2.errors.LockNotAvailable(), [], run)
     [full] = warnings(caplog, "PostgreSQL's queue of notifications is full")
-    assert f'session {pid} of role "postgres" (application_name "sleeper", idle in transaction for 0 s)' in full
+    assert f'session {pid} of role "postgres" (application_name "sleeper", idle in transaction, for 0 s)' in full
     [locked] = warnings(caplog, "No transaction that notifies can commit")
     assert "a session that is gone by now" in locked
