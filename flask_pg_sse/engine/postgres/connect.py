@@ -21,6 +21,7 @@ from psycopg2.extensions import POLL_OK, POLL_READ, make_dsn
 
 from ...errors import DatabaseUnavailable
 from ..drivers import Psycopg2Cursor, use_own_typecasters
+from . import foreign
 from .dsn import Dsn
 
 # Seconds that one host may take to answer, unless the URL has a connect_timeout.
@@ -54,9 +55,24 @@ def connect(dsn: Dsn, application_name: str) -> Any:
     The hosts are tried in order, and one that is slow does not hold up the next. Each may be silent for
     `connect_timeout` seconds (10 by default). Raises `DatabaseUnavailable` if none answers.
     """
-    params = {"application_name": application_name, **_DEFAULTS, **dsn.params, "client_encoding": "UTF8"}
+    return _connect(dsn, application_name, "UTF8", psycopg2.extensions.connection)
+
+
+def connect_to_listen(dsn: Dsn, application_name: str) -> Any:
+    """Return a connection as `connect()` does, for LISTEN; in a database that is not UTF-8 a `ForeignConnection`."""
+    connection = connect(dsn, application_name)
+    if not foreign.is_foreign(connection):
+        return connection
+    connection.close()
+    connection = _connect(dsn, application_name, foreign.UNCONVERTED, foreign.ForeignConnection)
+    foreign.prepare(connection)
+    return connection
+
+
+def _connect(dsn: Dsn, application_name: str, client_encoding: str, kind: Any) -> Any:
+    params = {"application_name": application_name, **_DEFAULTS, **dsn.params, "client_encoding": client_encoding}
     timeout = _timeout(params.pop("connect_timeout", ""))
-    race = _Race(timeout)
+    race = _Race(timeout, kind)
     try:
         connection = race.first(_attempts(params))
     finally:  # also when, for example, the greenlet is killed while it waits
@@ -83,8 +99,9 @@ def _refuse_standby(connection: Any, dsn: Dsn) -> None:
 class _Race:
     """Attempts to connect, each with a head start over the next. The first that succeeds wins."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, kind: Any) -> None:
         self.errors: list[str] = []
+        self._kind = kind
         self._timeout = timeout
         self._running: dict[Any, tuple[int, float]] = {}  # what each waits for, and until when
 
@@ -109,7 +126,7 @@ class _Race:
     def _start(self, params: dict[str, str]) -> None:
         try:
             # The class itself, because apps and agents replace psycopg2.connect().
-            connection = psycopg2.extensions.connection(make_dsn(**params), async_=1)
+            connection = self._kind(make_dsn(**params), async_=1)
         except psycopg2.Error as error:
             self.errors.append(_reason(error, None))
             return
@@ -220,6 +237,9 @@ def execute(
     transaction is READ WRITE, whatever the role's default. On a standby that raises `DatabaseUnavailable`, with the
     remedy.
 
+    Names are looked up in pg_catalog alone, whatever the role's search_path: other schemas may have functions and
+    operators of other roles.
+
     The settings and the query are sent together and form one transaction. The settings end with it, also through a
     pooler.
     """
@@ -227,8 +247,12 @@ def execute(
     settings = (
         "SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE; "
         f"SET LOCAL lock_timeout = {for_lock * 1000:.0f}; SET LOCAL statement_timeout = {in_all * 1000:.0f}; "
+        "SET LOCAL search_path = pg_catalog, pg_temp; "
     )
-    with connection.cursor(cursor_factory=Psycopg2Cursor) as cursor:
+    kind = Psycopg2Cursor
+    if isinstance(connection, foreign.ForeignConnection):
+        kind, settings = foreign.ForeignCursor, settings + foreign.SETTINGS
+    with connection.cursor(cursor_factory=kind) as cursor:
         cursor.execute(settings + query, args)
         try:
             wait(connection, timeout)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import psycopg2
-from psycopg2.extensions import quote_ident
 
 from ...errors import DatabaseUnavailable
 from ..base import Readiness, Sink, Status, Ticket, TooManyChannels
@@ -25,9 +24,10 @@ from ..listens import ListenTable
 from ..outage import Outage
 from . import control
 from .codec import pg_name
-from .connect import connect, execute, is_read_only
+from .connect import connect_to_listen, execute, is_read_only
 from .control import DisconnectCommands
 from .dsn import Dsn
+from .foreign import listen
 from .identity import Server, who
 from .installation import Installation, InstallationLookup
 from .obstacle import NOT_NOW, Obstacle
@@ -146,7 +146,7 @@ class PostgresListener(Listener):
 
     def _connect(self) -> Any:
         connection, self._successor = self._successor, None
-        return connection or connect(self.dsn, self.APPLICATION_NAME)
+        return connection or connect_to_listen(self.dsn, self.APPLICATION_NAME)
 
     def _lost(self) -> None:
         self.server = None
@@ -229,7 +229,7 @@ class PostgresListener(Listener):
             return False
         ended, begun = self._listens.due(BATCH)
         if ended:
-            self._execute(connection, ";".join(f"UNLISTEN {quote_ident(name, connection)}" for name in ended))
+            self._execute(connection, ";".join(listen("UNLISTEN", name, connection) for name in ended))
         if begun:
             heard = self._listen(connection, begun)
             # Either of them moves the position to the log's head as it was after LISTEN.
@@ -242,7 +242,7 @@ class PostgresListener(Listener):
     def _listen(self, connection: Any, names: Sequence[str]) -> set[str]:
         """LISTEN to `names`. Return the confirmed ones; the database's encoding may lack characters of the others."""
         try:
-            self._execute(connection, ";".join(f"LISTEN {quote_ident(name, connection)}" for name in names))
+            self._execute(connection, ";".join(listen("LISTEN", name, connection) for name in names))
             return set(names)
         except psycopg2.errors.UntranslatableCharacter:
             if len(names) == 1:

@@ -22,6 +22,7 @@ from .codec import Decoder
 from .connect import execute
 from .control import Control, DisconnectCommands
 from .dsn import Dsn
+from .foreign import take
 from .history import HEAD, LONGEST_READ, read_page
 from .installation import Installation
 from .unquoted import UnquotedNames
@@ -88,7 +89,7 @@ class Receiver:
                     if alone:
                         return False
                     connection.poll()
-                    self._left, connection.notifies = connection.notifies[::-1], []
+                    self._left = self._take(connection)[::-1]
                     if not self._left:
                         return False
                     # Nothing is left in libpq's buffer or, decrypted, in OpenSSL's. Later data makes the descriptor
@@ -124,6 +125,12 @@ class Receiver:
         checkpoint(PAUSE)
         return True
 
+    def _take(self, connection: Any) -> list[Any]:
+        def run(query: str, args: Sequence[Any]) -> Any:
+            return execute(connection, query, tuple(args), timeout=_READ_WITHIN)
+
+        return take(connection, run, functools.partial(self.decoder.dropped.add, "a NOTIFY payload"))
+
     def recover(self, connection: Any) -> None:
         """Read from the log the events that came while no LISTEN was active, or report that they may be lost."""
         lost_one, self._lost_one = self._lost_one, False
@@ -147,7 +154,7 @@ class Receiver:
             # Drop the arrived events of the log: the next pages have them too, and after a long absence there are too
             # many to keep.
             connection.poll()
-            arrived, connection.notifies = [*self._left[::-1], *connection.notifies], []
+            arrived = [*self._left[::-1], *self._take(connection)]
             self._left = [one for one in reversed(arrived) if not codec.is_logged(one.payload)]
             page = self._read(connection, [*self._listens.channels(), control.CHANNEL], self.position)
             if page.refusal is not None:

@@ -21,7 +21,7 @@ from ...channels import RESERVED_PREFIX
 from ...concurrency import Wakeup
 from ...errors import DatabaseUnavailable
 from ...repeats import Repeats, times
-from .connect import connect, execute, is_read_only
+from .connect import connect, connect_to_listen, execute, is_read_only
 from .dsn import Dsn
 from .identity import Finding, Server, Sightings, who
 from .listener import PostgresListener
@@ -111,7 +111,7 @@ class AddressWatch:
         ours = listener.server
         if ours is None:  # it is not connected, and follows the address when it connects
             return False
-        connection = connect(listener.dsn, "flask_pg_sse look")
+        connection = connect_to_listen(listener.dsn, "flask_pg_sse look")
         try:
             if connection.info.parameter_status("in_hot_standby") == "on":
                 self._say_unfit("it is a standby", ours)

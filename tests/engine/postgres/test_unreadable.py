@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from urllib.parse import urlencode
 
 import psycopg2
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
+from flask_pg_sse import notify
 from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.testing import Received, stream
-from tests.support.log import ENQUEUE, NOTIFY, PUBLISH, connected, logged, run
+from tests.support.log import ENQUEUE, PUBLISH, connected, logged, run
 from tests.support.postgres import execute, fresh_database
 from tools import postgres
 
@@ -108,27 +110,74 @@ def test_fields_that_are_no_object_are_refused(log_url: str) -> None:
     assert logged(log_url) == []
 
 
-@pytest.mark.parametrize("logs", [True, False])
-@pytest.mark.parametrize("encoding", ["WIN1252", "SQL_ASCII"])
-def test_a_notify_of_such_bytes_costs_the_connection_and_no_event_of_the_log(
-    log_server: postgres.Server, make_app: MakeApp, encoding: str, logs: bool
+# Each with bytes that PostgreSQL takes as text and cannot convert, and with names and data that it can.
+POISON = {
+    "SQL_ASCII": ["x\\x81", "\\xff"],
+    "WIN1252": ["x\\x81", "\\x8d"],
+    "LATIN1": [],  # every byte is a character
+    "EUC_JP": ["x\\xa9\\xa1", "\\x8f\\xa1\\xa1"],
+}
+TEXTS = {
+    "SQL_ASCII": ["é", "日本"],
+    "WIN1252": ["€uro", "“x”"],
+    "LATIN1": ["é", "ÿ"],
+    "EUC_JP": ["日本", "\uff5e①㈱"],
+}
+
+
+@pytest.mark.parametrize("logs", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "encoding", ["EUC_JP", *[pytest.param(name, marks=pytest.mark.slow) for name in POISON if name != "EUC_JP"]]
+)
+def test_a_notify_of_bytes_that_are_no_text_ends_no_listener(
+    log_server: postgres.Server, make_app: MakeApp, caplog: pytest.LogCaptureFixture, encoding: str, logs: bool
 ) -> None:
-    """PostgreSQL itself ends the connection that listens, as nothing else could be sent on it."""
+    """From a role that may only connect. What it sends is dropped, and all around it arrives, on any channel."""
     with fresh_database(log_server, f"ENCODING '{encoding}' LOCALE 'C'") as url:
-        if logs:
-            execute(url, schema_sql())
+        execute(url, "CREATE ROLE passer_by LOGIN")
+        try:
+            if logs:
+                execute(url, schema_sql())
+            app = make_app(url)
+            channels = ["orders", *TEXTS[encoding][:1], TEXTS[encoding][1] * 12]
+            with opened(app.test_client(), "/sse?" + urlencode({"channel": channels}, doseq=True)) as live:
+                assert next(live).event == "sse-open"
+                before = execute(url, LISTENERS)
+                passer_by = url.replace("postgres@", "passer_by@")
+                for number, channel in enumerate(channels * 2):
+                    for poison in POISON[encoding]:
+                        execute(passer_by, f"SELECT pg_notify('orders', E'{poison}'), pg_notify('orders', 'raw')")
+                        assert next(live).data == "raw"
+                    for text in (*TEXTS[encoding], "x"):
+                        said = f"{text} {number}"
+                        with app.app_context():
+                            assert (notify(channel, said) is not None) is logs
+                            notify(channel, said, durable=False)
+                        execute(f"{passer_by}?client_encoding=utf8", "SELECT pg_notify('orders', %s)", (said,))
+                        assert [next(live).data for _ in range(3)] == [said] * 3
+                    if logs:  # from the log: what is too large for NOTIFY
+                        execute(f"{url}?client_encoding=utf8", PUBLISH, (channel, ["{}"], [text * 9000]))
+                        assert next(live).data == text * 9000
+                assert execute(url, LISTENERS) == before, "it reconnected"
+            dropped = [text for text in caplog.messages if text.startswith("Dropped")]
+            assert dropped == ["Dropped a NOTIFY payload (1 so far): It is not text in the database's encoding."][
+                : len(POISON[encoding])
+            ]
+            app.extensions["pg_sse"].close()
+        finally:
+            execute(url, "DROP ROLE passer_by")
+
+
+def test_psycopg2s_table_of_encodings_is_as_it_was(log_server: postgres.Server, make_app: MakeApp) -> None:
+    """The listener changes it for the moments in which it connects, and no other connection sees that."""
+    before = dict(psycopg2.extensions.encodings)
+    with fresh_database(log_server, "ENCODING 'SQL_ASCII' LOCALE 'C'") as url:
         app = make_app(url)
         with opened(app.test_client(), "/sse?channel=orders") as live:
             next(live)
-            before = execute(url, LISTENERS)
-            execute(url, "SELECT pg_notify('orders', E'x\\x81')")
-            if logs:
-                for number in range(3):
-                    execute(url, NOTIFY, ("orders", str(number)))
-                assert [next(live).data for _ in range(3)] == ["0", "1", "2"]
-            else:
-                assert next(live).event == "sse-reset"
-                execute(url, "NOTIFY orders, 'after'")
-                assert next(live).data == "after"
-            assert execute(url, LISTENERS) != before
+            assert psycopg2.extensions.encodings == before
+            with connected(url) as theirs, theirs.cursor() as cursor:
+                cursor.execute(r"SELECT E'\xe9'")
+                with pytest.raises(UnicodeDecodeError):
+                    cursor.fetchone()
         app.extensions["pg_sse"].close()
