@@ -139,7 +139,7 @@ def test_the_unit_is_ready_reloaded_and_stopped(database_url: str, tmp_path: Pat
                 (tmp_path / ".env").write_text(f"DATABASE_URL={database_url}\nSSE_RETRY=78\n")
                 subprocess.run(service["ExecReload"].replace("$MAINPID", str(server.process.pid)).split(), check=True)
                 assert stream.event().json == {"reason": "shutdown"}
-            eventually(lambda: b"retry: 78\n" in first_block(port), 20)
+            eventually(lambda: b"retry: 78\n" in first_block(port), 60)
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(20) == 0
         finally:
@@ -147,7 +147,7 @@ def test_the_unit_is_ready_reloaded_and_stopped(database_url: str, tmp_path: Pat
 
 
 def first_block(port: int) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
         client.sendall(b"GET /orders HTTP/1.1\r\nHost: x\r\n\r\n")
         found = b""
         while b"retry: " not in found or not found.endswith(b"\n\r\n"):

@@ -51,7 +51,7 @@ def children(process: int) -> list[int]:
 
 
 def opened(port: int, path: str = "/orders") -> Response:
-    response = request(port, path)
+    response = request(port, path, timeout=60)  # after SIGHUP it waits for a worker that boots
     assert response.status == 200, response.read()
     return response
 
@@ -119,7 +119,7 @@ def test_the_file_env_is_read_and_read_again_after_sighup(tmp_path: Path, databa
         file.write_text("SSE_RETRY=78\n")
         server.process.send_signal(signal.SIGHUP)
         assert stream.event().json == {"reason": "shutdown"}
-    eventually(lambda: retry_of(server.port) == 78, 15)
+    eventually(lambda: retry_of(server.port) == 78, 60)
 
 
 def retry_of(port: int) -> int | None:

@@ -37,7 +37,7 @@ class Page:
     """A stream as an EventSource reads it."""
 
     def __init__(self, port: int, path: str) -> None:
-        self._response: Response = request(port, path)
+        self._response: Response = request(port, path, timeout=60)
         assert self._response.status == 200, self._response.read()
         self._parser = Parser("")
         self._events: list[Dispatched] = []
