@@ -6,7 +6,7 @@
     +-- InvalidChannel (ValueError)            a channel name is not legal
     +-- InvalidEvent (ValueError)              an event does not fit the format of Server-Sent Events
     |   +-- PayloadTooLarge                    an event does not fit one NOTIFY (.size, .limit)
-    +-- DatabaseUnavailable (ConnectionError)  PostgreSQL did not answer, or refused
+    +-- DatabaseUnavailable (ConnectionError)  PostgreSQL, or Redis, did not answer, or refused
     +-- EventLogMissing (RuntimeError)         SSE_EVENT_LOG is true, and the database has no event log
 
 A message says what failed, why, and what to do about it. No message contains a password.
@@ -52,7 +52,7 @@ class PayloadTooLarge(InvalidEvent):
 
 
 class DatabaseUnavailable(PgSSEError, ConnectionError):
-    """PostgreSQL could not be reached in time, refused the call, or ended the connection during it."""
+    """PostgreSQL, or Redis, could not be reached in time, refused the call, or ended the connection during it."""
 
 
 class EventLogMissing(PgSSEError, RuntimeError):

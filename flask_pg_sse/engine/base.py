@@ -1,8 +1,9 @@
 """The interface of an engine. An engine carries events from one process to the others, and may keep them in a log.
 
 An `Engine` is one app's connection to its bus in one process. It hands everything that arrives to a `Sink`: the hub.
-There are two engines: PostgreSQL (`engine/postgres/engine.py`) and the memory of one process (`engine/memory.py`). The
-tests in `tests/engine/test_contract.py` run over every engine. A new engine registers itself there.
+There are three engines: PostgreSQL (`engine/postgres/engine.py`), Redis' pub/sub (`engine/redis/engine.py`) and the
+memory of one process (`engine/memory.py`). The tests in `tests/engine/test_contract.py` run over every engine. A new
+engine registers itself there.
 
 A position is one integer that rises over all channels: the id of the last event in the log that has been handed over.
 Only the engine knows how ids are made; the hub only compares them. 0 means that there is no log.

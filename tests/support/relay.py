@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from tests.support.client import Response, eventually, request
 from tests.support.eventsource import Dispatched, Parser
 from tests.support.postgres import execute
+from tests.support.redis import RedisServer
 from tests.support.servers import WebServer
 
 BREAKS = "every stream on the channel breaks"
@@ -37,6 +38,7 @@ class Page:
     """A stream as an EventSource reads it."""
 
     def __init__(self, port: int, path: str) -> None:
+        # Where a stream of theirs breaks, it first writes a traceback, which takes seconds on a busy machine.
         self._response: Response = request(port, path, timeout=60)
         assert self._response.status == 200, self._response.read()
         self._parser = Parser("")
@@ -64,21 +66,57 @@ class Page:
         self.close()
 
 
-def open_on(servers: dict[str, WebServer], database_url: str, path: str) -> dict[str, Page]:
-    """Open a stream on each server, and wait until both listen to PostgreSQL."""
-    # Theirs has a connection for each stream, and does not say when it listens.
-    query = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND query ~ '^LISTEN '"
-    before = execute(database_url, query)
-    pages = {whose: Page(server.port, path) for whose, server in servers.items()}
-    assert pages["ours"].next().event == "sse-open"
-    eventually(lambda: set(execute(database_url, query)) - set(before))
-    return pages
+class Bus(Protocol):
+    """What both servers listen to."""
+
+    def send(self, channel: str, payload: str) -> object: ...
+
+    def listeners(self) -> set[object]:
+        """Return those that listen: one for each stream of theirs, which does not say when it does."""
 
 
-def dispatched(page: Page, database_url: str, channel: str, payload: str) -> str:
-    """Notify, and return what the page gets of it, as docs/migrate.md writes it."""
-    for text in (payload, json.dumps({"event": "fence", "data": "fence"})):
-        execute(database_url, "SELECT pg_notify(%s, %s)", (channel, text))
+class PostgresBus:
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def send(self, channel: str, payload: str) -> None:
+        execute(self._url, "SELECT pg_notify(%s, %s)", (channel, payload))
+
+    def listeners(self) -> set[object]:
+        query = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND query ~ '^LISTEN '"
+        return set(execute(self._url, query))
+
+
+class RedisBus:
+    def __init__(self, server: RedisServer) -> None:
+        self._server = server
+
+    def send(self, channel: str, payload: str) -> None:
+        self._server.publish(channel, payload)
+
+    def listeners(self) -> set[object]:
+        clients: str = self._server.ask("CLIENT", "LIST", "TYPE", "pubsub").decode()
+        return {line.split()[0] for line in clients.splitlines() if " sub=0" not in line}
+
+
+def open_on(servers: dict[str, WebServer], bus: Bus, path: str) -> dict[str, Page]:
+    """Open a stream on each server, and wait until both listen."""
+    ours = Page(servers["ours"].port, path)
+    assert ours.next().event == "sse-open"
+    before = bus.listeners()
+    theirs = Page(servers["theirs"].port, path)
+    eventually(lambda: bus.listeners() - before)
+    return {"theirs": theirs, "ours": ours}
+
+
+def send_with_fence(bus: Bus, channel: str, payload: str) -> None:
+    """Send a payload, and behind it an event at which `dispatched()` ends, which takes its id back."""
+    bus.send(channel, payload)
+    bus.send(channel, json.dumps({"event": "fence", "data": "fence", "id": ""}))
+
+
+def dispatched(page: Page) -> str:
+    """Return what a page gets up to the fence, as docs/migrate.md writes it."""
     found = []
     try:
         while (event := page.next()).event != "fence":
