@@ -108,36 +108,43 @@ class AddressWatch:
     def _look(self) -> bool:
         """Look once where the addresses lead. Return whether to look again soon."""
         listener = self._listener
-        ours = listener.server
-        if ours is None:  # it is not connected, and follows the address when it connects
+        ours, apart = listener.server, self._dsn != listener.dsn
+        if ours is None and not apart:  # it is not connected, and follows the address when it connects
             return False
         connection = connect_to_listen(listener.dsn, "flask_pg_sse look")
+        moving = False
         try:
-            if connection.info.parameter_status("in_hot_standby") == "on":
+            if ours is not None and connection.info.parameter_status("in_hot_standby") == "on":
                 self._say_unfit("it is a standby", ours)
                 return False
             found = _who(connection)
-            now = time.monotonic()
-            finding = self._sightings.saw(found, ours, now)
-            if finding is Finding.UNSTEADY:
-                self._say_unsteady(found, ours, now)
-            moved = finding is Finding.MOVED
-            if (moved or self._listens_again(now)) and self._fit(connection, ours, moved=moved):
-                if moved:
-                    text = "%s now leads to the %s. The listener moves there from the %s."
-                    logger.warning(text, listener.dsn, found, ours)
-                    self._sightings.left(ours, now)
-                    self._on_move()
-                name = listener.APPLICATION_NAME
-                execute(connection, f"SET application_name = '{name}'", timeout=_ANSWER_WITHIN)
-                listener.move_to(connection, instead_of=ours)
-                connection = None
+            finding = Finding.SAME
+            if ours is not None:
+                finding = self._sightings.saw(found, ours, time.monotonic())
+                moving = self._judge(finding, connection, found, ours)
         finally:
-            if connection is not None:
+            if not moving:
                 connection.close()
-        if self._dsn != listener.dsn:
+        if apart:
             self._compare(found)
         return finding in (Finding.OTHER, Finding.UNSTEADY)
+
+    def _judge(self, finding: Finding, connection: Any, found: Server, ours: Server) -> bool:
+        """Say what a look has found. Return whether the listener moves to the connection."""
+        listener, now = self._listener, time.monotonic()
+        if finding is Finding.UNSTEADY:
+            self._say_unsteady(ours, now)
+        moved = finding is Finding.MOVED
+        if not (moved or self._listens_again(now)) or not self._fit(connection, ours, moved=moved):
+            return False
+        if moved:
+            text = "%s now leads to the %s. The listener moves there from the %s."
+            logger.warning(text, listener.dsn, found, ours)
+            self._sightings.left(ours, now)
+            self._on_move()
+        execute(connection, f"SET application_name = '{listener.APPLICATION_NAME}'", timeout=_ANSWER_WITHIN)
+        listener.move_to(connection, instead_of=ours)
+        return True
 
     def _listens_again(self, now: float) -> bool:
         """Tell whether to try LISTEN again. A listener that was deaf reads the log instead."""
@@ -164,7 +171,7 @@ class AddressWatch:
                 self._listener.dsn, why_not, ours, times(number),
             )  # fmt: skip
 
-    def _say_unsteady(self, found: Server, ours: Server, now: float) -> None:
+    def _say_unsteady(self, ours: Server, now: float) -> None:
         if number := self._unsteady.count("unsteady", now):
             logger.warning(
                 "%s leads now to one server, now to another%s. The listener stays with the %s. Events that are sent "
