@@ -37,7 +37,8 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
 def opened(app: Flask, url: str = "/sse?channel=orders") -> Iterator[Iterator[Received]]:
     with closing(stream(app.test_client(), url, timeout=30)) as events:
         assert next(events).event == "sse-open"
-        yield events
+        # Heartbeats may bring an id.
+        yield (event for event in events if not (event.event or "").startswith("sse-"))
 
 
 def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:

@@ -187,7 +187,7 @@ def test_nothing_is_lost_or_comes_twice_while_sessions_end_and_stray_notificatio
 ) -> None:
     """With one session behind PgBouncer, which somebody has left listening to the channel."""
     with pgbouncer(logged_url, default_pool_size=1, server_idle_timeout=600) as url:
-        app = make_app(url, SSE_LISTEN_URL=listen_url, SSE_HEARTBEAT=1)
+        app = make_app(url, SSE_LISTEN_URL=listen_url)
         _, events = opened(app)
         for number in range(200):
             if number % 40 == 20:
