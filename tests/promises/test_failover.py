@@ -380,16 +380,18 @@ def test_pg_upgrade(make_cluster: MakeCluster, play: Play) -> None:
 
 
 @pytest.mark.slow
-def test_a_failover_behind_a_pooler(logged_cluster: Cluster, play: Play) -> None:
-    """PgBouncer in transaction mode publishes, and LISTEN has a way of its own to the same address."""
+@pytest.mark.parametrize("listen", ["direct", "poll"])
+def test_a_failover_behind_a_pooler(logged_cluster: Cluster, play: Play, listen: str) -> None:
+    """PgBouncer in transaction mode publishes, and LISTEN has a way of its own to the same address, or is not used."""
     standby = logged_cluster.standby()
     synchronous(logged_cluster)
-    with pgbouncer(logged_cluster.url) as pooled, play(logged_cluster, pooled, logged_cluster.url) as scene:
+    way = logged_cluster.url if listen == "direct" else "poll"
+    with pgbouncer(logged_cluster.url) as pooled, play(logged_cluster, pooled, way) as scene:
         logged_cluster.primary.stop("kill")
         promote(standby)
         logged_cluster.lead_to(standby)
         scene.goes_on()
-    scene.report("pooler")
+    scene.report(f"pooler, {listen}")
     scene.check_all_exact()
 
 

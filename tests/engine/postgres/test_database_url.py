@@ -86,10 +86,12 @@ def test_without_postgresql_an_app_starts_and_the_first_use_says_what_is_missing
     make_app: Callable[..., Flask], uri: Any
 ) -> None:
     app = make_app(SQLALCHEMY_DATABASE_URI=uri)
-    with app.app_context(), pytest.raises(DatabaseNotConfigured, match="Set SSE_DATABASE_URL"):
+    words = "SQLALCHEMY_DATABASE_URI is not a PostgreSQL URL" if uri else "No PostgreSQL database is configured"
+    with app.app_context(), pytest.raises(DatabaseNotConfigured, match=words) as caught:
         notify("orders", "x")
+    assert re.search("[Ss]et SSE_DATABASE_URL .*to postgresql://", str(caught.value))
     answer = app.test_client().get("/sse?channel=orders")
-    assert answer.status_code == 500 and "Set SSE_DATABASE_URL" in answer.text
+    assert answer.status_code == 500 and words in answer.text
 
 
 def test_no_error_of_connecting_shows_the_password(make_app: Callable[..., Flask]) -> None:
