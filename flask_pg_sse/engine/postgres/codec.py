@@ -178,7 +178,7 @@ def pg_name(channel: str) -> str:
     """Return PostgreSQL's name for `channel`: the same name, or a hash if it is longer than 63 bytes in UTF-8.
 
     The hash is 160 bits of SHA-256 after the reserved prefix, which no legal channel name has. So no legal channel can
-    have this name, by chance or on purpose.
+    have this name, by chance or on purpose. Other programs can send to it, but `Decoder` drops what is raw.
     """
     raw = channel.encode()
     if len(raw) <= MAX_BYTES_IN_POSTGRES:
@@ -203,6 +203,8 @@ class Decoder:
             usual = _USUAL_REST.match(rest)
             if usual is not None:
                 return log_id, head_of(usual[1]).encode(rest[usual.end() :], log_id)
+            if is_raw(payload) and pg_name(channel) != channel:
+                raise InvalidEvent("Only notify() can send to a channel whose name is longer than 63 bytes.")
             message = from_payload(payload)
             if message.log_id and not log_id and self.key is not None:
                 raise _forged()

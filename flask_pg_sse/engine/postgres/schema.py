@@ -41,7 +41,7 @@ DECLARE
     grantees pg_catalog.text[] := {grant_to};
     functions pg_catalog.text;
     grantee pg_catalog.text;
-    revoke pg_catalog.text;
+    statement pg_catalog.text;
 BEGIN
     -- Objects of other roles in schemas of the search path must not run with the installing role's rights.
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
@@ -109,7 +109,7 @@ BEGIN
 
     -- No role gets rights on new objects by default. PostgreSQL grants EXECUTE on new functions to PUBLIC, and the
     -- owner's default privileges (ALTER DEFAULT PRIVILEGES) may be meant for other tables.
-    FOR revoke IN
+    FOR statement IN
         SELECT concat('REVOKE ALL ON ', o.name, ' FROM ', coalesce(quote_ident(r.rolname), 'PUBLIC'))
         FROM (
             SELECT c.oid, c.relowner, c.relacl,
@@ -125,7 +125,7 @@ BEGIN
         LEFT JOIN pg_roles r ON r.oid = g.grantee
         WHERE o.oid <> ALL (old)
     LOOP
-        EXECUTE revoke;
+        EXECUTE statement;
     END LOOP;
 
     IF installed < {version} THEN
@@ -173,6 +173,13 @@ _STEP = """
 """
 # Runs after the first step; repair.sql runs after all of them.
 _ROWS = """
+    -- As an event trigger of the database may force it on every new table: then not even their owner finds a row.
+    FOR statement IN
+        SELECT concat('ALTER TABLE ', c.oid::regclass, ' NO FORCE ROW LEVEL SECURITY') FROM pg_class c
+        WHERE c.relnamespace = '{schema}'::regnamespace AND c.relforcerowsecurity
+    LOOP
+        EXECUTE statement;
+    END LOOP;
     EXECUTE 'SELECT version FROM {schema}.installation' INTO found;
     IF found IS NULL THEN
         EXECUTE $rows$

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import pytest
 import sqlalchemy
 from flask import Flask
 
-from flask_pg_sse import EventLogMissing, disconnect, drop_schema_sql, notify, schema_sql, sse_cursor
+from flask_pg_sse import EventLogMissing, disconnect, drop_schema_sql, notify, schema_sql, sse_cursor, sse_url
 from flask_pg_sse.engine.postgres import installation
 from flask_pg_sse.testing import stream
 from tests.support.client import eventually
@@ -334,3 +335,82 @@ def test_a_role_that_is_not_trusted_any_more(
         assert notify("orders", "x") is not None
         execute(place.superuser, "ALTER FUNCTION flask_pg_sse.head_v1() OWNER TO other")
         assert notify("orders", "x") is None
+
+
+# -- what else a database may have
+
+
+def test_row_level_security_that_an_event_trigger_forces_on_every_table(place: Place, make_app: MakeApp) -> None:
+    """As some hosts have it for new tables. The log's are behind functions, and `init` takes it back."""
+    execute(
+        place.superuser,
+        """
+        CREATE FUNCTION public.force_rls() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+        DECLARE made record;
+        BEGIN
+            FOR made IN SELECT * FROM pg_event_trigger_ddl_commands() WHERE command_tag = 'CREATE TABLE' LOOP
+                EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', made.object_identity);
+                EXECUTE format('ALTER TABLE %s FORCE ROW LEVEL SECURITY', made.object_identity);
+            END LOOP;
+        END $$;
+        CREATE EVENT TRIGGER force_rls ON ddl_command_end EXECUTE FUNCTION public.force_rls();
+        ALTER ROLE app SET row_security = off
+        """,
+    )
+    execute(place.owner, schema_sql(["app"]))
+    everything_works(place, make_app, 2)
+    execute(place.owner, "ALTER TABLE flask_pg_sse.event FORCE ROW LEVEL SECURITY")
+    execute(place.owner, schema_sql())
+    everything_works(place, make_app, 4)
+
+
+def everything_works(place: Place, make_app: MakeApp, count: int) -> None:
+    app = make_app(place.app)
+    with app.app_context(), closing(psycopg2.connect(place.app)) as connection:
+        log_id = notify("orders", "1")
+        notify("orders", "2", connection=connection)
+        connection.commit()
+        events = stream(app.test_client(), f"/sse?channel=orders&last_event_id={log_id}", timeout=20)
+        assert [next(events).event, next(events).data] == ["sse-open", "2"]
+        events.close()
+    assert "Deleted 0 events" in app.test_cli_runner().invoke(args=["sse", "prune"]).stdout
+    assert execute(place.superuser, "SELECT count(*) FROM flask_pg_sse.event") == [(count,)]
+
+
+def test_the_secret_key_is_replaced_under_load(place: Place, make_app: MakeApp) -> None:
+    """Apps with the old key, with both, and with the new one, side by side as in a deploy: URLs and commands count."""
+    execute(place.owner, schema_sql(["app"]))
+    old, both, new = (
+        make_app(place.app, SSE_CHANNELS=[], SECRET_KEY=key, SECRET_KEY_FALLBACKS=fallbacks)
+        for key, fallbacks in (("old", []), ("new", ["old"]), ("new", []))
+    )
+    url = {}
+    for name, app in (("old", old), ("new", new)):
+        with app.test_request_context():
+            url[name] = sse_url("orders", subject="ann", expires=60)
+    stop = threading.Event()
+
+    def publish() -> None:
+        with both.app_context():
+            while not stop.is_set():
+                notify("orders", "x")
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    try:
+        streams = [stream(both.test_client(), url[name], timeout=20) for name in ("old", "new") * 3]
+        assert [next(one).event for one in streams] == ["sse-open"] * 6
+        assert [next(one).data for one in streams] == ["x"] * 6
+        with old.app_context():
+            disconnect(subject="ann")
+        assert [[event.event for event in one][-1] for one in streams] == ["sse-end"] * 6
+        again = stream(both.test_client(), url["new"], timeout=20)
+        assert next(again).event == "sse-open"
+        with new.app_context():
+            disconnect(subject="ann")
+        assert [event.event for event in again][-1] == "sse-end"
+    finally:
+        stop.set()
+        thread.join()
+    assert new.test_client().get(url["old"]).status_code == 403
+    assert old.test_client().get(url["new"]).status_code == 403

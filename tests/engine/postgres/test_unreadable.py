@@ -13,6 +13,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from flask_pg_sse import notify
+from flask_pg_sse.engine.postgres import codec
 from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.testing import Received, stream
 from tests.support.log import ENQUEUE, PUBLISH, connected, logged, run
@@ -181,3 +182,22 @@ def test_psycopg2s_table_of_encodings_is_as_it_was(log_server: postgres.Server, 
                 with pytest.raises(UnicodeDecodeError):
                     cursor.fetchone()
         app.extensions["pg_sse"].close()
+
+
+@pytest.mark.parametrize("logs", [True, False])
+def test_raw_notifications_do_not_reach_a_channel_with_a_long_name(
+    database_url: str, make_app: MakeApp, caplog: pytest.LogCaptureFixture, logs: bool
+) -> None:
+    """PostgreSQL's name for it is a hash, which everybody can compute."""
+    if logs:
+        execute(database_url, schema_sql())
+    channel = "room-" + "x" * 80
+    app = make_app(database_url)
+    with opened(app.test_client(), f"/sse?channel={channel}") as live, app.app_context():
+        assert next(live).event == "sse-open"
+        for payload in ("raw", '{"data": "raw"}', ""):
+            execute(database_url, "SELECT pg_notify(%s, %s)", (codec.pg_name(channel), payload))
+        notify(channel, "1")
+        notify(channel, "2", durable=False)
+        assert [next(live).data, next(live).data] == ["1", "2"]
+    assert "longer than 63 bytes" in caplog.text
