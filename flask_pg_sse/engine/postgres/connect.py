@@ -26,6 +26,8 @@ from .dsn import Dsn
 
 # Seconds that one host may take to answer, unless the URL has a connect_timeout.
 CONNECT_TIMEOUT = 10.0
+# The part of a statement's time that it may wait for a lock: less, because that error can name who holds the lock.
+PART_FOR_LOCKS = 0.8
 # Seconds that a host has for itself before the next host is tried beside it. A host that loses all packets then costs
 # this much, and not its whole time.
 _HEAD_START = 1.0
@@ -243,7 +245,7 @@ def execute(
     The settings and the query are sent together and form one transaction. The settings end with it, also through a
     pooler.
     """
-    for_lock, in_all = patience or timeout * 0.8, (limit or timeout) * 0.9
+    for_lock, in_all = patience or timeout * PART_FOR_LOCKS, (limit or timeout) * 0.9
     settings = (
         "SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE; "
         f"SET LOCAL lock_timeout = {for_lock * 1000:.0f}; SET LOCAL statement_timeout = {in_all * 1000:.0f}; "

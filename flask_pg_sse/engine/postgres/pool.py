@@ -13,7 +13,7 @@ import psycopg2
 
 from ...errors import DatabaseUnavailable
 from ..turns import Turns
-from .connect import ask_for_an_answer, connect, execute, is_direct, is_read_only
+from .connect import PART_FOR_LOCKS, ask_for_an_answer, connect, execute, is_direct, is_read_only
 from .dsn import Dsn
 
 # Seconds to wait for a free connection, and again for the statement.
@@ -29,6 +29,10 @@ _MOST_AGE = 60.0
 # severity (FATAL, in the server's language) and two spaces before such a message. Its own errors have no such prefix.
 # A pooler's message looks the same ("server conn crashed?"), and the statement may have been committed before it.
 _SERVER_ENDED_IT = re.compile(r"\S+:  ")
+
+
+class Unanswered(DatabaseUnavailable):
+    """A statement has got no answer, and may have been executed all the same."""
 
 
 class _Pooled:
@@ -75,16 +79,24 @@ class Pool:
         self._on_silence = on_silence
         self._suspected_at = float("-inf")  # connections that were last used before that are not used any more
 
-    def execute(self, query: str, args: Sequence[Any] = (), *, limit: float | None = None) -> list[Any]:
+    def execute(
+        self, query: str, args: Sequence[Any] = (), *, limit: float | None = None, more: float = 0.0
+    ) -> list[Any]:
         """Run one statement and return its rows. `limit` is that of `connect.execute()`, in seconds.
 
-        Raises `DatabaseUnavailable`, whose `__cause__` is the error of psycopg2. If the server has closed a connection
-        since its last use, the statement runs on another one. If a connection breaks without a message from the server,
-        or behind a pooler, the statement may have been executed, so it is not sent again.
+        `more` is how many seconds it may take beyond the usual, apart from waiting for a lock.
+
+        Raises `DatabaseUnavailable`, or `Unanswered` if the statement may have been executed all the same, whose
+        `__cause__` is the error of psycopg2. If the server has closed a connection since its last use, the statement
+        runs on another one. If a connection breaks without a message from the server, or behind a pooler, the statement
+        may have been executed, so it is not sent again.
         """
 
         def run(connection: Any) -> list[Any]:
-            return execute(connection, query, tuple(args), timeout=TIMEOUT, limit=limit)
+            seconds = TIMEOUT + more
+            return execute(
+                connection, query, tuple(args), timeout=seconds, limit=limit, patience=TIMEOUT * PART_FOR_LOCKS
+            )
 
         return self._run(run)
 
@@ -132,7 +144,8 @@ class Pool:
                     continue
                 if isinstance(error, psycopg2.Error | TimeoutError):
                     reason = " ".join(str(error).split())
-                    raise DatabaseUnavailable(f"PostgreSQL's statement for {self._name} failed: {reason}") from error
+                    kind = Unanswered if broken or isinstance(error, TimeoutError) else DatabaseUnavailable
+                    raise kind(f"PostgreSQL's statement for {self._name} failed: {reason}.") from error
                 raise
             if self._closed:
                 connection.close()

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 
 import psycopg2
 import pytest
+from flask import Flask
 
+from flask_pg_sse import notify_many
+from flask_pg_sse.engine.postgres import pool
 from flask_pg_sse.engine.postgres.codec import pg_name
 from flask_pg_sse.engine.postgres.schema import schema_sql
+from flask_pg_sse.event import _RESERVED
 from tests.support.log import ENQUEUE, NOTIFY, PUBLISH, Heard, connected, listening, logged, run
 from tests.support.postgres import execute, fresh_database
 from tools import postgres
+
+MakeApp = Callable[..., Flask]
 
 
 def before_data(heard: Heard) -> int:
@@ -39,6 +46,21 @@ def test_what_does_not_fit_a_notification_is_left_in_the_log(log_url: str) -> No
             assert logged(log_url)[-1] == (heard.id, "orders", {}, data)
 
 
+@pytest.mark.slow
+def test_a_hundred_thousand_events_in_one_call(logged_url: str, make_app: MakeApp) -> None:
+    """They take longer than one event may, on the package's own connection or at the commit of another."""
+    texts = [str(number) for number in range(100_000)]
+    app = make_app(logged_url)
+    with app.app_context(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "TIMEOUT", 0.3)
+        last = notify_many("orders", texts)
+        with connected(logged_url) as connection:
+            notify_many("orders", texts, connection=connection)
+            connection.commit()
+    rows = execute(logged_url, "SELECT id, data FROM flask_pg_sse.event ORDER BY id")
+    assert [data for _, data in rows] == texts * 2 and rows[len(texts) - 1][0] == last
+
+
 def test_five_megabytes(log_url: str) -> None:
     data = "Zürich 中文 𝄞\n" * 250_001
     assert len(data.encode()) > 5_000_000
@@ -52,11 +74,11 @@ def test_five_megabytes(log_url: str) -> None:
 def test_fields_travel_with_the_data(log_url: str) -> None:
     with listening(log_url, "orders") as ear:
         query = "SELECT flask_pg_sse.notify('orders', %s, event => %s, id => %s, retry => %s, comment => %s)"
-        execute(log_url, query, ("one\ntwo\r\n", 'cre"ated', "a,\\b", 7, "two\nlines"))
+        execute(log_url, query, ("one\ntwo\r\n", 'cre"ated', "a,\\b", 700, "two\nlines"))
         execute(log_url, query, (None, "", None, None, None))
         execute(log_url, "SELECT flask_pg_sse.notify('orders')")
         first, second, third = ear.wait(3)
-    fields = {"event": 'cre"ated', "id": "a,\\b", "retry": 7, "comment": "two\nlines"}
+    fields = {"event": 'cre"ated', "id": "a,\\b", "retry": 700, "comment": "two\nlines"}
     assert (first.data, {**first.fields, "s": 0}) == ("one\ntwo\r\n", {**fields, "s": 0})
     assert (second.data, third.data) == ("", "")
     assert [row[2:] for row in logged(log_url)] == [(fields, "one\ntwo\r\n"), ({}, ""), ({}, "")]
@@ -125,7 +147,8 @@ WRONG: list[dict[str, object]] = [
     {"channel": ""}, {"channel": None}, {"channel": "x" * 256}, {"channel": "é" * 128}, {"channel": "a\nb"},
     {"channel": "\x01"}, {"channel": "\x7f"}, {"channel": "é\x85"}, {"channel": "\x80"}, {"channel": "x\x9f"},
     {"channel": "flask_pg_sse"}, {"channel": "flask_pg_sse:x"},
-    {"event": "sse-end"}, {"event": "a\nb"}, {"event": "a\rb"}, {"id": "a\n"}, {"id": "\r"}, {"retry": -1},
+    {"event": "sse-end"}, {"event": "a\nb"}, {"event": "a\rb"}, {"id": "a\n"}, {"id": "\r"},
+    {"retry": -1}, {"retry": 0}, {"retry": 99}, {"retry": 3_600_001}, {"retry": 2**63 - 1},
 ]  # fmt: skip
 
 
@@ -137,6 +160,32 @@ def test_what_no_stream_could_carry_is_refused(log_url: str) -> None:
             with pytest.raises(psycopg2.errors.InvalidParameterValue), connection.cursor() as cursor:
                 cursor.execute(query, arguments)
     assert logged(log_url) == []
+
+
+def test_sql_and_python_reserve_the_same_names(log_url: str) -> None:
+    """Also after what clients may take away before them. No other character does that."""
+    before = [chr(number) for number in range(1, 0x10000) if not 0xD800 <= number < 0xE000]
+    reserved = [text for text in before if _RESERVED.match(f"{text}sse-x")]
+    assert len(reserved) > 40
+    refused = """
+        CREATE FUNCTION pg_temp.refused(text) RETURNS boolean LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM flask_pg_sse.notify('orders', event => $1);
+            RETURN false;
+        EXCEPTION WHEN invalid_parameter_value THEN
+            RETURN true;
+        END $$;
+        SELECT name FROM unnest(%s) AS name WHERE pg_temp.refused(name)
+    """
+    names = [f"{text}sse-x" for text in reserved] + ["\ufeff \t\xa0sse-end", " sse-"]
+    assert [row[0] for row in execute(log_url, refused, (names,))] == names
+    others = [f"{text}sse-x" for text in before[::50] if text not in reserved] + [
+        "sse",
+        "SSE-x",
+        "x sse-open",
+        "\ufeff",
+    ]
+    assert execute(log_url, refused, (others,)) == []
 
 
 # What stands in the database as one byte may have three in UTF-8, and bytes that mean control characters in one

@@ -11,7 +11,8 @@ import psycopg2
 import pytest
 from flask import Flask
 
-from flask_pg_sse import notify
+from flask_pg_sse import DatabaseUnavailable, notify
+from flask_pg_sse.engine.postgres import pool
 from flask_pg_sse.engine.postgres.obstacle import Obstacle
 from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.testing import Received, stream
@@ -144,6 +145,30 @@ def test_a_commit_that_waits_for_a_standby_costs_no_connection_and_no_stream(
     [said] = warnings(caplog, "No transaction that notifies can commit")
     assert f"session {holder} of role" in said and "waiting for a synchronous standby" in said
     assert not warnings(caplog, "Lost the listener's connection")
+
+
+@pytest.mark.slow
+def test_a_publisher_whose_commit_is_not_confirmed_is_told_so(
+    own_postgres: postgres.Server, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its event comes when the standby is back. Who waits behind it is told who holds the lock, and sends nothing."""
+    url = own_postgres.url()
+    execute(url, schema_sql())
+    app = make_app(url)
+    monkeypatch.setattr(pool, "TIMEOUT", 1.0)
+    with opened(app, "orders") as events, app.app_context():
+        with standby_away(own_postgres):
+            with pytest.raises(DatabaseUnavailable, match=r"not confirmed, so the event may still come"):
+                notify("orders", "may still come")
+            [(holder,)] = execute(url, "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+            with pytest.raises(DatabaseUnavailable) as caught:
+                notify("orders", "never")
+            said = str(caught.value)
+            assert f"held by session {holder} of role" in said and "commit waits for a synchronous standby" in said
+            assert "may still come" not in said
+        assert next(events).data == "may still come"
+        notify("orders", "after")
+        assert next(events).data == "after"
 
 
 def test_who_holds_the_queue_up_is_read_from_postgresqls_warning_in_any_language(

@@ -400,10 +400,14 @@ DECLARE
             THEN 'A channel name must not contain control characters.'
         WHEN starts_with(channel, 'flask_pg_sse')
             THEN 'Channel names that begin with "flask_pg_sse" are reserved; choose another.'
-        WHEN starts_with(event, 'sse-') THEN 'Event names that begin with "sse-" are reserved; choose another.'
+        -- Also after what clients may trim: control characters, blanks of all kinds, a byte order mark.
+        WHEN encode(convert_to(event, 'UTF8'), 'hex')
+                ~ '^([01].|20|c285|c2a0|e19a80|e1a08e|e2808[0-9a]|e280a[89f]|e2819f|e38080|efbbbf)*7373652d'
+            THEN 'Event names that begin with "sse-" are reserved; choose another.'
         WHEN event ~ '[\n\r]' THEN 'The event''s name must be one line: it must not contain a line end.'
         WHEN id ~ '[\n\r]' THEN 'The event''s id must be one line: it must not contain a line end.'
-        WHEN retry < 0 THEN 'The event''s retry must be a number of milliseconds, 0 or more.'
+        WHEN retry NOT BETWEEN 100 AND 3600000
+            THEN 'The event''s retry must be a number of milliseconds, from 100 to 3600000 (an hour).'
     END;
 BEGIN
     IF wrong IS NOT NULL THEN
