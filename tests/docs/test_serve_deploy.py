@@ -79,7 +79,7 @@ def test_the_images_steps_bring_a_server(database_url: str, start_server: Start,
     with open_stream(server.port, "orders", path="/") as stream:
         server.process.send_signal(signal.SIGTERM)  # to the process that was started, as Docker does
         assert stream.event().json == {"reason": "shutdown"}
-    assert server.process.wait(10) == 0
+    assert server.process.wait(20) == 0
     assert subprocess.run(healthy, stderr=subprocess.DEVNULL).returncode != 0
 
 
