@@ -67,7 +67,7 @@ class LargeEvents:
         """Wait until `size` bytes more have room, for a moment only. One caller at a time loads an event."""
         with self._changed:
             while loaded := [one for one in list(self._events.values()) if one.data is not None]:
-                if sum(one.size for one in loaded) + size <= self._limit:
+                if sum(len(one.data or b"") for one in loaded) + size <= self._limit:
                     return
                 now = time.monotonic()
                 kept = [one for one in loaded if now < one.loaded_at + KEPT_FOR]

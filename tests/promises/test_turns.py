@@ -172,6 +172,7 @@ def test_one_that_asks_for_ever_new_channels_and_leaves_is_not_noticed(
         )
     for times in (opening, known, arriving):
         assert max(times) < LATE
+    assert "Traceback" not in server.log()
     assert high - before < 30 << 20
 
 
