@@ -166,6 +166,8 @@ CREATE FUNCTION flask_pg_sse.draw_v1(events integer) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     number bigint;
+    timelines boolean;
+    timeline integer := 0;
 BEGIN
     -- The first attempt does not wait, because to set a timeout and to set it back takes longer than all the rest.
     BEGIN
@@ -173,10 +175,13 @@ BEGIN
     EXCEPTION WHEN lock_not_available THEN
         PERFORM flask_pg_sse.wait_v1();
     END;
-    SELECT 4 * greatest(s.last_value / 4 + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint - 1577836800000000)
-        + CASE WHEN i.timelines THEN strpos('123456789ABCDEF', substr(pg_walfile_name(pg_current_wal_lsn()), 8, 1)) & 3
-            ELSE 0 END
-    INTO number FROM flask_pg_sse.event_id s LEFT JOIN flask_pg_sse.installation i ON true;
+    SELECT s.last_value, i.timelines INTO number, timelines
+    FROM flask_pg_sse.event_id s LEFT JOIN flask_pg_sse.installation i ON true;
+    IF timelines THEN  -- a statement of its own, or a server without the functions would refuse all of it
+        timeline := strpos('123456789ABCDEF', substr(pg_walfile_name(pg_current_wal_lsn()), 8, 1)) & 3;
+    END IF;
+    number := 4 * greatest(number / 4 + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint - 1577836800000000)
+        + timeline;
     RETURN setval('flask_pg_sse.event_id', number + 4 * (events - 1)) - 4 * (events - 1);
 END $function$;
 
