@@ -3,7 +3,7 @@ FROM python:3.13-slim AS build
 WORKDIR /source
 COPY pyproject.toml setup.py MANIFEST.in requirements.txt constraints.txt README.md LICENSE ./
 COPY flask_pg_sse ./flask_pg_sse
-RUN python -m venv /opt/flask-pg-sse && /opt/flask-pg-sse/bin/pip install --no-cache-dir -c constraints.txt '.[redis]'
+RUN python -m venv /opt/flask-pg-sse && /opt/flask-pg-sse/bin/pip install --no-cache-dir -c constraints.txt '.[dotenv,redis]'
 
 FROM python:3.13-slim
 COPY --from=build /opt/flask-pg-sse /opt/flask-pg-sse

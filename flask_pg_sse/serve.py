@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dotenv import load_dotenv
 from flask import Flask, abort
 from flask.helpers import get_load_dotenv
 from flask.typing import ResponseReturnValue
@@ -46,12 +45,20 @@ _NO_CHANNEL = re.compile(r"(favicon\.ico|robots\.txt)\Z|apple-touch-icon|(.*/)?\
 def read_environment() -> None:
     """Add the variables of the file `.env` in the working directory to the environment, where they are not set there.
 
-    As Flask does it: `FLASK_SKIP_DOTENV=1` leaves the file alone. Raises `ConfigurationError`.
+    As Flask does it, with python-dotenv; `FLASK_SKIP_DOTENV=1` leaves the file alone. Raises `ConfigurationError`, also
+    if there is such a file and python-dotenv is not installed: the file may be what closes the channels.
     """
-    if not get_load_dotenv():
+    if not get_load_dotenv() or not os.path.exists(".env"):
         return
     try:
+        from dotenv import load_dotenv
+
         load_dotenv(".env", encoding="utf-8")
+    except ImportError:
+        raise ConfigurationError(
+            "The file .env cannot be read without python-dotenv: pip install 'flask-pg-sse[dotenv]'. To leave the file "
+            "alone, set FLASK_SKIP_DOTENV=1."
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"The file .env cannot be read: {error}. Correct it, or remove it.") from None
 

@@ -155,6 +155,16 @@ def test_what_is_wrong_in_the_environment_is_one_line(
     assert words in line and "secret" not in line
 
 
+def test_a_file_env_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("SSE_CHANNELS=news\n")
+    monkeypatch.setitem(sys.modules, "dotenv", None)  # as where it is not installed
+    result = CliRunner().invoke(main, ["serve"])
+    assert result.exit_code == 1 and "flask-pg-sse[dotenv]" in result.stderr and result.stderr.count("\n") == 1
+    monkeypatch.setenv("FLASK_SKIP_DOTENV", "1")
+    assert "No database is configured" in CliRunner().invoke(main, ["serve"]).stderr
+
+
 def test_a_port_in_use_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DATABASE_URL", "postgresql://db/x")
