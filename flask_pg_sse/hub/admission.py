@@ -190,9 +190,9 @@ class Admission:
         """Whether a log that the configuration requires is known to exist."""
         return self._hears_commands and not self.log_missing
 
-    def wait_for_answer(self, timeout: float = OPEN_TIMEOUT) -> None:
-        """Wait until PostgreSQL has answered, at most `timeout` seconds. Raises `TryLater`."""
-        answered = self._closed is None and self._answered.wait(timeout)
+    def wait_for_answer(self, timeout: float | None = None) -> None:
+        """Wait until PostgreSQL has answered, at most `timeout` seconds (`OPEN_TIMEOUT`). Raises `TryLater`."""
+        answered = self._closed is None and self._answered.wait(OPEN_TIMEOUT if timeout is None else timeout)
         if self._closed is not None or not answered:
             raise TryLater(self._closed or "unavailable", "" if self._closed else _NO_ANSWER)
 
