@@ -186,10 +186,11 @@ def test_the_largest_that_fits_a_notify_and_the_smallest_that_does_not(database_
             return str(listening.notifies.pop().payload)
 
         cursor.execute("LISTEN a")
-        room = 7999 - len(payload("").encode())
+        # The log decides before it knows the id and the signature, and leaves room for the longest.
+        room = 7999 - 50 - len("{}")
         for fill in ("x" * room, "é" * (room // 2) + "x" * (room % 2)):
             fits = payload(fill)
-            assert len(fits.encode()) == 7999 and fits.endswith(fill)
+            assert 7990 < len(fits.encode()) <= 7999 and fits.endswith(fill)
             fetched = payload(fill + "x")
             assert len(fetched.encode()) < 100 and '"f": true' in fetched
     listening.close()

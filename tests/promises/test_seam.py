@@ -181,7 +181,7 @@ def test_nothing_is_remembered_of_a_channel_before_its_listen_stands(
             assert reached.wait(10)
             eventually(lambda: "late" in hub_of(app)._sets_of)
             # As a stream leaves it that PostgreSQL's absence caught while it asked the log.
-            app.extensions["pg_sse"].runtime.worker.streams[1]._unfilled["late"] = None
+            app.extensions["pg_sse"].runtime.worker.streams[1]._unfilled.add((), "late")
             with closing(listen(app, "early", after=cursor)) as again:
                 opened(again)
                 send("early", "goes on")

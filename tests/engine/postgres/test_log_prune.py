@@ -138,8 +138,9 @@ def test_the_head_stays_while_all_is_pruned(log_url: str) -> None:
 def test_a_batch_that_is_full_does_not_look_through_what_is_pending(log_url: str) -> None:
     """After a burst that table is large, and all of it would have to be read each time: the last batch does it."""
     filled(log_url, 20)
-    old = "SET session_replication_role = replica; INSERT INTO flask_pg_sse.pending (channel, fields, data, created_at) "
-    execute(log_url, old + "SELECT 'orders', ARRAY[json '{}'], '{never}', now() - interval '2 hours'")
+    old = "INSERT INTO flask_pg_sse.pending (channel, fields, data, created_at) "
+    old += "SELECT 'orders', ARRAY[json '{}'], '{never}', now() - interval '2 hours'"
+    execute(log_url, f"SET session_replication_role = replica; {old}")
     for deleted, left in ((10, 1), (10, 1), (0, 0)):
         assert execute(log_url, PRUNE, ("1 hour", 10)) == [(deleted,)]
         assert pending(log_url) == left

@@ -291,7 +291,7 @@ def refusal(start: Start, caplog: pytest.LogCaptureFixture, url: str, attempts: 
     """Return what is said of a URL that does not work, after some attempts: one line, and no password."""
     process = start(url)
     listener: Any = process.engine._listener  # type: ignore[attr-defined]
-    eventually(lambda: listener._outage._repeats._messages >= attempts, 20)
+    eventually(lambda: listener._outage._repeats._messages >= attempts and warnings(caplog), 30)
     assert len(warnings(caplog)) == 1, warnings(caplog)
     with pytest.raises(DatabaseUnavailable) as caught:
         process.engine.publish("a", [Event("x")])
