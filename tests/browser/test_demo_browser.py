@@ -302,6 +302,7 @@ def test_the_focus_stays_on_a_card_that_somebody_else_moves(demo: Demo) -> None:
     expect(page.locator("#next-3")).to_be_focused()
 
 
+@pytest.mark.slow
 def test_hostile_names_are_text(demo: Demo) -> None:
     page, other = demo.tab(), demo.tab()
     for name in ("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<hx-partial hx-target=main>"):

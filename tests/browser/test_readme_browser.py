@@ -53,6 +53,7 @@ SWAPPED = {
 }
 
 
+@pytest.mark.slow
 def test_heartbeats_and_comments_dispatch_nothing(
     page: Page, database_url: str, start_server: Start, tmp_path: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_htmx_4(page: Page, database_url: str, start_server: Start, tmp_path: Pa
     expect(page.locator("ul > li")).to_have_count(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("version", "seen"), [(2, ["Soup", "Tea"]), (4, ["Soup", "Cake", "Tea"])])
 def test_what_is_seen_after_an_error_status(
     page: Page, logged_url: str, start_server: Start, tmp_path: Path, version: int, seen: list[str]

@@ -195,6 +195,7 @@ def test_behind_a_proxy_it_is_the_address_that_proxyfix_gives(database_url: str,
         assert not refused(server.port, headers=other)
 
 
+@pytest.mark.slow
 def test_streams_of_one_subject(database_url: str, start_server: Start) -> None:
     """Whatever its address; and others at that address are not concerned."""
     members(database_url, ("ann", "a"), ("bob", "a"))

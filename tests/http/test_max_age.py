@@ -44,6 +44,7 @@ def test_every_stream_ends_at_its_own_time(database_url: str, start_server: Star
     assert len({round(age, 1) for age in ages}) > 1, ages
 
 
+@pytest.mark.slow
 @WORKERS
 def test_a_right_that_was_forgotten_ends_with_the_stream(
     database_url: str, start_server: Start, options: tuple[str, ...]
@@ -61,6 +62,7 @@ def test_a_right_that_was_forgotten_ends_with_the_stream(
         assert bob.next().event == "sse-open"
 
 
+@pytest.mark.slow
 @WORKERS
 def test_what_comes_first_ends_the_stream(database_url: str, start_server: Start, options: tuple[str, ...]) -> None:
     server = start_server(database_url, *options, FLASK_SSE_MAX_AGE="3600", FLASK_SECRET_KEY="x")

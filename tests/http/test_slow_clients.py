@@ -86,6 +86,7 @@ def test_a_client_that_reads_a_byte_now_and_then(server: WebServer, url: str) ->
             reader.join()
 
 
+@pytest.mark.slow
 def test_a_client_that_sleeps_while_nothing_waits_for_it(server: WebServer) -> None:
     """Heartbeats go into the kernel's buffers: that is no client that does not read."""
     with slow(server, "a") as sleeper, open_stream(server.port, "b") as other:

@@ -288,6 +288,7 @@ def test_a_half_made_environment_is_made_again(checkout: Path) -> None:
     assert (checkout / ".venv" / "groups").exists()
 
 
+@pytest.mark.slow
 def test_versions_are_those_of_the_constraints_unless_the_newest_are_asked_for(checkout: Path) -> None:
     (checkout / "constraints.txt").write_text("flask==3.1.0\n")
     echo = 'echo "$@"; exec "$0/../kept" "$@"'.replace("$0/..", "${0%/*}")
@@ -304,6 +305,7 @@ def test_versions_are_those_of_the_constraints_unless_the_newest_are_asked_for(c
     assert set_up(checkout, "demo", "postgres").returncode == 0
 
 
+@pytest.mark.slow
 def test_uv_asks_the_index_that_pip_is_set_to_ask(checkout: Path, tmp_path: Path) -> None:
     (tmp_path / "pip.conf").write_text(
         "[global]\nindex-url = https://one.invalid/simple\nextra-index-url =\n  https://two.invalid/simple\n"

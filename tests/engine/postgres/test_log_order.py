@@ -128,6 +128,7 @@ def test_transactions_may_commit_in_another_order_than_they_notify(log_url: str)
     assert [row[3] for row in logged(log_url)] == ["second", "first"]
 
 
+@pytest.mark.slow
 def test_ten_thousand_events_in_one_transaction(log_url: str) -> None:
     with listening(log_url, "orders") as ear, connected(log_url) as connection:
         run(connection, "SELECT flask_pg_sse.notify('orders', n::text) FROM generate_series(1, 5000) AS n")
