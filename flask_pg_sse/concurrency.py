@@ -72,6 +72,43 @@ class Wakeup:
             waiting.stop()
 
 
+class BackgroundThread:
+    """A thread of the package, from `start()` to `stop()`. A subclass defines what it does, in `_work()`.
+
+    `_work()` waits in `_wakeup.wait()`, and returns once `_stopping` is set.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._stopping = False
+        self._wakeup = Wakeup()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """End the thread, within `timeout` seconds."""
+        self._stopping = True
+        self._wakeup.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        else:  # it may never have started
+            self._close()
+
+    def _work(self) -> None:
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        """Close what the thread has used."""
+        self._wakeup.close()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        finally:  # not in stop(), whose timeout may end before this thread does
+            self._close()
+
+
 class _Waiting(Protocol):
     """Waits repeatedly until one of its descriptors is readable."""
 

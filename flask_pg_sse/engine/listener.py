@@ -7,12 +7,11 @@ of the sink run in it.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Hashable, Iterable
 from typing import Any
 
-from ..concurrency import Wakeup
+from ..concurrency import BackgroundThread
 from ..errors import EventLogMissing, PgSSEError
 from .base import Readiness, Sink, Status, Ticket
 from .listens import ListenTable
@@ -30,17 +29,15 @@ TURN_BYTES = 65536
 PAUSE = 0.005
 
 
-class Listener:
+class Listener(BackgroundThread):
     """Listens to the wanted channels, from `start()` to `stop()`, and hands their events to `sink`."""
 
     def __init__(self, sink: Sink, listens: ListenTable, outage: Outage) -> None:
+        super().__init__("pg-sse-listener")
         self._sink = sink
         self._listens = listens
         self._outage = outage
         self._readiness = Readiness.AWAY
-        self._stopping = False
-        self._wakeup = Wakeup()
-        self._thread = threading.Thread(target=self._run, name="pg-sse-listener", daemon=True)
 
     # -- what each engine does in its own way
 
@@ -57,18 +54,11 @@ class Listener:
 
     # -- called by other threads
 
-    def start(self) -> None:
-        self._thread.start()
-
     def stop(self, timeout: float) -> None:
         """End the thread and its connection, within `timeout` seconds, and the wait of streams that wait for LISTEN."""
         self._stopping = True
         self._listens.cancel()
-        self._wakeup.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
-        else:  # it may never have started
-            self._wakeup.close()
+        super().stop(timeout)
 
     def subscribe(self, channels: Iterable[str], client: Hashable = ()) -> Ticket:
         """Count one more stream on each of `channels`. The ticket tells when LISTEN is confirmed; it may already be."""
@@ -87,13 +77,7 @@ class Listener:
 
     # -- the thread
 
-    def _run(self) -> None:
-        try:
-            self._connect_and_serve()
-        finally:  # not in stop(), whose timeout may end before this thread does
-            self._wakeup.close()
-
-    def _connect_and_serve(self) -> None:
+    def _work(self) -> None:
         while not self._stopping:
             connection: Any = None
             failure: Exception | None = None

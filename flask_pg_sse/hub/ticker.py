@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 
-from .. import concurrency
+from ..concurrency import BackgroundThread
 from ..server import shutdown
 from .hub import Hub
 
@@ -17,41 +16,25 @@ _TICK = 1.0
 _LAST_TICK = 0.1
 
 
-class Ticker:
+class Ticker(BackgroundThread):
     """Looks after a hub's streams from `start()` to `stop()`. `every` is the hub's shortest interval, in seconds."""
 
     def __init__(self, hub: Hub, every: float) -> None:
+        super().__init__("pg-sse-ticker")
         self._hub = hub
         self._interval = min(_TICK, every / 4)
-        self._wakeup = concurrency.Wakeup()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="pg-sse-ticker", daemon=True)
 
     def start(self) -> None:
         shutdown.subscribe(self._wakeup)
         self._hub.hangups.start()  # not in the thread: the first stream may come before the thread runs
-        self._thread.start()
-
-    def stop(self, timeout: float) -> None:
-        self._stopping = True
-        self._wakeup.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
-        else:  # the thread may never have started
-            self._close()
+        super().start()
 
     def _close(self) -> None:
-        self._wakeup.close()
+        super()._close()
         self._hub.hangups.stop()
 
-    def _run(self) -> None:
-        try:
-            self._wakeup.watch(self._hub.hangups.fileno())
-            self._keep_time()
-        finally:
-            self._close()
-
-    def _keep_time(self) -> None:
+    def _work(self) -> None:
+        self._wakeup.watch(self._hub.hangups.fileno())
         drained = False
         next_beat = time.monotonic() + self._interval
         while not self._stopping:

@@ -137,12 +137,10 @@ class PostgresListener(Listener):
         self._successor = connection
         self._wakeup.set()
 
-    def _run(self) -> None:
-        try:
-            super()._run()
-        finally:
-            if self._successor is not None:
-                self._successor.close()
+    def _close(self) -> None:
+        super()._close()
+        if self._successor is not None:
+            self._successor.close()
 
     def _connect(self) -> Any:
         connection, self._successor = self._successor, None

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import random
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import psycopg2
 
-from ...concurrency import Wakeup
+from ...concurrency import BackgroundThread
 from ...errors import DatabaseUnavailable, PgSSEError
 from .installation import InstallationLookup
 from .pool import Pool
@@ -52,40 +51,24 @@ def prune(execute: Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]], max_
             return deleted, count is None
 
 
-class Pruner:
+class Pruner(BackgroundThread):
     """Prunes the log of one database in rounds, from `start()` to `stop()`. `retention` is in seconds."""
 
     def __init__(self, pool: Pool, installation: InstallationLookup, retention: float) -> None:
+        super().__init__("pg-sse-pruner")
         self._execute = functools.partial(installation.execute, pool)
         self._installation = installation
         self._retention = retention
-        self._wakeup = Wakeup()
-        self._stopping = False
         self._done_at = 0.0  # monotonic time of the last completed round
         self._late = 0.0  # for how many seconds no round has been completed, when that was logged
-        self._thread = threading.Thread(target=self._run, name="pg-sse-pruner", daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self, timeout: float) -> None:
-        self._stopping = True
-        self._wakeup.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
-        else:  # it may never have started
-            self._wakeup.close()
-
-    def _run(self) -> None:
+    def _work(self) -> None:
         self._done_at = time.monotonic()
-        try:
-            while not self._stopping:
-                # A random pause, because processes that started together should not prune together.
-                self._wakeup.wait(min(_EVERY, self._retention / 2) * random.uniform(0.5, 1.0))
-                if self._installation.found and not self._stopping:
-                    self._round()
-        finally:
-            self._wakeup.close()
+        while not self._stopping:
+            # A random pause, because processes that started together should not prune together.
+            self._wakeup.wait(min(_EVERY, self._retention / 2) * random.uniform(0.5, 1.0))
+            if self._installation.found and not self._stopping:
+                self._round()
 
     def _round(self) -> None:
         started = time.monotonic()

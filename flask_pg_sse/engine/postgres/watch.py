@@ -10,7 +10,6 @@ import contextlib
 import logging
 import random
 import select
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import psycopg2
 
 from ...channels import RESERVED_PREFIX
-from ...concurrency import Wakeup
+from ...concurrency import BackgroundThread
 from ...errors import DatabaseUnavailable
 from ...repeats import Repeats, times
 from .connect import connect, connect_to_listen, execute, is_read_only
@@ -39,7 +38,7 @@ _ANSWER_WITHIN = 5.0
 _TRIAL = f"{RESERVED_PREFIX}.trial"
 
 
-class AddressWatch:
+class AddressWatch(BackgroundThread):
     """Compares the server that `listener` is connected to with the one that its address leads to, in a thread.
 
     `dsn` is the database that the app sends to. If it has another address, both must lead to the same database.
@@ -47,6 +46,7 @@ class AddressWatch:
     """
 
     def __init__(self, dsn: Dsn, listener: PostgresListener, on_move: Callable[[], None]) -> None:
+        super().__init__("pg-sse-watch")
         self._dsn = dsn
         self._on_move = on_move
         self._listener = listener
@@ -54,24 +54,10 @@ class AddressWatch:
         self._unsteady = Repeats()
         self._unfit = Repeats()
         self._apart = Repeats()
-        self._stopping = False
         self._looked_at = 0.0
         self._tried_at = time.monotonic()
         # At once if the two addresses may lead to different databases: that is a mistake of the configuration.
         self._look_at = time.monotonic() + (_EVERY if dsn == listener.dsn else _AGAIN)
-        self._wakeup = Wakeup()
-        self._thread = threading.Thread(target=self._run, name="pg-sse-watch", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self, timeout: float) -> None:
-        self._stopping = True
-        self._wakeup.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
-        else:  # it may never have started
-            self._wakeup.close()
 
     def look_soon(self) -> None:
         """Look now, or soon if the last look was a moment ago. Any thread may call it."""
@@ -87,23 +73,20 @@ class AddressWatch:
             if _who(connection) != ours:
                 self.look_soon()
 
-    def _run(self) -> None:
-        try:
-            while not self._stopping:
-                if (left := self._look_at - time.monotonic()) > 0:
-                    self._wakeup.wait(left)
-                    continue
-                self._look_at = time.monotonic() + _EVERY * random.uniform(0.8, 1.0)
-                try:
-                    again = self._look()
-                except (psycopg2.Error, OSError, DatabaseUnavailable) as error:
-                    again = False  # if the listener's own connection fails too, it says so
-                    logger.debug("Could not look which server an address leads to: %s", error)
-                self._looked_at = time.monotonic()
-                if again:
-                    self._look_at = self._looked_at + _AGAIN
-        finally:
-            self._wakeup.close()
+    def _work(self) -> None:
+        while not self._stopping:
+            if (left := self._look_at - time.monotonic()) > 0:
+                self._wakeup.wait(left)
+                continue
+            self._look_at = time.monotonic() + _EVERY * random.uniform(0.8, 1.0)
+            try:
+                again = self._look()
+            except (psycopg2.Error, OSError, DatabaseUnavailable) as error:
+                again = False  # if the listener's own connection fails too, it says so
+                logger.debug("Could not look which server an address leads to: %s", error)
+            self._looked_at = time.monotonic()
+            if again:
+                self._look_at = self._looked_at + _AGAIN
 
     def _look(self) -> bool:
         """Look once where the addresses lead. Return whether to look again soon."""
