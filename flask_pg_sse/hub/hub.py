@@ -278,7 +278,6 @@ class Hub:
             self.admission.missed_commands()
             self._look_at = min(self._look_at, cut_at)
             self.position = position
-            self.lineage += 1
             self._history.restart(position)
             after = Position(position, position, now, now, shared=True)
             for subscribers in self._sets.values():
@@ -290,6 +289,7 @@ class Hub:
                         subscription.end(end, drop=True, cut_at=cut_at)
                     elif subscription.live and not subscription.reset(block, position, now, after):
                         self._fall_behind(subscription)
+            self.lineage += 1  # last: a stream that falls behind here has not been told, and must ask the log
 
     def beat(self) -> None:
         """Send a heartbeat on every stream that has been quiet for too long, and end the streams that must end now.

@@ -98,6 +98,7 @@ class Replay:
                     if self._hub.join(subscription, ahead=ahead):
                         return
                     turn = yield from self._turn(self._reading, subscription, opening=opening)
+                    position = self._hub.position  # before the log is asked
                     try:
                         page = self._log.page(channels, subscription.sent, self._page_bytes(), 0)
                     finally:
@@ -111,6 +112,9 @@ class Replay:
                     yield event.control_block("reset", {"reason": refusal}, id=head)
                 elif page.too_large:
                     yield from self._one_large(subscription, channels, *page.too_large)
+                elif page.upto == subscription.sent and page.head < position:
+                    # The stream waits until the listener has found out, too. It could only ask the same again.
+                    raise DatabaseUnavailable("The event log has lost events that the hub still has.")
                 else:
                     subscription.sent = page.upto
                     block = b"".join([data for _, data, _ in page.items])

@@ -138,6 +138,40 @@ def test_every_stream_has_exactly_the_log_whatever_the_order_of_things(
         client.check(known, undone=undoes)
 
 
+def test_a_stream_asks_rarely_where_the_log_has_lost_what_the_hub_still_has() -> None:
+    """Until the listener finds out. What the hub remembers does not fit the stream, and the log has nothing more."""
+    world = World(ModelLog(1))
+    ids = [world.log.append("a", 400)[2] for _ in range(5)]
+    world.deliver(5)
+    world.log.undo(3)
+    client = Client(world, "a", 50, ids[1])
+    for _ in range(5):
+        client.step()
+    assert world.log.pages < 10
+    world.reconnect()
+    new = world.log.append("a", 20)[2]
+    world.deliver(1)
+    while new not in logged_in(client.output):
+        client.step()
+    client.check(ids[1], undone=False)
+
+
+def test_a_stream_whose_buffer_is_full_is_told_too_that_events_were_undone() -> None:
+    """It falls behind at the reset, and then has to ask the log."""
+    world = World(ModelLog(1))
+    client = Client(world, "a", 1, None)
+    undone = world.log.append("a", 20)[2]
+    world.deliver(1)
+    client.step()
+    client.step()
+    assert logged_in(client.output) == [undone] and model.RESET not in client.output
+    world.log.undo(1)
+    world.reconnect()
+    client.step()
+    assert model.RESET in client.output
+    client.check(None, undone=True)
+
+
 @pytest.mark.slow
 @settings(deadline=None, max_examples=30 * LONG, suppress_health_check=LARGE)
 @given(st.randoms(use_true_random=False), st.sampled_from([400, 2000, 100_000]))
