@@ -30,14 +30,16 @@ _NO_ANSWER = f"PostgreSQL has not answered within {OPEN_TIMEOUT:g} s, or the eve
 class TryLater(Exception):
     """The stream cannot begin now, and its client should reconnect. `sse-end` carries `reason`.
 
-    `why` is for the log: what the reason is here, and the remedy; "" if that has been logged already. `since` is for
-    how many seconds the reason holds already, if it will hold at every further attempt too.
+    `why` is for the log: what the reason is here, and the remedy; "" if that has been logged already. `kind` tells
+    causes of one reason apart, in a fixed word. `since` is for how many seconds the reason holds already, if it will
+    hold at every further attempt too.
     """
 
-    def __init__(self, reason: str, why: str = "", *, since: float = 0.0) -> None:
+    def __init__(self, reason: str, why: str = "", *, kind: str = "", since: float = 0.0) -> None:
         super().__init__(reason)
         self.reason = reason
         self.why = why
+        self.kind = kind
         self.since = since
 
 
@@ -172,7 +174,7 @@ class Admission:
     def count_for(self, subscription: Subscription, terms: Terms) -> None:
         """Give a stream that holds a place its terms, and count it under its clients. Raises `TryLater`."""
         if not self.limiter.count_for(subscription, terms):
-            raise TryLater("capacity", self.limiter.why_full_for(terms))
+            raise TryLater("capacity", self.limiter.why_full_for(terms), kind="client")
 
     def engine_is(self, readiness: Readiness) -> None:
         """Record the engine's state. After the first `READY` no command is missed."""

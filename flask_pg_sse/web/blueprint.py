@@ -236,7 +236,7 @@ def _log_delay(state: State, channels: Sequence[str], later: TryLater) -> None:
     level = logging.WARNING if later.why else logging.DEBUG
     text = "A stream on channel %r cannot begin now (sse-end %s)%s."
     why = f": {later.why}" if later.why else ""
-    state.refusals.log(f"{later.reason} {later.why[:9]}", text, channels[0], later.reason, why, level=level)
+    state.refusals.log(f"{later.reason} {later.kind}", text, channels[0], later.reason, why, level=level)
 
 
 class _Refused(Exception):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import pytest
 from flask import Flask
+from flask import request as flask_request
 
 from flask_pg_sse import repeats
+from flask_pg_sse.testing import stream
 from flask_pg_sse.tokens import Token, sign_token
 from flask_pg_sse.web import refusals
 from tests.support.client import open_stream, request
@@ -128,6 +130,19 @@ def test_a_hook_that_fails_for_many_clients_writes_one_traceback_a_minute(
     assert ask(app, "/sse/orders") == 200
     failing = True
     assert retry() < 2000, "it is a new trouble"
+
+
+def test_clients_that_have_all_their_streams_make_one_line(
+    database_url: str, make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever their names begin with."""
+    app = make_app(database_url, subject=lambda: flask_request.args["user"], SSE_MAX_STREAMS_PER_CLIENT=1)
+    for user in ("ann", "bob", "cem"):
+        with closing(stream(app.test_client(), f"/sse/orders?user={user}")) as events:
+            assert next(events).event == "sse-open"
+            assert ask(app, f"/sse/orders?user={user}") == 200
+    [line] = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "subject ann has 1 streams" in line
 
 
 @pytest.mark.slow
