@@ -1,4 +1,4 @@
-"""History that a failover or a restore has undone: whoever saw it is told, and nobody else gets to see it."""
+"""Events that a failover or a restore has undone. Clients that got them are told; no other client gets them."""
 
 from __future__ import annotations
 

@@ -37,19 +37,12 @@ def opened(app: Flask, url: str = "/sse?channel=orders") -> tuple[Received, Iter
     return next(events), events
 
 
-@pytest.mark.slow
-def test_the_log_line_names_the_cause_and_events_of_the_log_still_come(
-    database_url: str, through_pgbouncer: str, make_app: MakeApp, caplog: pytest.LogCaptureFixture
-) -> None:
-    execute(database_url, schema_sql())
-    app = make_app(through_pgbouncer)
-    first, events = opened(app)
-    assert first.event == "sse-open" and first.id
-    [said] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "PgBouncer" in said and 'SSE_LISTEN_URL to a direct connection to PostgreSQL, or to "poll"' in said
-    assert "raw and ephemeral ones not at all" in said
+def check_that_the_log_is_heard(app: Flask, events: Iterator[Received], url: str) -> Iterator[Received]:
+    """Check that events of the log come, and no raw or ephemeral ones. Return the events of another channel."""
     with app.app_context():
         ids = [notify("orders", number) for number in range(3)]
+        notify("orders", "ephemeral", durable=False)
+        execute(url, "NOTIFY orders, 'raw'")
         notify_many("orders", ["x" * 20000, "small"])
     received = [next(events) for _ in range(5)]
     assert [event.data for event in received] == ["0", "1", "2", "x" * 20000, "small"]
@@ -61,6 +54,21 @@ def test_the_log_line_names_the_cause_and_events_of_the_log_still_come(
     assert next(others).data == "heard"
     _, again = opened(app, f"/sse?channel=orders&last_event_id={ids[1]}")
     assert [next(again).data for _ in range(3)] == ["2", "x" * 20000, "small"]
+    return others
+
+
+@pytest.mark.slow
+def test_the_log_line_names_the_cause_and_events_of_the_log_still_come(
+    database_url: str, through_pgbouncer: str, make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    execute(database_url, schema_sql())
+    app = make_app(through_pgbouncer)
+    first, events = opened(app)
+    assert first.event == "sse-open" and first.id
+    [said] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "PgBouncer" in said and 'SSE_LISTEN_URL to a direct connection to PostgreSQL, or to "poll"' in said
+    assert "raw and ephemeral ones not at all" in said
+    check_that_the_log_is_heard(app, events, database_url)
 
 
 def test_a_direct_connection_for_listen_is_the_cure(
@@ -137,20 +145,7 @@ def test_through_a_pooler_every_event_of_the_log_comes_once(
         first, events = opened(app)
         assert first.event == "sse-open" and first.id
         assert time.monotonic() - since < 4  # without the wait of 5 s for a beat that never comes back
-        with app.app_context():
-            ids = [notify("orders", number) for number in range(3)]
-            notify("orders", "ephemeral", durable=False)
-            execute(logged_url, "NOTIFY orders, 'raw'")
-            notify_many("orders", ["x" * 20000, "small"])
-        received = [next(events) for _ in range(5)]
-        assert [event.data for event in received] == ["0", "1", "2", "x" * 20000, "small"]
-        assert [int(event.id) for event in received[:3]] == ids
-        _, others = opened(app, "/sse?channel=other")
-        with app.app_context():
-            notify("other", "heard")
-        assert next(others).data == "heard"
-        _, again = opened(app, f"/sse?channel=orders&last_event_id={ids[1]}")
-        assert [next(again).data for _ in range(3)] == ["2", "x" * 20000, "small"]
+        others = check_that_the_log_is_heard(app, events, logged_url)
         with app.app_context():
             disconnect(channel="other")
         assert next(others).event == "sse-end"
