@@ -109,6 +109,7 @@ def test_a_restart_ends_no_page(logged_url: str, start_server: Start, proxies: P
     assert [page.heard for page in pages] == [["while it was away", "since it is back"]] * len(pages)
 
 
+@pytest.mark.slow
 @EACH
 def test_other_paths_keep_their_error_status(
     database_url: str, start_server: Start, proxies: Proxies, name: str

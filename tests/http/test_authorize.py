@@ -392,7 +392,11 @@ def test_its_database_session_is_back_in_the_pool_before_the_stream_begins(datab
 
 @pytest.mark.parametrize(
     ("worker", "driver", "warned"),
-    [("gevent", "psycopg2", 1), ("gevent", "psycopg", 0), ("gthread", "psycopg2", 0)],
+    [
+        ("gevent", "psycopg2", 1),
+        pytest.param("gevent", "psycopg", 0, marks=pytest.mark.slow),
+        pytest.param("gthread", "psycopg2", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_driver_that_stops_the_whole_worker_is_warned_about(
     database_url: str, start_server: Start, worker: str, driver: str, warned: int

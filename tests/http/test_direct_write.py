@@ -152,7 +152,16 @@ def test_an_idle_stream_is_written_to_directly_and_counted(
 
 @WORKERS
 @pytest.mark.parametrize(
-    "middleware", ["compress", "rewrite", "delay", "mask", "mask lazily", "mask all but files", "count"]
+    "middleware",
+    [
+        "rewrite",
+        "mask",
+        "count",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("compress", "delay", "mask lazily", "mask all but files")
+        ),
+    ],
 )
 def test_middleware_that_touches_the_body_gets_all_of_it(
     database_url: str, start_server: Start, options: tuple[str, ...], middleware: str
@@ -204,7 +213,7 @@ def test_what_ends_at_once_leaves_no_circles_and_says_nothing(
     assert "iterates over them" not in server.log()
 
 
-@pytest.mark.parametrize("middleware", ["rewrite", "delay", "count"])
+@pytest.mark.parametrize("middleware", ["rewrite", pytest.param("delay", marks=pytest.mark.slow), "count"])
 def test_middleware_that_is_said_to_change_nothing(database_url: str, start_server: Start, middleware: str) -> None:
     server = start_server(
         database_url,
@@ -240,6 +249,7 @@ def tls(tmp_path: Path) -> tuple[list[str], ssl.SSLContext]:
     return ["--certfile", str(certificate), "--keyfile", str(key)], context
 
 
+@pytest.mark.slow
 @WORKERS
 def test_over_tls_every_event_goes_through_the_generator(
     database_url: str, start_server: Start, tls: tuple[list[str], ssl.SSLContext], options: tuple[str, ...]

@@ -135,6 +135,7 @@ def test_whose_right_is_gone_is_refused_at_the_reconnect(url: str, start_server:
         assert_hears(server, [eight], "a", "again")
 
 
+@pytest.mark.slow
 def test_by_the_subject_of_a_token(url: str, start_server: Start) -> None:
     server = start_members(start_server, url)
     token = sign_token(KEY, Token(frozenset("x"), None, "who has the URL"))
@@ -233,7 +234,8 @@ def line(database_url: str) -> Iterator[Link]:
         yield link
 
 
-@pytest.mark.parametrize("frozen_for", [1, pytest.param(70, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen_for", [1, 70])
 def test_a_worker_that_was_frozen_obeys_before_it_sends_what_came_then(
     url: str, start_server: Start, frozen_for: int
 ) -> None:
@@ -313,6 +315,7 @@ def by(transaction: int, keys: list[str] = KEY) -> str:
     return sign_disconnect(keys, "7", None, transaction)
 
 
+@pytest.mark.slow
 def test_forged_orders_do_nothing(url: str, start_server: Start, forger: Any) -> None:
     [(ended,)] = execute(url, "SELECT txid_current()")
     server = start_members(start_server, url)

@@ -20,10 +20,13 @@ SERVERS: dict[str, Callable[[int], list[str]]] = {
     "pywsgi": lambda port: [sys.executable, "-m", "tests.support.apps.pywsgi", str(port)],
     "flask run": lambda port: [sys.executable, "-m", "flask", "--app", APP, "run", "--port", str(port)],
 }
+EACH_SERVER = ["gevent", *(pytest.param(name, marks=pytest.mark.slow) for name in SERVERS if name != "gevent")]
 
 
-@pytest.mark.parametrize("direct", ["true", "false"], ids=["direct", "generators"])
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize(
+    "direct", ["true", pytest.param("false", marks=pytest.mark.slow)], ids=["direct", "generators"]
+)
+@pytest.mark.parametrize("name", EACH_SERVER)
 def test_the_last_chunk_is_not_sent(database_url: str, start_server: Start, name: str, direct: str) -> None:
     """Neither after an open stream nor after a refusal. All that was sent arrives, and the log is as ever."""
     env = {"FLASK_SSE_MAX_AGE": "1", "FLASK_SSE_MAX_STREAMS": "1", "FLASK_SSE_DIRECT_WRITE": direct}
@@ -42,7 +45,7 @@ def test_the_last_chunk_is_not_sent(database_url: str, start_server: Start, name
     assert not any(word in server.log() for word in ("Traceback", "ERROR", "Broken pipe")), server.log()
 
 
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("name", EACH_SERVER)
 def test_the_end_is_a_clean_one_for_an_event_source(database_url: str, start_server: Start, name: str) -> None:
     """Which comes back after any end, and is known by what it asks for. A page must see the last event."""
     env = {"FLASK_SSE_MAX_AGE": "1", "FLASK_SSE_MAX_STREAMS": "1"}

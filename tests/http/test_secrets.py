@@ -64,7 +64,9 @@ def ask(server: WebServer, query: str, status: int, method: str = "GET") -> str:
 
 
 @pytest.mark.parametrize("debug", ["0", pytest.param("1", marks=pytest.mark.slow)], ids=["", "debug"])
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize(
+    "name", ["gevent", *(pytest.param(name, marks=pytest.mark.slow) for name in SERVERS if name != "gevent")]
+)
 def test_answers_and_logs(name: str, debug: str, database_url: str, start_server: Start) -> None:
     env = {"FLASK_SECRET_KEY": KEY, "FLASK_SECRET_KEY_FALLBACKS": f'["{OLD_KEY}"]', "FLASK_DEBUG": debug}
     server = start_server(with_password(database_url), command=SERVERS[name], **env)

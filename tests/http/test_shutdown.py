@@ -49,14 +49,11 @@ def terminate_and_check(server: WebServer, streams: list[Response]) -> list[int]
     "options",
     [
         (),
-        ("--keep-alive", "75"),
         ("-w", "2", "--preload"),
-        (*GTHREAD, "--keep-alive", "75"),
+        pytest.param(("--keep-alive", "75"), marks=pytest.mark.slow),
+        pytest.param((*GTHREAD, "--keep-alive", "75"), marks=pytest.mark.slow),
         pytest.param((*GTHREAD, "--preload"), marks=pytest.mark.slow),
-        (
-            "-k",
-            "gevent_pywsgi",
-        ),
+        pytest.param(("-k", "gevent_pywsgi"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -68,7 +65,7 @@ def test_sigterm_ends_streams_and_worker(database_url: str, start_server: Start,
     assert all(1500 <= retry <= 4500 for retry in retries)
 
 
-@pytest.mark.parametrize("late", ["", "1"])
+@pytest.mark.parametrize("late", ["", pytest.param("1", marks=pytest.mark.slow)])
 @WORKERS
 def test_the_apps_own_handler_still_runs(
     database_url: str, start_server: Start, options: tuple[str, ...], late: str
@@ -89,6 +86,7 @@ def test_what_was_sent_before_the_end_still_arrives(database_url: str, start_ser
         assert stream.event().event == "sse-end"
 
 
+@pytest.mark.slow
 @WORKERS
 def test_a_client_that_does_not_read_holds_nothing_up(
     database_url: str, start_server: Start, options: tuple[str, ...]

@@ -191,7 +191,7 @@ def test_the_memory_of_clients_that_went_is_used_again(database_url: str, start_
     assert sizes[-1] - sizes[1] < 2000, sizes
 
 
-@pytest.mark.parametrize("app", ["basic", "hiding"])
+@pytest.mark.parametrize("app", ["basic", pytest.param("hiding", marks=pytest.mark.slow)])
 def test_a_reader_that_is_too_slow_is_told_so_and_others_lose_nothing(
     database_url: str, start_server: Start, app: str
 ) -> None:
@@ -258,6 +258,7 @@ def test_a_stream_that_reconnects_learns_that_it_may_have_missed_events(database
         assert [stream.event().event, stream.event().event] == ["sse-open", "sse-reset"]
 
 
+@pytest.mark.slow
 def test_a_storm_of_connections_on_as_many_channels(database_url: str, start_server: Start) -> None:
     """500 clients that come at once are all served by few statements, and each hears its own channel."""
     server = start_server(database_url, "--backlog", "1024")

@@ -151,6 +151,7 @@ def test_stalled_clients_on_channels_of_their_own_cost_no_more(database_url: str
         assert memory.most - before < bound, str(memory)
 
 
+@pytest.mark.slow
 def test_clients_with_the_kernels_own_buffers_lose_nothing_either(database_url: str, start_server: Start) -> None:
     """Those hold megabytes for each client, so that a stream is behind only after a long time."""
     install(database_url)

@@ -102,6 +102,7 @@ def test_fanout_prints_its_report_into_a_document_and_draws_a_plot(tmp_path: Pat
     assert ElementTree.parse(figure).getroot().tag.endswith("svg")
 
 
+@pytest.mark.slow
 def test_a_lost_event_is_said_and_is_the_exit_status(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

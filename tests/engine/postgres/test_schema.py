@@ -206,6 +206,7 @@ UPDATE flask_pg_sse.retention SET pruned_through = 7
 """
 
 
+@pytest.mark.slow
 def test_no_difference_between_two_schemas_goes_unseen(url: str, roles: Callable[..., str]) -> None:
     """All that other tests here compare by `read_catalog` would be worth nothing without this."""
     roles("other", "CREATE ON DATABASE " + url.rpartition("/")[2])
