@@ -14,6 +14,9 @@ A message says what failed, why, and what to do about it. No message contains a 
 
 from __future__ import annotations
 
+# The end of each message that says that there is no PostgreSQL.
+IN_TESTS = "In tests without PostgreSQL use flask_pg_sse.testing.capture(app)."
+
 
 class PgSSEError(Exception):
     """Base of all errors of this package."""

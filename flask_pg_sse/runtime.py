@@ -6,11 +6,12 @@ workers are forked and before gevent patches them. Started parts belong to the p
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .channels import check_channel
@@ -48,7 +49,6 @@ class Runtime:
         self._locks: dict[int, threading.Lock] = {}
         self._worker: Worker | None = None
         self.redis: Broker | None = None  # where the events are, if not in PostgreSQL
-        self.captured_by: Engine | None = None  # in tests: the engine that events go to instead of the app's own
         self._warned_of: set[str] = set()
 
     @property
@@ -99,11 +99,11 @@ class Runtime:
         events = [make_event(item, **fields, dumps=self._dumps) for item in items]
         if not events:
             return None
-        return self._engine.publish(channel, events, durable=durable, connection=connection)
+        return self.worker.engine.publish(channel, events, durable=durable, connection=connection)
 
     def cursor(self) -> int | None:
         """Return the head of the event log; None without a log."""
-        return self._engine.head() or None
+        return self.worker.engine.head() or None
 
     def disconnect(self, subject: str | None, channel: str | None) -> None:
         """Send a command to every process to end streams.
@@ -111,11 +111,7 @@ class Runtime:
         It goes through the event log if there is one: then a process that was cut off obeys it later.
         """
         self.signing_keys("disconnect()")
-        self._engine.control(Disconnect(subject, channel))
-
-    @property
-    def _engine(self) -> Engine:
-        return self.captured_by or self.worker.engine
+        self.worker.engine.control(Disconnect(subject, channel))
 
     def keys(self) -> Sequence[str | bytes]:
         """Return the keys for signatures, oldest first; no keys if none is set. Raises `ConfigurationError`."""
@@ -134,6 +130,17 @@ class Runtime:
             worker, self._worker = self._worker, None
         if worker is not None and worker.pid == os.getpid():
             worker.stop(timeout)
+
+    @contextlib.contextmanager
+    def running_on(self, engine: Engine) -> Iterator[None]:
+        """Run the app on another engine, for a test. The streams that begin meanwhile end with it."""
+        worker = Worker(self.settings, engine)
+        before, self._worker = self._worker, worker
+        try:
+            yield
+        finally:
+            self._worker = before
+            worker.stop(5.0)
 
     @property
     def worker(self) -> Worker:

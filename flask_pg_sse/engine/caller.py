@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import IN_TESTS
 from .drivers import is_psycopg2, new_cursor, own_cursors
 
 
@@ -83,13 +84,20 @@ def _is_sqlalchemy(connection: Any) -> bool:
     )
 
 
+def to_session(connection: Any) -> Any:
+    """Return the SQLAlchemy session that a caller gave, the one behind a `scoped_session`, or None."""
+    orm: Any = sys.modules.get("sqlalchemy.orm")
+    if orm is None:
+        return None
+    if isinstance(connection, orm.scoped_session):
+        return connection()
+    return connection if isinstance(connection, orm.Session) else None
+
+
 def _kind(connection: Any) -> str:
     return f"{type(connection).__module__}.{type(connection).__qualname__}"
 
 
 def _refuse_other_engine(engine: str) -> None:
     if engine != "postgresql":
-        raise TypeError(
-            f"notify(connection=…) needs a PostgreSQL connection, and this one is for {engine}. In tests without "
-            "PostgreSQL use flask_pg_sse.testing.capture(app)."
-        )
+        raise TypeError(f"notify(connection=…) needs a PostgreSQL connection, and this one is for {engine}. {IN_TESTS}")

@@ -5,6 +5,7 @@ It keeps events as the event log does. It receives only the events and commands 
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import Counter, deque
@@ -14,6 +15,7 @@ from typing import Any
 from ..concurrency import FairLock
 from ..event import Event, encode
 from .base import ControlMessage, Item, Look, Page, Readiness, Sink, Status, Tail
+from .transactions import Outcome, follow
 
 # At most this many bytes of events are kept.
 KEPT_BYTES = 16 * 1024 * 1024
@@ -35,8 +37,9 @@ class MemoryEngine:
     """One app's events in one process; see `base.Engine`.
 
     With `log` events get ids and are kept for `retention` seconds. Each publisher hands its events to the sink in its
-    own thread or greenlet, one publisher at a time. With a caller's `connection` an event is sent at once, even if the
-    transaction is rolled back later.
+    own thread or greenlet, one publisher at a time. In a transaction of a caller's SQLAlchemy session or connection, of
+    any database, they wait for its commit. On another connection, whose commit cannot be noticed, they are sent at
+    once.
     """
 
     def __init__(self, *, log: bool = True, retention: float = 86400.0) -> None:
@@ -75,6 +78,17 @@ class MemoryEngine:
     def publish(
         self, channel: str, events: Sequence[Event], *, durable: bool = True, connection: Any = None
     ) -> int | None:
+        if connection is not None:
+            ended = functools.partial(self._transaction_ended, channel, events, durable)
+            if follow(connection, ended, used=False):
+                return None
+        return self._send(channel, events, durable)
+
+    def _transaction_ended(self, channel: str, events: Sequence[Event], durable: bool, outcome: Outcome) -> None:
+        if outcome is Outcome.COMMITTED:
+            self._send(channel, events, durable)
+
+    def _send(self, channel: str, events: Sequence[Event], durable: bool) -> int | None:
         with self._turn:
             logged = self._log and durable
             ids = range(self._head + 1, self._head + 1 + len(events)) if logged else [0] * len(events)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import sqlalchemy
@@ -155,12 +156,13 @@ def test_a_connection_of_another_engine_is_refused_with_the_remedy(
 
 
 def test_capture_takes_any_engine_and_refuses_what_is_no_connection(
-    make_app: MakeApp, sqlite_connections: list[object]
+    make_app: MakeApp, sqlite_connections: list[Any]
 ) -> None:
     app = make_app()
     with app.app_context(), capture(app) as events:
         for connection in sqlite_connections:
             notify("orders", "x", connection=connection)
+            connection.commit()
         with pytest.raises(TypeError):
             notify("orders", "x", connection=5)
     assert len(events) == 3

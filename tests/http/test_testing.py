@@ -9,17 +9,24 @@ from typing import Any
 
 import psycopg2
 import pytest
-from flask import Flask
+from flask import Flask, abort
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import create_engine
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from flask_pg_sse import (
+    DatabaseNotConfigured,
     InvalidChannel,
     InvalidEvent,
     PayloadTooLarge,
     PgSSE,
+    disconnect,
     notify,
     notify_many,
     postgres_notify,
     sse_cursor,
+    sse_url,
 )
 from flask_pg_sse.testing import Captured, capture, stream
 from tests.support.client import eventually
@@ -74,7 +81,69 @@ def test_captured_fields_are_those_that_would_have_travelled(app: Flask) -> None
     ]
 
 
-def test_what_is_sent_in_a_transaction_is_captured_and_not_sent(database_url: str, app: Flask) -> None:
+@pytest.fixture
+def shop(make_app: MakeApp) -> Any:
+    """The usual app: Flask-SQLAlchemy, here on SQLite. Each route saves an item, and tells of it in its own way."""
+    app = make_app(None, SQLALCHEMY_DATABASE_URI="sqlite://", SECRET_KEY="x", subject=lambda: "ann")
+    db = SQLAlchemy(app)
+
+    class Item(db.Model):  # type: ignore[name-defined, misc]
+        id = db.Column(db.Integer, primary_key=True)
+
+    def save_and_tell() -> None:
+        db.session.add(item := Item())
+        db.session.flush()
+        notify("stock", {"id": item.id}, connection=db.session)
+
+    @app.post("/right")
+    def right() -> str:
+        save_and_tell()
+        db.session.commit()
+        return ""
+
+    @app.post("/too-late")
+    def too_late() -> str:
+        db.session.add(Item())
+        db.session.commit()
+        notify("stock", "too late", connection=db.session)
+        return ""
+
+    @app.post("/fails")
+    def fails() -> str:
+        save_and_tell()
+        abort(409)
+
+    @app.post("/savepoint")
+    def savepoint() -> str:
+        save_and_tell()
+        inner = db.session.begin_nested()
+        save_and_tell()
+        inner.rollback()
+        with db.session.begin_nested():
+            notify("stock", "released", connection=db.session())
+        db.session.commit()
+        return ""
+
+    with app.app_context():
+        db.create_all()
+    yield app  # without the context, which requests would share: Flask-SQLAlchemy has a session for each
+    with app.app_context():
+        db.engine.dispose()
+
+
+def test_an_event_of_a_transaction_is_captured_when_it_commits_and_never_otherwise(shop: Flask) -> None:
+    client = shop.test_client()
+    with capture(shop) as events:
+        client.post("/too-late")
+        client.post("/fails")
+        assert events == []
+        client.post("/right")
+        assert [event.channel for event in events] == ["stock"]
+        client.post("/savepoint")
+    assert [event.json if "{" in event.data else event.data for event in events] == [{"id": 2}, {"id": 3}, "released"]
+
+
+def test_what_is_sent_on_a_drivers_own_connection_is_captured_at_the_call(database_url: str, app: Flask) -> None:
     connection = psycopg2.connect(database_url)
     try:
         with capture(app) as events, app.app_context():
@@ -85,9 +154,107 @@ def test_what_is_sent_in_a_transaction_is_captured_and_not_sent(database_url: st
         connection.close()
 
 
-def test_a_view_that_asks_for_a_cursor_needs_no_database_either(app: Flask) -> None:
+def test_an_event_of_a_commit_that_fails_is_not_captured(app: Flask) -> None:
+    engine = create_engine("sqlite://")
+    with capture(app) as events, app.app_context(), engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA foreign_keys = ON")
+        connection.exec_driver_sql("CREATE TABLE a (id INTEGER PRIMARY KEY)")
+        connection.exec_driver_sql("CREATE TABLE b (a INTEGER REFERENCES a DEFERRABLE INITIALLY DEFERRED)")
+        notify_many("orders", ["x", "y"], connection=connection)
+        connection.commit()
+        connection.exec_driver_sql("INSERT INTO b VALUES (7)")
+        notify_many("orders", ["x", "y"], connection=connection)
+        with pytest.raises(IntegrityError):
+            connection.commit()
+        assert [event.data for event in events] == ["x", "y"]
+    engine.dispose()
+
+
+def test_disconnect_is_captured(shop: Flask) -> None:
+    with capture(shop) as events, shop.app_context():
+        disconnect(subject=7)
+        disconnect(subject="ann", channel="orders")
+    assert events.disconnected == [("7", None), ("ann", "orders")]
+    assert events.disconnected[1].channel == "orders"
+
+
+def test_a_page_begins_where_its_data_end(shop: Flask) -> None:
+    with shop.test_request_context(), capture(shop):
+        first = sse_cursor()
+        notify("stock", "after it")
+        second = sse_cursor()
+        assert first is not None and second is not None and first < second
+        for cursor, ids in ((first, ["", str(second)]), (second, [""])):
+            with stream(shop.test_client(), sse_url("stock", cursor=cursor)) as events:
+                assert next(events).event == "sse-open"
+                assert [next(events).id for _ in ids[1:]] == ids[1:]
+                events.nothing()
+
+
+def test_without_the_log_there_is_no_cursor(make_app: MakeApp) -> None:
+    app = make_app(SSE_EVENT_LOG=False)
     with app.test_request_context(), capture(app):
-        assert sse_cursor() is None
+        assert sse_cursor() is None and notify("a", "x") is None
+
+
+def test_streams_within_capture_need_no_database(shop: Flask) -> None:
+    client = shop.test_client()
+    with capture(shop):
+        events: Any = stream(client, "/sse?channel=stock")
+        assert next(events).event == "sse-open"
+        client.post("/too-late")
+        events.nothing()
+        client.post("/right")
+        assert next(events).json == {"id": 2}
+        events.nothing()
+        with shop.app_context():
+            disconnect(subject="ann")
+        assert next(events).json == {"reason": "revoked"}
+        events.close()
+        left_open = stream(client, "/sse?channel=stock")
+        next(left_open)
+    assert [event.event for event in left_open] == ["sse-end"]
+
+
+def test_nothing_says_which_event_came(shop: Flask) -> None:
+    with capture(shop) as captured, stream(shop.test_client(), "/sse?channel=stock&channel=a") as events:
+        events.nothing()  # opens the stream
+        with shop.app_context():
+            notify("stock", "in time", event="created")
+        begun = time.monotonic()
+        with pytest.raises(AssertionError, match=r"event='created', data='in time'.* no event was expected"):
+            events.nothing()
+        events.nothing()
+        assert time.monotonic() - begun < 1
+        assert [event.data for event in captured] == ["in time"]
+
+
+def test_nothing_with_a_database(database_url: str, make_app: MakeApp) -> None:
+    app = make_app(database_url)
+    with app.app_context(), stream(app.test_client(), "/sse?channel=a") as events:
+        events.nothing()
+        notify("b", "elsewhere")
+        events.nothing()
+        notify("a", "here")
+        with pytest.raises(AssertionError, match="here"):
+            events.nothing()
+
+
+def test_every_error_without_a_database_names_capture(app: Flask) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: notify("a", "x"),
+        lambda: notify("a", "x", connection=Session(create_engine("sqlite://"))),
+        sse_cursor,
+        lambda: disconnect(subject="ann"),
+    ]
+    for uri in (None, "sqlite://"):
+        app.config.update(SQLALCHEMY_DATABASE_URI=uri, SECRET_KEY="x")
+        with app.app_context():
+            for call in calls:
+                with pytest.raises((DatabaseNotConfigured, TypeError), match=r"flask_pg_sse\.testing\.capture\(app\)"):
+                    call()
+            with pytest.raises(AssertionError, match=r"(?s)500.*flask_pg_sse\.testing\.capture\(app\)"):
+                next(stream(app.test_client(), "/sse?channel=a"))
 
 
 def test_what_cannot_be_sent_fails_in_capture_too(app: Flask) -> None:

@@ -20,7 +20,7 @@ import psycopg2
 from psycopg2.extensions import get_wait_callback, make_dsn, parse_dsn
 
 from ...concurrency import is_patched
-from ...errors import ConfigurationError, DatabaseNotConfigured
+from ...errors import IN_TESTS, ConfigurationError, DatabaseNotConfigured
 from ...settings import POLL, Settings, database_sources
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def to_dsn(value: object, source: str, connect_args: Mapping[str, Any] | None = 
         engine = f" ({scheme}://…)" if scheme in _OTHER_ENGINES else ""
         raise DatabaseNotConfigured(
             f"{source} is not a PostgreSQL URL{engine}. flask_pg_sse needs PostgreSQL: set SSE_DATABASE_URL to "
-            "postgresql://user:password@host/database."
+            f"postgresql://user:password@host/database. {IN_TESTS}"
         )
     try:
         if hasattr(value, "render_as_string"):
@@ -186,7 +186,7 @@ def _is_libpq_option(key: str) -> bool:
 
 _NO_DATABASE = (
     "No PostgreSQL database is configured for flask_pg_sse. Set SSE_DATABASE_URL (or SQLALCHEMY_DATABASE_URI, or the "
-    "environment's DATABASE_URL) to postgresql://user:password@host/database."
+    f"environment's DATABASE_URL) to postgresql://user:password@host/database. {IN_TESTS}"
 )
 
 

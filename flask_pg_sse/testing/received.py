@@ -1,10 +1,4 @@
-"""Helpers for the tests of apps that use this package.
-
-def test_order_is_announced(app, client):
-    with capture(app) as events:
-        client.post("/orders")
-    assert events[0].channel == "orders"
-"""
+"""Read a stream of an app through Flask's test client, as a browser would."""
 
 from __future__ import annotations
 
@@ -12,74 +6,22 @@ import codecs
 import json
 import re
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
-from flask import Flask
 from flask.testing import FlaskClient
 
-from .engine.memory import MemoryEngine
-from .engine.postgres.codec import to_payload
-from .event import Event
-from .hub.subscription import Subscription
-from .web.state import state_of
+from ..event import Event
+from ..hub.subscription import Subscription
+from ..web.state import state_of
+from .capture import MARKER
 
-__all__ = ["Captured", "Received", "capture", "parse", "stream"]
-
-
-@dataclass(frozen=True, slots=True)
-class Captured:
-    """One event that the app sent: its channel, and its fields as they would have been sent."""
-
-    channel: str
-    data: str
-    event: str | None
-    id: str | None
-    retry: int | None
-    comment: str | None
-
-    @property
-    def json(self) -> Any:
-        """The data, read as JSON."""
-        return json.loads(self.data)
-
-
-@contextmanager
-def capture(app: Flask) -> Iterator[list[Captured]]:
-    """Collect the events that `notify()` would send, without a database.
-
-    The list grows while the block runs. Events are checked as usual, so an event that cannot be sent fails here too.
-    That includes an event too large for NOTIFY, because no database is asked whether there is an event log. In the
-    tests of an app that has one, set `SSE_EVENT_LOG = True`. An event with a `connection=` is collected at the call,
-    whether the transaction commits or not. `disconnect()` does nothing, and `sse_cursor()` returns None.
-    """
-    runtime = state_of(app).runtime
-    capturing = _Capturing(logged=runtime.settings.event_log is True)
-    previous, runtime.captured_by = runtime.captured_by, capturing
-    try:
-        yield capturing.events
-    finally:
-        runtime.captured_by = previous
-
-
-class _Capturing(MemoryEngine):
-    """Keeps the events that are published, for a test to read. `logged` allows events larger than a NOTIFY."""
-
-    def __init__(self, *, logged: bool) -> None:
-        super().__init__(log=False)
-        self.events: list[Captured] = []
-        self._logged = logged
-
-    def publish(
-        self, channel: str, events: Sequence[Event], *, durable: bool = True, connection: Any = None
-    ) -> int | None:
-        if not (durable and self._logged):
-            _ = [to_payload(event, channel) for event in events]  # raises PayloadTooLarge
-        for event in events:
-            self.events.append(Captured(channel, event.data, event.event, event.id, event.retry, event.comment))
-        return super().publish(channel, events, durable=durable, connection=connection)
+# Events of the package that need no answer of a page.
+_SILENT = ("sse-open", "sse-cursor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +38,10 @@ class Received:
         return json.loads(self.data)
 
 
-def stream(client: FlaskClient, url: str, timeout: float = 5.0) -> Generator[Received, None, None]:
-    """Open a stream with Flask's test client, and yield its events. Needs a database.
+def stream(client: FlaskClient, url: str, timeout: float = 5.0) -> Stream:
+    """Open a stream with Flask's test client at the first event that is read, and yield its events.
+
+    It needs a database, except within `capture()` and where `SSE_BROKER_URL` is "memory://".
 
     The first event is `sse-open`; once it has come, no event is missed. Or it is `sse-end`, with the reason why the
     stream cannot begin now. Closing the iterator, or leaving the test, ends the stream.
@@ -106,7 +50,59 @@ def stream(client: FlaskClient, url: str, timeout: float = 5.0) -> Generator[Rec
     PostgreSQL does not answer, it is an `sse-end` that says so. A refused stream raises AssertionError with the status
     and the text.
     """
-    opened: list[Subscription] = []  # the view appends its subscription; the test client gives it a copy of the environ
+    return Stream(client, url, timeout)
+
+
+class Stream(Iterator["Received"]):
+    """The events of a stream that `stream()` opened."""
+
+    def __init__(self, client: FlaskClient, url: str, timeout: float) -> None:
+        self._client = client
+        self._opened: list[Subscription] = []
+        self._events = _events(client, url, timeout, self._opened)
+
+    def __next__(self) -> Received:
+        return next(self._events)
+
+    def nothing(self) -> None:
+        """Check that no event has come since the last one that was read. Opens the stream if it is not open yet.
+
+        It does not wait for a time: it sends an event of its own through the same engine, and checks that this one is
+        the next. `sse-open` and `sse-cursor` are passed over. Raises AssertionError with the event that came, and what
+        reading an event raises.
+
+        What another thread or process sends at the same moment, or a transaction that has not committed, comes after.
+        """
+        while not self._opened:
+            event = next(self._events, None)
+            assert event is not None and event.event in _SILENT, f"{event} came, and no event was expected."
+        marker = uuid.uuid4().hex
+        channel = min(self._opened[0].channels)
+        engine = state_of(self._client.application).runtime.worker.engine
+        engine.publish(channel, [Event(marker, event=MARKER)])
+        for event in self._events:
+            if event.event == MARKER:
+                if event.data == marker:
+                    return
+            elif event.event not in _SILENT:
+                raise AssertionError(f"{event} came, and no event was expected.")
+        raise AssertionError("The stream has ended.")
+
+    def close(self) -> None:
+        """End the stream."""
+        self._events.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+def _events(
+    client: FlaskClient, url: str, timeout: float, opened: list[Subscription]
+) -> Generator[Received, None, None]:
+    # The view appends its subscription to `opened`; the test client gives it a copy of the environ.
     response = client.get(url, environ_overrides={"flask_pg_sse.testing": opened})
     try:
         if response.status_code != 200:

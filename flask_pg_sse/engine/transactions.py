@@ -1,0 +1,214 @@
+"""Follow a transaction of a caller's SQLAlchemy session or connection to its end, of any database.
+
+SQLAlchemy's own events say how it ends. They cost one look-up for each transaction of the process, from the first call
+of `follow()` on. SQLAlchemy is never imported here: it is used only if the caller has imported it.
+https://docs.sqlalchemy.org/en/20/orm/events.html#session-events
+https://docs.sqlalchemy.org/en/20/core/events.html#sqlalchemy.events.ConnectionEvents
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from .caller import to_session
+
+
+class Outcome(enum.Enum):
+    """How a transaction ended.
+
+    COMMITTED: with a commit. A session that joins a transaction of a test's own counts by its own `commit()`.
+    UNDONE:    rolled back for a reason that is known: an exception was on its way, or a savepoint was rolled back.
+    LOST:      rolled back, closed or forgotten without such a reason.
+    FAILED:    the commit failed, although COMMITTED was told before.
+    """
+
+    COMMITTED = enum.auto()
+    UNDONE = enum.auto()
+    LOST = enum.auto()
+    FAILED = enum.auto()
+
+
+Ended = Callable[[Outcome], None]
+
+
+def follow(connection: Any, ended: Ended, *, used: bool) -> bool:
+    """Call `ended` when the transaction that the connection is in now has ended. Return False if that cannot be known.
+
+    It cannot with a driver's own connection, and there is no transaction if each statement is committed by itself.
+    `used` tells whether a statement has run in the transaction, so that looking at its connection connects to nothing.
+
+    `ended` is called in the thread that ends the transaction. It is called twice, at last with FAILED, if a
+    `Connection` cannot commit, because SQLAlchemy tells of that commit before it is done.
+    """
+    session = to_session(connection)
+    if session is not None:
+        return _follow_session(session, ended, used=used)
+    engine = sys.modules.get("sqlalchemy.engine")
+    if engine is not None and isinstance(connection, engine.Connection):
+        return _follow_connection(connection, ended)
+    return False
+
+
+def _without_commit() -> Outcome:
+    return Outcome.LOST if sys.exc_info()[1] is None else Outcome.UNDONE
+
+
+def _commits_each_statement(connection: Any) -> bool:
+    level = connection.get_execution_options().get("isolation_level")
+    if level is None:  # not by an option, so by an argument of create_engine()
+        level = getattr(connection.dialect, "_on_connect_isolation_level", None)
+    # In sqlite3 `autocommit` is not a boolean unless somebody has set it.
+    return level == "AUTOCOMMIT" or getattr(connection.connection.dbapi_connection, "autocommit", None) is True
+
+
+class _Waiting(list[Any]):
+    """What waits for the end of a session's or a connection's transaction. If that is forgotten, it will not commit."""
+
+    def take(self) -> list[Any]:
+        taken = list(self)
+        self.clear()
+        return taken
+
+    def __del__(self) -> None:
+        if self and not sys.is_finalizing():
+            for _, ended in self.take():
+                ended(_without_commit())
+
+
+# -- sessions
+
+_KEY = "flask_pg_sse"
+
+
+def _follow_session(session: Any, ended: Ended, *, used: bool) -> bool:
+    _listen_to_sessions()
+    if not session.in_transaction():
+        session.begin()  # as its first statement would
+    elif used and _commits_each_statement(session.connection()):
+        return False
+    waiting = session.info.setdefault(_KEY, _Waiting())
+    waiting.append((session.get_nested_transaction() or session.get_transaction(), ended))
+    return True
+
+
+@functools.cache
+def _listen_to_sessions() -> None:
+    # To the class, because to listen to one session takes longer than a notify().
+    session, event = sys.modules["sqlalchemy.orm"].Session, sys.modules["sqlalchemy.event"]
+    event.listen(session, "after_commit", _session_committed)
+    event.listen(session, "after_transaction_end", _session_ended)
+
+
+def _session_committed(session: Any) -> None:
+    waiting = session.info.get(_KEY)
+    if not waiting:
+        return
+    savepoint = session.get_nested_transaction()
+    if savepoint is None:
+        for _, ended in waiting.take():
+            ended(Outcome.COMMITTED)
+        return
+    outer = savepoint.parent
+    while not outer.nested and outer.parent is not None:  # a flush
+        outer = outer.parent
+    waiting[:] = [(outer if transaction is savepoint else transaction, ended) for transaction, ended in waiting]
+
+
+def _session_ended(session: Any, transaction: Any) -> None:
+    waiting = session.info.get(_KEY)
+    if not waiting:
+        return
+    over = [ended for its, ended in waiting if its is transaction]
+    waiting[:] = [(its, ended) for its, ended in waiting if its is not transaction]
+    for ended in over:
+        ended(Outcome.UNDONE if transaction.nested else _without_commit())
+
+
+# -- connections
+
+
+class _Connection:
+    """What waits on one connection. Each has the number of the savepoint that it is in; 0 is the transaction itself."""
+
+    def __init__(self) -> None:
+        self.waiting = _Waiting()
+        self.committed: list[Any] = []  # by the last commit, which may still fail
+
+
+_connections: weakref.WeakKeyDictionary[Any, _Connection] = weakref.WeakKeyDictionary()
+_engines: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _follow_connection(connection: Any, ended: Ended) -> bool:
+    if _commits_each_statement(connection):
+        return False
+    _listen_to_connections(connection.engine)
+    if not connection.in_transaction():
+        connection.begin()  # as its first statement would
+    savepoint = connection.get_nested_transaction()
+    number = 0 if savepoint is None else _number(savepoint._savepoint)
+    _connections.setdefault(connection, _Connection()).waiting.append((number, ended))
+    return True
+
+
+def _number(savepoint: str) -> int:
+    # SQLAlchemy numbers the savepoints of a connection: sa_savepoint_1, sa_savepoint_2 …
+    return int(savepoint.rpartition("_")[2])
+
+
+def _listen_to_connections(engine: Any) -> None:
+    # To the engine, because to listen to one connection takes half a millisecond.
+    if engine in _engines:
+        return
+    _engines.add(engine)
+    listen = sys.modules["sqlalchemy.event"].listen
+    listen(engine, "commit", _connection_committed)
+    listen(engine, "commit_twophase", _connection_committed)
+    listen(engine, "rollback", _connection_rolled_back)
+    listen(engine, "rollback_twophase", _connection_rolled_back)
+    listen(engine, "rollback_savepoint", _savepoint_rolled_back)
+    listen(engine, "release_savepoint", _savepoint_released)
+    listen(engine, "handle_error", _connection_failed)
+
+
+def _connection_committed(connection: Any, *_: Any) -> None:
+    # SQLAlchemy says this before it commits, and says nothing after.
+    if (its := _connections.get(connection)) is not None:
+        its.committed = its.waiting.take()
+        for _, ended in its.committed:
+            ended(Outcome.COMMITTED)
+
+
+def _connection_failed(context: Any) -> None:
+    its = _connections.get(context.connection) if context.connection is not None else None
+    if its is not None and context.statement is None:  # no statement: a commit or a rollback
+        committed, its.committed = its.committed, []
+        for _, ended in committed:
+            ended(Outcome.FAILED)
+
+
+def _connection_rolled_back(connection: Any, *_: Any) -> None:
+    if (its := _connections.get(connection)) is not None:
+        its.committed = []
+        outcome = _without_commit()
+        for _, ended in its.waiting.take():
+            ended(outcome)
+
+
+def _savepoint_rolled_back(connection: Any, name: str, *_: Any) -> None:
+    if (its := _connections.get(connection)) is not None:
+        undone = [ended for number, ended in its.waiting if number >= _number(name)]
+        its.waiting[:] = [(number, ended) for number, ended in its.waiting if number < _number(name)]
+        for ended in undone:
+            ended(Outcome.UNDONE)
+
+
+def _savepoint_released(connection: Any, name: str, *_: Any) -> None:
+    # Savepoints with a smaller number that still stand are around this one.
+    if (its := _connections.get(connection)) is not None:
+        its.waiting[:] = [(min(number, _number(name) - 1), ended) for number, ended in its.waiting]
