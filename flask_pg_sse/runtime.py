@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .channels import check_channel
 from .engine.base import Disconnect, Engine
 from .engine.caller import check_caller
+from .engine.losses import Losses
 from .engine.memory import MemoryEngine
 from .engine.postgres.dsn import Dsn, configured_databases
 from .engine.postgres.engine import PostgresEngine
@@ -49,6 +50,7 @@ class Runtime:
         self._locks: dict[int, threading.Lock] = {}
         self._worker: Worker | None = None
         self.redis: Broker | None = None  # where the events are, if not in PostgreSQL
+        self.losses = Losses()
         self._warned_of: set[str] = set()
 
     @property
@@ -99,7 +101,11 @@ class Runtime:
         events = [make_event(item, **fields, dumps=self._dumps) for item in items]
         if not events:
             return None
-        return self.worker.engine.publish(channel, events, durable=durable, connection=connection)
+        engine = self.worker.engine
+        id = engine.publish(channel, events, durable=durable, connection=connection)
+        if connection is not None:
+            self.losses.follow(connection, channel, len(events), used=not isinstance(engine, MemoryEngine))
+        return id
 
     def cursor(self) -> int | None:
         """Return the head of the event log; None without a log."""

@@ -89,11 +89,17 @@ def _follow_session(session: Any, ended: Ended, *, used: bool) -> bool:
     _listen_to_sessions()
     if not session.in_transaction():
         session.begin()  # as its first statement would
-    elif used and _commits_each_statement(session.connection()):
+    elif used and _commits_each_statement(session.connection(bind_arguments={"clause": _clause()})):
         return False
     waiting = session.info.setdefault(_KEY, _Waiting())
     waiting.append((session.get_nested_transaction() or session.get_transaction(), ended))
     return True
+
+
+@functools.cache
+def _clause() -> Any:
+    # By which a session that has several databases chooses, as it does for the package's own statements.
+    return sys.modules["sqlalchemy"].text("SELECT 1")
 
 
 @functools.cache
