@@ -7,6 +7,7 @@ starts nothing and connects to nothing.
 from __future__ import annotations
 
 from .cli import commands as _commands  # noqa: F401  # gives sse_bp its commands
+from .cli.doctor import command as _doctor  # noqa: F401
 from .engine.postgres.schema import drop_schema_sql, schema_sql
 from .errors import (
     ConfigurationError,

@@ -28,7 +28,7 @@ from .hub.hub import Hub
 from .hub.replay import Replay
 from .hub.ticker import Ticker
 from .server import shutdown
-from .server.capacity import room_for_streams
+from .server.capacity import TOO_MANY_STREAMS, room_for_streams
 from .settings import Settings, secret_keys, unknown_keys
 
 if TYPE_CHECKING:
@@ -280,10 +280,5 @@ def _stream_limiter(settings: Settings) -> StreamLimiter:
     if most is None:
         return StreamLimiter(room, each, most_here=room)
     if holds is not None and most >= holds:
-        logger.warning(
-            "SSE_MAX_STREAMS is %d, and this worker holds %d connections at once. With that many streams it can answer "
-            "no other request. Raise --worker-connections (--threads under gthread), or lower SSE_MAX_STREAMS.",
-            most,
-            holds,
-        )
+        logger.warning(TOO_MANY_STREAMS, most, holds)
     return StreamLimiter(most, each, most_here=sys.maxsize)

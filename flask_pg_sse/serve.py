@@ -27,6 +27,13 @@ from .web.state import State, current_state, state_of
 
 logger = logging.getLogger(__name__)
 
+# `flask sse doctor` says the same.
+OPEN_TO_ALL = "All channels are open to everybody who reaches this server."
+LOSSY = (
+    "Events come from Redis at %s, whose pub/sub keeps nothing: a client or a worker that is not connected when an "
+    "event is sent misses it."
+)
+
 _TRACE = 5
 # As gunicorn's own lines.
 _LOG_FORMAT = "[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s"
@@ -190,18 +197,14 @@ def _serve() -> Flask:
 
 def _say_what_is_lost(state: State) -> None:
     if state.runtime.redis is not None:
-        logger.warning(
-            "Events come from Redis at %s, whose pub/sub keeps nothing: a client or a worker that is not connected "
-            "when an event is sent misses it. With PostgreSQL and its event log none is missed.",
-            state.runtime.redis,
-        )
+        logger.warning(f"{LOSSY} With PostgreSQL and its event log none is missed.", state.runtime.redis)
 
 
 def _say_what_is_open(state: State) -> None:
     if state.open_to_all(sse_bp.default_authorize):
         logger.warning(
-            "All channels are open to everybody who reaches this server. To close them, set SSE_CHANNELS to those that "
-            "may stay open, or SSE_SECRET_KEY for signed URLs."
+            "%s To close them, set SSE_CHANNELS to those that may stay open, or SSE_SECRET_KEY for signed URLs.",
+            OPEN_TO_ALL,
         )
 
 

@@ -13,6 +13,29 @@ from . import gunicorn
 # The default limit of streams for a worker about which nothing is known.
 _STREAMS = 1000
 
+# Why a server cannot serve streams, and the remedy.
+EVENTLET = (
+    "Streams cannot be served in a process that eventlet has patched: the connection that listens to "
+    "PostgreSQL cannot wait there. Run gunicorn -k gevent (or -k gthread with --threads)."
+)
+HTTP2 = (
+    "Streams cannot be served over gunicorn's own HTTP/2, which answers the requests of a connection one after "
+    "another. Let nginx or another proxy speak HTTP/2 to browsers and HTTP/1.1 to gunicorn."
+)
+ONE_THREAD = (
+    "Streams cannot be served by gunicorn's gthread worker with one thread, which this one would occupy. Run "
+    "gunicorn -k gevent, or give it more --threads than streams."
+)
+SYNC = (
+    "Streams cannot be served by gunicorn's sync worker, which handles one request at a time: this stream "
+    "would block all others. Run gunicorn -k gevent (or -k gthread with --threads)."
+)
+# SSE_MAX_STREAMS leaves no connection for other requests: for `%` with the two numbers.
+TOO_MANY_STREAMS = (
+    "SSE_MAX_STREAMS is %d, and this worker holds %d connections at once. With that many streams it can answer no "
+    "other request. Raise --worker-connections (--threads under gthread), or lower SSE_MAX_STREAMS."
+)
+
 
 def why_no_stream(environ: Mapping[str, Any], worker: Any = None, *, limited: bool = False) -> str | None:
     """Return why a stream would freeze this server, and the remedy; None if it would not.
@@ -24,22 +47,13 @@ def why_no_stream(environ: Mapping[str, Any], worker: Any = None, *, limited: bo
     serve streams. Another one does if `SSE_MAX_STREAMS` says how many it can take.
     """
     if _is_patched_by_eventlet():
-        return (
-            "Streams cannot be served in a process that eventlet has patched: the connection that listens to "
-            "PostgreSQL cannot wait there. Run gunicorn -k gevent (or -k gthread with --threads)."
-        )
+        return EVENTLET
     under_gunicorn = gunicorn.socket_of(environ) is not None
     if under_gunicorn and environ.get("SERVER_PROTOCOL") == "HTTP/2.0":
-        return (
-            "Streams cannot be served over gunicorn's own HTTP/2, which answers the requests of a connection one after "
-            "another. Let nginx or another proxy speak HTTP/2 to browsers and HTTP/1.1 to gunicorn."
-        )
+        return HTTP2
     threads = None if worker is None else gunicorn.threads_of(worker)
     if threads is not None and threads < 2:
-        return (
-            "Streams cannot be served by gunicorn's gthread worker with one thread, which this one would occupy. Run "
-            "gunicorn -k gevent, or give it more --threads than streams."
-        )
+        return ONE_THREAD
     software = environ.get("SERVER_SOFTWARE", "")
     if is_patched() and (limited or software.startswith("gevent/")):  # pywsgi, also as gunicorn's worker
         return None
@@ -53,10 +67,7 @@ def why_no_stream(environ: Mapping[str, Any], worker: Any = None, *, limited: bo
             "has left."
         )
     if under_gunicorn:
-        return (
-            "Streams cannot be served by gunicorn's sync worker, which handles one request at a time: this stream "
-            "would block all others. Run gunicorn -k gevent (or -k gthread with --threads)."
-        )
+        return SYNC
     if _is_test_client(environ):
         return None
     return (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import operator
 import re
 import sys
@@ -47,6 +48,31 @@ def threads_of(worker: Any) -> int | None:
 def connections_of(worker: Any) -> int:
     """Return how many connections a worker can hold at once."""
     return int(worker.cfg.worker_connections)
+
+
+def print_settings() -> None:
+    """Print as JSON the settings that gunicorn would have with this process's arguments and environment.
+
+    It reads its configuration file as gunicorn does, so this must be a process of its own.
+    """
+    from gunicorn.app.wsgiapp import WSGIApplication
+
+    sys.argv.append("no:app")  # gunicorn wants a name, and takes the first one; it is not loaded
+    cfg = WSGIApplication("%(prog)s [OPTIONS] [APP_MODULE]", prog="gunicorn").cfg
+    hooks = [getattr(hook, "__code__", None) for hook in (cfg.post_fork, cfg.post_worker_init, cfg.when_ready)]
+    named = [name for code in hooks if code is not None for name in code.co_names]
+    print(
+        json.dumps(
+            {
+                "worker_class": cfg.worker_class_str,
+                "workers": cfg.workers,
+                "threads": cfg.threads,
+                "worker_connections": cfg.worker_connections,
+                "http2": "h2" in getattr(cfg, "http_protocols", ()),
+                "psycogreen": any("psycogreen" in name for name in [*sys.modules, *named]),
+            }
+        )
+    )
 
 
 def cannot_boot(reason: str) -> Exception:

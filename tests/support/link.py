@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import selectors
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from urllib.parse import urlsplit
 
@@ -21,6 +23,7 @@ class Link:
 
     def __init__(self, target: int) -> None:
         self._target = target
+        self._turns: Iterator[int] | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self._is_cut = False
@@ -52,6 +55,10 @@ class Link:
     def lead_to(self, target: int) -> None:
         """Pass connections that come from now on to another port."""
         self._target = target
+
+    def lead_in_turn(self, targets: list[int]) -> None:
+        """Pass each new connection on to the next of these ports, as a load balancer does."""
+        self._turns = itertools.cycle(targets)
 
     def cut(self) -> None:
         """End all connections, and let no new one in."""
@@ -108,7 +115,7 @@ class Link:
             client.close()
             return
         try:
-            server = socket.create_connection(("127.0.0.1", self._target))
+            server = socket.create_connection(("127.0.0.1", next(self._turns) if self._turns else self._target))
         except OSError:  # nobody is there
             client.close()
             return

@@ -40,7 +40,7 @@ _DEFAULTS = {
     "tcp_user_timeout": "10000",
 }
 
-_STANDBY = (
+STANDBY = (
     "The PostgreSQL server at {0.host}:{0.port} is a standby. Sending and listening need the primary: set "
     "SSE_DATABASE_URL (and SSE_LISTEN_URL, if you use it) to the primary's URL, or name all servers in it, with "
     "?target_session_attrs=primary."
@@ -260,7 +260,7 @@ def execute(
             wait(connection, timeout)
         except (psycopg2.errors.FeatureNotSupported, psycopg2.errors.ReadOnlySqlTransaction) as error:
             if _is_standby(connection, timeout):
-                raise DatabaseUnavailable(_STANDBY.format(connection.info)) from error
+                raise DatabaseUnavailable(STANDBY.format(connection.info)) from error
             raise
         return list(cursor.fetchall()) if cursor.description else []
 

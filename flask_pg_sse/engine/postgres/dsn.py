@@ -216,14 +216,20 @@ def configured_databases(settings: Settings, config: Mapping[str, Any]) -> tuple
     return dsn, listen
 
 
+# What an app's queries do under gevent, and the remedy.
+PSYCOPG2 = (
+    "SQLALCHEMY_DATABASE_URI uses psycopg2. Each query then stops the whole gevent worker, with all streams, until "
+    "PostgreSQL answers. Use psycopg 3 (postgresql+psycopg://), or call psycogreen.gevent.patch_psycopg()."
+)
+
+
 def _warn_of_psycopg2(url: Any) -> None:
     """Warn if the app's own queries will stop all its streams, as far as that can be known."""
+    if is_patched() and get_wait_callback() is None and uses_psycopg2(url):
+        logger.warning(PSYCOPG2)
+
+
+def uses_psycopg2(url: Any) -> bool:
+    """Tell whether SQLAlchemy, if it is in use, takes psycopg2 for this URL."""
     sqlalchemy: Any = sys.modules.get("sqlalchemy")
-    if sqlalchemy is None or not is_patched() or get_wait_callback() is not None:
-        return
-    if sqlalchemy.make_url(url).get_driver_name() == "psycopg2":
-        logger.warning(
-            "SQLALCHEMY_DATABASE_URI uses psycopg2. Each query then stops the whole gevent worker, with all streams, "
-            "until PostgreSQL answers. Use psycopg 3 (postgresql+psycopg://), or call "
-            "psycogreen.gevent.patch_psycopg()."
-        )
+    return sqlalchemy is not None and bool(sqlalchemy.make_url(url).get_driver_name() == "psycopg2")

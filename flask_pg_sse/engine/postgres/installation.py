@@ -38,7 +38,7 @@ _LOOK_AGAIN = 5.0
 _CHECK_AGAIN = 60.0
 # Seconds for the installation. It waits for another installation, and for open transactions that use the same objects.
 _TIMEOUT = 600.0
-_MISSING = "the database has no event log. Remedy: flask sse init"
+MISSING = "the database has no event log. Remedy: flask sse init"
 
 _REQUIRED = (
     'The event log is required (SSE_EVENT_LOG is true, or SSE_LISTEN_URL is "poll"), and {}; or set SSE_EVENT_LOG to '
@@ -106,7 +106,7 @@ class InstallationLookup:
             self._look_at = time.monotonic() + (_LOOK_AGAIN if self._found is None else _CHECK_AGAIN)
             self._say(wrong)
         if self._found is None and self._setting is True:
-            raise EventLogMissing(_REQUIRED.format(wrong or _MISSING))
+            raise EventLogMissing(_REQUIRED.format(wrong or MISSING))
         return self._found
 
     def call(self, execute: Execute, run: Callable[[Installation], T]) -> T | None:
@@ -145,7 +145,7 @@ class InstallationLookup:
 
     def _say(self, wrong: str | None) -> None:
         """Log whether the event log is on, if that has changed; and again, rarely, while it is off and should be on."""
-        text = "The event log is on" if self._found else f"The event log is off: {wrong or _MISSING}"
+        text = "The event log is on" if self._found else f"The event log is off: {wrong or MISSING}"
         now = time.monotonic()
         if self._found is None and (self._setting is True or wrong is not None):
             if number := self._repeats.count(text, now):

@@ -63,7 +63,7 @@ _BEAT_OF_LOG = (
     "(SELECT key FROM flask_pg_sse.installed_v1()), (SELECT refusal FROM flask_pg_sse.look_v1(ARRAY[%s::bigint]))"
 )
 _OTHER_LOG = "The event log is a different one: it was installed again, or restored"
-_DEAF = (
+DEAF = (
     "LISTEN receives nothing here, as through PgBouncer: set SSE_LISTEN_URL to a direct connection to PostgreSQL, or "
     'to "poll"'
 )
@@ -178,7 +178,7 @@ class PostgresListener(Listener):
             if not self._receiver.log_is_on:
                 raise
             self._execute(connection, f"UNLISTEN {control.CHANNEL}")
-            logger.warning("%s. Until then events come late, and raw and ephemeral ones not at all.", _DEAF)
+            logger.warning("%s. Until then events come late, and raw and ephemeral ones not at all.", DEAF)
             self.hears = False
             self._poll_log(connection)
             return
@@ -289,7 +289,7 @@ class PostgresListener(Listener):
                 return True
             left = deadline - time.monotonic()
             if not more and (left <= 0 or not poller.poll(left * 1000)):
-                raise _Deaf(_DEAF)
+                raise _Deaf(DEAF)
 
     def _recover(self, connection: Any) -> None:
         self._ready(Readiness.READY)  # commands are heard from here on, or read from the log

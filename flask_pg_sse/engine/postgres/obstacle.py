@@ -11,6 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg2
@@ -51,6 +52,37 @@ WHERE l.granted AND l.locktype OPERATOR(pg_catalog.=) 'object' AND l.database OP
 """
 
 
+# What ends a full queue, and a commit that does not end.
+END_THE_TRANSACTION = "end that transaction, if need be with pg_terminate_backend()"
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """How full the queue of notifications is, from 0 to 1, and the session that probably holds it up, in words."""
+
+    usage: float
+    holder: str | None
+
+
+def look_at_the_queue(execute: Execute) -> Queue:
+    """Return how full the queue is, and who probably holds it up: the session whose transaction began first.
+
+    PostgreSQL names the session itself only in its log, once the queue is half full.
+    """
+    [(usage,)] = execute(_MOVE_ON, ())
+    holders = execute(_OLDEST_SESSION, ()) if usage else ()
+    return Queue(float(usage), holders[0][0] if holders else None)
+
+
+def committing(execute: Execute) -> str:
+    """Return the session whose commit holds the lock of NOTIFY, in words."""
+    return _names(execute(_COMMITTING_SESSION, ()))
+
+
+def _names(sessions: Sequence[Sequence[Any]]) -> str:
+    return ", ".join(name for (name,) in sessions) or "a session that is gone by now"
+
+
 class Obstacle:
     """What keeps one listener from sending beats. Each kind is logged at once, then rarely, and so is the end."""
 
@@ -68,8 +100,8 @@ class Obstacle:
             execute(_MOVE_ON, ())
             self._say(
                 "PostgreSQL's queue of notifications is full, so nothing that notifies can commit%s. It is held up by "
-                "%s, which listens and stays in a transaction. Streams stay open, and new ones begin. Remedy: end that "
-                "transaction, if need be with pg_terminate_backend().",
+                f"%s, which listens and stays in a transaction. Streams stay open, and new ones begin. Remedy: "
+                f"{END_THE_TRANSACTION}.",
                 lambda: execute(_THAT_SESSION, (self._slowest,)) or execute(_OLDEST_SESSION, ()),
             )
         else:
@@ -81,8 +113,7 @@ class Obstacle:
 
     def _say(self, text: str, holders: Callable[[], Sequence[Sequence[Any]]]) -> None:
         if number := self._repeats.count(text, time.monotonic()):
-            names = ", ".join(name for (name,) in holders()) or "a session that is gone by now"
-            logger.warning(text, times(number), names)
+            logger.warning(text, times(number), _names(holders()))
 
     def over(self) -> None:
         """Note that a beat could be sent."""

@@ -26,9 +26,9 @@ _EVERY = 60.0
 # make_interval() is named with its schema. A make_interval(numeric) that another role made in `public` would match
 # better, and would run with our rights.
 _PRUNE = "SELECT flask_pg_sse.prune_v1(pg_catalog.make_interval(secs => %s), %s::integer)"
-_HOLDERS = "SELECT flask_pg_sse.holders_v1('pruning'::pg_catalog.text)"
+HOLDERS = "SELECT flask_pg_sse.holders_v1('pruning'::pg_catalog.text)"
 # Seconds without a completed round of this process until that is logged, and between two such messages.
-_LATE = 600.0
+LATE = 600.0
 
 
 def prune(execute: Callable[[str, Sequence[Any]], Sequence[Sequence[Any]]], max_age: float) -> tuple[int, bool]:
@@ -88,9 +88,9 @@ class Pruner(BackgroundThread):
 
     def _say_if_late(self) -> None:
         since = time.monotonic() - self._done_at
-        if since < self._late + _LATE:
+        if since < self._late + LATE:
             return
-        [(holders,)] = self._execute(_HOLDERS)
+        [(holders,)] = self._execute(HOLDERS)
         self._late = since
         logger.warning(
             "For %.0f minutes this process could not prune the event log, and the log may be growing. The lock for "

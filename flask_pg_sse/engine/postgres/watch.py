@@ -24,6 +24,7 @@ from .connect import connect, connect_to_listen, execute, is_read_only
 from .dsn import Dsn
 from .identity import Finding, Server, Sightings, who
 from .listener import PostgresListener
+from .obstacle import NOT_NOW
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,11 @@ _TRY_AGAIN = 600.0
 # Seconds in which a server must answer a statement, and a notification must come back.
 _ANSWER_WITHIN = 5.0
 # A channel to try LISTEN on. No listener hears it.
-_TRIAL = f"{RESERVED_PREFIX}.trial"
+TRIAL = f"{RESERVED_PREFIX}.trial"
+
+# What is wrong with an address, and the remedy. `flask sse doctor` says the same.
+UNSTEADY = "leads now to one server, now to another"
+STEADY = "an address that leads to the primary alone, or all hosts in the URL, with ?target_session_attrs=primary"
 
 
 class AddressWatch(BackgroundThread):
@@ -157,10 +162,8 @@ class AddressWatch(BackgroundThread):
     def _say_unsteady(self, ours: Server, now: float) -> None:
         if number := self._unsteady.count("unsteady", now):
             logger.warning(
-                "%s leads now to one server, now to another%s. The listener stays with the %s. Events that are sent "
-                "elsewhere do not arrive. Remedy: an address that leads to the primary alone, or all hosts in the URL, "
-                "with ?target_session_attrs=primary.",
-                self._listener.dsn, times(number), ours,
+                "%s %s%s. The listener stays with the %s. Events that are sent elsewhere do not arrive. Remedy: %s.",
+                self._listener.dsn, UNSTEADY, times(number), ours, STEADY,
             )  # fmt: skip
 
     def _compare(self, found: Server) -> None:
@@ -174,17 +177,22 @@ class AddressWatch(BackgroundThread):
         now = time.monotonic()
         if other != found:
             if number := self._apart.count(f"{other} {found}", now):
-                logger.error(
-                    "%s leads to the %s, and %s to the %s. What the app sends to the one does not arrive from the "
-                    "other%s. Remedy: set %s to a direct connection to the database of %s.",
-                    self._dsn.source, other, listen.source, found, times(number), listen.source, self._dsn.source,
-                )  # fmt: skip
+                logger.error("%s", apart(self._dsn, other, listen, found, times(number)))
         elif ended := self._apart.over(now):
             logger.warning("%s and %s lead to one database again, after %s.", self._dsn.source, listen.source, ended)
 
 
 def _who(connection: Any) -> Server:
     return who(lambda query: execute(connection, query, timeout=_ANSWER_WITHIN))
+
+
+def apart(dsn: Dsn, server: Server, listen: Dsn, heard: Server, times: str = "") -> str:
+    """Return in words that the app sends to one database and listens to another. `times` says how often it did."""
+    return (
+        f"{dsn.source} leads to the {server}, and {listen.source} to the {heard}. What the app sends to the one does "
+        f"not arrive from the other{times}. Remedy: set {listen.source} to a direct connection to the database of "
+        f"{dsn.source}."
+    )
 
 
 def _why_not(connection: Any, *, read_only: bool, hears: bool) -> str | None:
@@ -194,24 +202,29 @@ def _why_not(connection: Any, *, read_only: bool, hears: bool) -> str | None:
     """
     if is_read_only(connection) and not read_only:
         return "it is read-only"
-    if not hears:
-        return None
-    execute(connection, f'LISTEN "{_TRIAL}"', timeout=_ANSWER_WITHIN)
     try:
-        execute(connection, "SELECT pg_catalog.pg_notify(%s, '')", (_TRIAL,), timeout=_ANSWER_WITHIN)
-    except (psycopg2.errors.LockNotAvailable, psycopg2.errors.ProgramLimitExceeded):
+        return None if not hears or hears_itself(connection) else "it receives nothing"
+    except NOT_NOW:
         return None  # NOTIFY has to wait there, or its queue is full; the listener says so
+
+
+def hears_itself(connection: Any) -> bool:
+    """Try LISTEN: tell whether the connection receives what it notifies.
+
+    Raises the errors `obstacle.NOT_NOW` if NOTIFY has to wait, or its queue is full, and as `connect.execute()`.
+    """
+    execute(connection, f'LISTEN "{TRIAL}"', timeout=_ANSWER_WITHIN)
+    execute(connection, "SELECT pg_catalog.pg_notify(%s, '')", (TRIAL,), timeout=_ANSWER_WITHIN)
     deadline = time.monotonic() + _ANSWER_WITHIN
     poller = select.poll()
     poller.register(connection.fileno(), select.POLLIN)
-    while True:
+    heard = False
+    while not heard:
         connection.poll()
-        if any(one.pid == connection.info.backend_pid for one in connection.notifies):
-            break
+        heard = any(one.pid == connection.info.backend_pid for one in connection.notifies)
         left = deadline - time.monotonic()
-        if left <= 0 or not poller.poll(left * 1000):
-            execute(connection, f'UNLISTEN "{_TRIAL}"', timeout=_ANSWER_WITHIN)  # the session may be a pooler's
-            return "it receives nothing"
+        if not heard and (left <= 0 or not poller.poll(left * 1000)):
+            break
     connection.notifies = []
-    execute(connection, f'UNLISTEN "{_TRIAL}"', timeout=_ANSWER_WITHIN)
-    return None
+    execute(connection, f'UNLISTEN "{TRIAL}"', timeout=_ANSWER_WITHIN)  # the session may be a pooler's
+    return heard

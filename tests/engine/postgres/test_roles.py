@@ -35,8 +35,8 @@ SECURITY = Document("docs/security.md")  # there the database is `shop`
 
 SENDER_MAY = {"notify"}
 APP_MAY = {
-    "beat_v1", "draw_v1", "enqueue_v1", "head_v1", "holders_v1", "holding_v1", "installed_v1", "look_v1", "notify",
-    "number_v1", "page_v1", "prune_v1", "publish_v1", "tail_v1", "version_v1", "wait_v1",
+    "beat_v1", "draw_v1", "enqueue_v1", "examine_v1", "head_v1", "holders_v1", "holding_v1", "installed_v1", "look_v1",
+    "notify", "number_v1", "page_v1", "prune_v1", "publish_v1", "tail_v1", "version_v1", "wait_v1",
 }  # fmt: skip
 TRIGGER_FUNCTIONS = {"one_row_v1", "publish_pending_v1", "replicated_v1"}
 
@@ -426,6 +426,7 @@ def use_all_of_it(connection: Any, *, only_notify: bool = False, install: bool =
     run(connection, "SELECT flask_pg_sse.beat_v1('x'), flask_pg_sse.head_v1(), flask_pg_sse.draw_v1(1)")
     run(connection, "SELECT * FROM flask_pg_sse.installed_v1()")
     run(connection, "SELECT flask_pg_sse.holders_v1('pruning')")
+    run(connection, "SELECT * FROM flask_pg_sse.examine_v1()")
     run(connection, "SELECT flask_pg_sse.prune_v1('0 s'::pg_catalog.interval, 1)")
     if install:
         run(connection, schema_sql(["app"], owner="sse_owner"))

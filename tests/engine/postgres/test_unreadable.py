@@ -161,9 +161,12 @@ def test_a_notify_of_bytes_that_are_no_text_ends_no_listener(
                         assert next(live).data == text * 9000
                 assert execute(url, LISTENERS) == before, "it reconnected"
             dropped = [text for text in caplog.messages if text.startswith("Dropped")]
-            assert dropped == ["Dropped a NOTIFY payload (1 so far): It is not text in the database's encoding."][
-                : len(POISON[encoding])
-            ]
+            assert (
+                dropped
+                == ["Dropped a NOTIFY payload (1 so far): It is not text in the database's encoding."][
+                    : len(POISON[encoding])
+                ]
+            )
             app.extensions["pg_sse"].close()
         finally:
             execute(url, "DROP ROLE passer_by")

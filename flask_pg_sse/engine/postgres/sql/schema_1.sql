@@ -678,3 +678,30 @@ BEGIN
     END IF;
     RETURN deleted;
 END $function$;
+
+-- What `flask sse doctor` looks at, for roles that cannot read the tables: the rows of the tables of one row, the age of
+-- the oldest event in seconds, committed rows of `pending` (where the trigger did not fire), the last id that was drawn and
+-- the highest one, triggers that are not as repair.sql sets them, and the channels of the last thousand events.
+CREATE FUNCTION flask_pg_sse.examine_v1()
+RETURNS TABLE (installations bigint, retentions bigint, oldest double precision, pending bigint, drawn bigint,
+    highest bigint, triggers text, channels text[])
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off AS $function$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+    SELECT (SELECT count(*) FROM flask_pg_sse.installation), (SELECT count(*) FROM flask_pg_sse.retention),
+        (SELECT extract(epoch FROM clock_timestamp() - e.created_at)::double precision
+            FROM flask_pg_sse.event e ORDER BY e.id LIMIT 1),
+        (SELECT count(*) FROM flask_pg_sse.pending), (SELECT s.last_value FROM flask_pg_sse.event_id s),
+        (SELECT e.id FROM flask_pg_sse.event e ORDER BY e.id DESC LIMIT 1),
+        (SELECT string_agg(concat(m.relation, '.', m.name), ', ') FROM (VALUES
+                ('installation', 'one_row', 'A'), ('retention', 'one_row', 'A'), ('event', 'replicated', 'R'),
+                ('pending', 'publish', 'O')
+            ) AS m (relation, name, state)
+            LEFT JOIN pg_trigger t ON t.tgrelid = to_regclass('flask_pg_sse.' || m.relation) AND t.tgname = m.name
+            WHERE t.tgenabled::text IS DISTINCT FROM m.state),
+        ARRAY(SELECT DISTINCT e.channel FROM (
+                SELECT e.channel FROM flask_pg_sse.event e ORDER BY e.id DESC LIMIT 1000
+            ) AS e WHERE NOT starts_with(e.channel, 'flask_pg_sse'));
+END $function$;

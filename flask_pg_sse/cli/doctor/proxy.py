@@ -1,0 +1,7 @@
+"""What stands between the app and the browser."""
+
+from __future__ import annotations
+
+from .setup import Check
+
+CHECKS: dict[str, Check] = {}
