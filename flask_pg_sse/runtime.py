@@ -10,11 +10,11 @@ import contextlib
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .channels import check_channel
+from .concurrency.locks import Lock
 from .engine.base import Disconnect, Engine
 from .engine.caller import check_caller
 from .engine.losses import Losses
@@ -47,7 +47,7 @@ class Runtime:
         self._config = config
         self._dumps = dumps
         self._settings: Settings | None = None
-        self._locks: dict[int, threading.Lock] = {}
+        self._locks: dict[int, Lock] = {}
         self._worker: Worker | None = None
         self.redis: Broker | None = None  # where the events are, if not in PostgreSQL
         self.losses = Losses()
@@ -188,10 +188,10 @@ class Runtime:
                 f"Set DATABASE_URL to postgresql://user:password@host/database, and no {self.redis.source}."
             ) from None
 
-    def _lock(self) -> threading.Lock:
+    def _lock(self) -> Lock:
         # One lock for each process. A lock from before a fork may stay locked forever in the child, and may be of the
         # wrong kind (created before gevent patched the process).
-        return self._locks.setdefault(os.getpid(), threading.Lock())
+        return self._locks.setdefault(os.getpid(), Lock())
 
 
 class Worker:
@@ -206,7 +206,7 @@ class Worker:
         self.engine = engine
         self.admission = Admission(_stream_limiter(settings))
         self._settings = settings
-        self._starting = threading.Lock()
+        self._starting = Lock()
         self._stopped = False
         self._streams: tuple[Hub, Replay] | None = None
         self._ticker: Ticker | None = None

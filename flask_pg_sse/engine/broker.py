@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
+from ..concurrency.forks import close_in_children
 from ..errors import ConfigurationError, DatabaseUnavailable
 
 try:
@@ -91,6 +93,9 @@ def _begin(connection: Any) -> None:
     redis-py leaves it open, and its pool would give it to the next caller, if the greenlet is killed meanwhile.
     """
     try:
+        if connection.pid != os.getpid():  # in the copy of a greenlet, whose original sends the same
+            raise redis.ConnectionError("This process was forked from one in the middle of this command")
+        close_in_children(connection._sock)
         connection.on_connect()
         _refuse_sentinel(connection)
     except BaseException as error:

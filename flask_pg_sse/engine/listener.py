@@ -11,7 +11,7 @@ import time
 from collections.abc import Hashable, Iterable
 from typing import Any
 
-from ..concurrency import BackgroundThread
+from ..concurrency.background import BackgroundThread
 from ..errors import EventLogMissing, PgSSEError
 from .base import Readiness, Sink, Status, Ticket
 from .listens import ListenTable
@@ -98,7 +98,7 @@ class Listener(BackgroundThread):
                     self._listens.lost()
                     self._wakeup.watch(-1)
                     connection.close()
-            if failure is not None:
+            if failure is not None and not self._stopping:
                 self._ready(Readiness.LOG_MISSING if isinstance(failure, EventLogMissing) else Readiness.AWAY)
                 self._pause(what, failure)
 

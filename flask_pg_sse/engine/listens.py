@@ -6,10 +6,10 @@ LISTEN and UNLISTEN stand for the commands of any bus: with Redis they are SUBSC
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Callable, Hashable, Iterable
 
+from ..concurrency.locks import Lock
 from .base import TooManyChannels
 from .turns import TurnQueue, Waiting
 
@@ -78,7 +78,7 @@ class ListenTable:
         self._linger = linger
         self._name_of = name_of
         self._most = most
-        self._lock = threading.Lock()  # guards the tables; their keys are the bus's names for channels
+        self._lock = Lock()  # guards the tables; their keys are the bus's names for channels
         self._listens: dict[str, _Listen] = {}
         self._queue = TurnQueue[ListenTicket]()
         self._again: list[str] = []  # wanted since an earlier connection

@@ -6,13 +6,12 @@ It keeps events as the event log does. It receives only the events and commands 
 from __future__ import annotations
 
 import functools
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..concurrency import FairLock
+from ..concurrency.locks import Lock
 from ..event import Event, encode
 from .base import ControlMessage, Item, Look, Page, Readiness, Sink, Status, Tail
 from .transactions import Outcome, follow
@@ -52,9 +51,9 @@ class MemoryEngine:
         self._kept_bytes = 0
         self._channels: Counter[str] = Counter()
         # Not the same lock as `_turn`: the sink may hold its own lock while it subscribes.
-        self._counting = threading.Lock()
+        self._counting = Lock()
         self._sink: Sink | None = None
-        self._turn = FairLock()
+        self._turn = Lock()
 
     def start(self, sink: Sink) -> None:
         with self._turn:

@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-from ..concurrency import new_parking_spot
+from ..concurrency.parking import new_parking_spot
 
 _T = TypeVar("_T", bound=Hashable)
 
@@ -58,7 +58,7 @@ class Waiting:
         self.client = client
         self.given = False
         self.cancelled = False
-        self._spot = new_parking_spot(shared=True)
+        self._spot = new_parking_spot()
 
     def wait(self, timeout: float) -> bool:
         """Wait at most `timeout` seconds, and return whether it was given. It may wait again."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 
 from ..channels import heard_unquoted
+from ..concurrency.forks import reset_in_children
+from ..concurrency.locks import Event, Lock
 from ..engine.base import Disconnect, Readiness
 from .subscription import Subscription, Terms
 
@@ -22,7 +22,14 @@ _COMMANDS = 10_000
 # The places in use by all apps in this process: the length of the list is their number. It is a list because append()
 # and pop() are atomic, and += is not.
 _taken_here: list[None] = []
-os.register_at_fork(after_in_child=_taken_here.clear)
+
+
+def _reset() -> None:
+    global _taken_here
+    _taken_here = []  # another list: copies of the parent's streams that end here release their places in the old one
+
+
+reset_in_children(_reset)
 _NONE: set[Subscription] = set()
 _NO_ANSWER = f"PostgreSQL has not answered within {OPEN_TIMEOUT:g} s, or the event log is missing"
 
@@ -56,7 +63,8 @@ class StreamLimiter:
         self._most = most
         self._most_each = most_each
         self._most_here = most_here
-        self._taking = threading.Lock()
+        self._taken_here = _taken_here
+        self._taking = Lock()
         self._taken: list[None] = []  # a list for the same reason as `_taken_here`
         self._of: dict[str, set[Subscription]] = {}
 
@@ -66,9 +74,9 @@ class StreamLimiter:
             if len(self._taken) >= self._most or self._is_full_for(subscription):
                 return False
             if self._most_here is not None:
-                _taken_here.append(None)  # before the check: other apps have locks of their own
-                if len(_taken_here) > self._most_here:
-                    _taken_here.pop()
+                self._taken_here.append(None)  # before the check: other apps have locks of their own
+                if len(self._taken_here) > self._most_here:
+                    self._taken_here.pop()
                     return False
             self._taken.append(None)
             subscription.place = None
@@ -95,10 +103,9 @@ class StreamLimiter:
             del subscription.place  # this is atomic too: a second call finds no place
         except AttributeError:
             return
-        with contextlib.suppress(IndexError):  # a forked process does not count its parent's streams
-            self._taken.pop()
-            if self._most_here is not None:
-                _taken_here.pop()
+        self._taken.pop()
+        if self._most_here is not None:
+            self._taken_here.pop()
         for client in subscription.terms.clients:
             self._of.get(client, _NONE).discard(subscription)
 
@@ -147,11 +154,11 @@ class Admission:
 
     def __init__(self, limiter: StreamLimiter) -> None:
         self.limiter = limiter
-        self._answered = threading.Event()  # set while there is nothing to wait for
+        self._answered = Event()  # set while there is nothing to wait for
         self._hears_commands = False
         self._closed: str | None = None
         self.log_missing = False  # True once the database has no log and the configuration requires one
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._missed_at = -math.inf  # monotonic time until which commands may have been missed
         self._commands: deque[tuple[float, Disconnect]] = deque(maxlen=_COMMANDS)  # each with its monotonic time
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from .. import concurrency
+from ..concurrency import greenlets
 from ..engine.base import Item
 from .block import Block, Position
 from .subscription import Subscription
@@ -96,4 +96,4 @@ def in_portions(work: Iterable[tuple[_T, Sequence[Subscription]]]) -> Iterator[t
             left -= len(portion)
             if not left:
                 left = OFFERS_BETWEEN_YIELDS
-                concurrency.checkpoint()
+                greenlets.checkpoint()

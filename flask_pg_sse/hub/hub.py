@@ -19,7 +19,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 
 from .. import event
-from ..concurrency import FairLock
+from ..concurrency.locks import Lock
 from ..engine.base import ControlMessage, Disconnect, Item, Readiness, Tail, Ticket, TooManyChannels
 from ..server.hangups import Hangups
 from ..server.stall import ENOUGH_BYTES
@@ -69,7 +69,7 @@ class Hub:
         self._retry = retry
         # Serialises offers, which come from the engine's turns and from the ticker, and changes to the tables and the
         # state below. It is acquired once for a turn, not once for a client.
-        self._dispatch = FairLock()
+        self._dispatch = Lock()
         self._sets: dict[frozenset[str], SubscriberSet] = {}
         self._sets_of: dict[str, set[SubscriberSet]] = {}
         self.position = 0  # in the log; 0 without one

@@ -8,9 +8,9 @@ that others need.
 
 from __future__ import annotations
 
-import threading
 import time
 
+from ..concurrency.locks import Event
 from .buffer import PIECE_BYTES
 
 # Seconds for which an event keeps its room in any case. A client that reads at an ordinary pace gets all of it.
@@ -42,36 +42,42 @@ class LargeEvent:
 
 
 class LargeEvents:
-    """The large events that streams read, with at most `limit` bytes, or one larger event alone."""
+    """The large events that streams read, with at most `limit` bytes, or one larger event alone.
+
+    It takes no lock, because the garbage collector may end a stream in any statement here, and in any thread.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._changed = threading.Condition()
+        self._changed = Event()
         self._events: dict[int, LargeEvent] = {}
 
     def join(self, log_id: int, size: int, reader: object) -> LargeEvent:
         """Return the event, which may have to be loaded. The reader must `leave()` it."""
-        with self._changed:
+        while True:
             large = self._events.setdefault(log_id, LargeEvent(log_id, size))
             large.readers.add(reader)
-            return large
+            if self._events.get(log_id) is large:
+                return large
 
     def leave(self, large: LargeEvent, reader: object) -> None:
-        with self._changed:
-            large.readers.discard(reader)
-            if not large.readers and self._events.get(large.log_id) is large:
-                del self._events[large.log_id]
-            self._changed.notify_all()
+        large.readers.discard(reader)
+        if not large.readers and self._events.get(large.log_id) is large:
+            self._events.pop(large.log_id, None)
+            if large.readers:  # one has joined meanwhile
+                self._events.setdefault(large.log_id, large)
+        self._changed.set()
 
     def make_room(self, size: int) -> None:
         """Wait until `size` bytes more have room, for a moment only. One caller at a time loads an event."""
-        with self._changed:
-            while loaded := [one for one in list(self._events.values()) if one.data is not None]:
-                if sum(len(one.data or b"") for one in loaded) + size <= self._limit:
-                    return
-                now = time.monotonic()
-                kept = [one for one in loaded if now < one.loaded_at + KEPT_FOR]
-                if len(kept) < len(loaded):
-                    min((one for one in loaded if one not in kept), key=lambda one: one.taken_at).data = None
-                else:
-                    self._changed.wait(min(one.loaded_at for one in kept) + KEPT_FOR - now)
+        while True:
+            self._changed.clear()
+            loaded = [one for one in list(self._events.values()) if one.data is not None]
+            if not loaded or sum(len(one.data or b"") for one in loaded) + size <= self._limit:
+                return
+            now = time.monotonic()
+            kept = [one for one in loaded if now < one.loaded_at + KEPT_FOR]
+            if len(kept) < len(loaded):
+                min((one for one in loaded if one not in kept), key=lambda one: one.taken_at).data = None
+            else:
+                self._changed.wait(min(one.loaded_at for one in kept) + KEPT_FOR - now)

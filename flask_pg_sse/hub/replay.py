@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from typing import Protocol, TypeVar
 
 from .. import event
+from ..concurrency.greenlets import sleep
 from ..engine.base import LOG_READERS, Look, Page, Tail
 from ..engine.turns import Turn, TurnQueue, Turns
 from ..errors import DatabaseUnavailable
@@ -129,7 +130,7 @@ class Replay:
                 if time.monotonic() >= heartbeat_at:
                     heartbeat_at = time.monotonic() + self._heartbeat
                     yield event.HEARTBEAT
-                time.sleep(min(_RETRY, self._heartbeat))
+                sleep(min(_RETRY, self._heartbeat))
 
     def _one_large(
         self, subscription: Subscription, channels: Sequence[str], log_id: int, size: int
@@ -181,7 +182,7 @@ class Replay:
                     raise
                 if subscription.ended:
                     return False
-                time.sleep(min(_RETRY, self._heartbeat))
+                sleep(min(_RETRY, self._heartbeat))
 
     def _turn(
         self, turns: Turns, subscription: Subscription, *, opening: bool, heartbeat: bytes = event.HEARTBEAT

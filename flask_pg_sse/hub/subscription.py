@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..concurrency import ParkingSpot, new_parking_spot
+from ..concurrency.parking import ParkingSpot, new_parking_spot
 from ..engine.base import Ticket
 from ..server.direct_write import NOW, write
 from .block import Block, Position

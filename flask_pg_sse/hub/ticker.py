@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from ..concurrency import BackgroundThread
+from ..concurrency.background import BackgroundThread
 from ..server import shutdown
 from .hub import Hub
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from ..concurrency import is_patched
+from ..concurrency.greenlets import is_patched
 from . import gunicorn
 
 # The default limit of streams for a worker about which nothing is known.

@@ -8,6 +8,7 @@ import socket
 import sys
 from typing import Any
 
+from ..concurrency.forks import close_in_children
 from . import gunicorn, pywsgi
 from .direct_write import DirectWriter
 from .release import release_environ
@@ -34,10 +35,12 @@ class Connection(DirectWriter):
         self._breaks_off = not event_source and environ.get("REQUEST_METHOD") != "HEAD"
         # Only like this does werkzeug's server not send the last chunk: its write to the socket fails, without a word.
         self._end = socket.SHUT_RDWR if self._breaks_off and "werkzeug.socket" in environ else socket.SHUT_RD
-        self._take_socket(gunicorn.socket_of(environ) or environ.get("werkzeug.socket"))
+        self._take_socket(gunicorn.socket_of(environ) or environ.get("werkzeug.socket") or pywsgi.socket_of(environ))
 
     def _take_socket(self, client: Any) -> None:
         self._socket = getattr(client, "_sock", client)
+        if isinstance(self._socket, _socket.socket):
+            close_in_children(self._socket)
 
     def response_started(self, write: Any, *, body: int, direct_write: bool | str, send_timeout: float) -> None:
         """Have the server close the connection after this response. `write` is what `start_response` returned.
@@ -56,14 +59,13 @@ class Connection(DirectWriter):
             response.force_close()
             gunicorn.mask_token(response)
             known = self._answer = gunicorn.response_behind(write)
-            if known is not None and self._breaks_off:
-                gunicorn.leave_body_unfinished(known)
+            if known is not None:
+                gunicorn.end_connection(known, unfinished=self._breaks_off)
             if self._environ is not None and known is not None and direct_write:
                 self.prepare(known, self._environ, body, always=direct_write == "always")
         elif hasattr(response, "close_connection"):  # gevent's pywsgi
             response.close_connection = True
-            if self._breaks_off:
-                pywsgi.leave_body_unfinished(response)
+            pywsgi.end_connection(response, unfinished=self._breaks_off)
             self._take_socket(response.socket)
             self._answer = response
         self._notice_silence(send_timeout)

@@ -6,6 +6,8 @@ and without knowing the worker's limits.
 
 from __future__ import annotations
 
+import _socket
+import contextlib
 import functools
 import io
 import json
@@ -117,25 +119,35 @@ def mask_token(response: Any) -> None:
             setattr(response.req, name, without_token(text))
 
 
-def leave_body_unfinished(response: Any) -> None:
-    """Have the response end without the last chunk of its chunked body (RFC 9112, section 7.1).
+def end_connection(response: Any, *, unfinished: bool) -> None:
+    """Have the connection end with the response, for the client too. It goes on where gunicorn only closes its socket:
+    a process may have been forked meanwhile, and have the socket too.
 
-    Its class is replaced by one that only ends differently. So what middleware still writes goes out first, gunicorn
+    With `unfinished` the response ends without the last chunk of its chunked body (RFC 9112, section 7.1). The class of
+    the response is replaced by one that only ends differently. So what middleware still writes goes out first, gunicorn
     logs the request and closes the connection as always, and a stream takes no more memory.
     """
     of: Any = type(response)
-    response.__class__ = _unfinished(of)
+    response.__class__ = _ending(of, unfinished)
 
 
 @functools.cache
-def _unfinished(of: Any) -> Any:
-    class Unfinished(of):  # type: ignore[misc]
+def _ending(of: Any, unfinished: bool) -> Any:
+    class Ending(of):  # type: ignore[misc]
         def close(self) -> None:
-            if self.headers_sent:
+            if unfinished and self.headers_sent:
                 self.chunked = False
             super().close()
+            hang_up(self.sock)
 
-    return Unfinished
+    return Ending
+
+
+def hang_up(client: Any) -> None:
+    """End the connection on a socket, for all processes that have it. What was sent before still arrives."""
+    # The base class's method, because an SSL socket's own would go on without encryption.
+    with contextlib.suppress(OSError, TypeError):  # the client has disconnected; or a test's socket, which is none
+        _socket.socket.shutdown(getattr(client, "_sock", client), _socket.SHUT_RDWR)
 
 
 def release_request(environ: dict[str, Any], response: Any) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import select
-import threading
 from typing import Any, Generic, Protocol, TypeVar
+
+from ..concurrency.forks import close_in_children
+from ..concurrency.locks import Lock
 
 
 class Watched(Protocol):
@@ -30,7 +32,7 @@ class Hangups(Generic[_Stream]):
 
     def __init__(self) -> None:
         self._epoll: Any = None
-        self._table = threading.Lock()
+        self._table = Lock()
         # By the socket's number, which another connection gets later. A list suffices, because the system always gives
         # out the lowest free number.
         self._streams: list[_Stream | None] = []
@@ -39,6 +41,7 @@ class Hangups(Generic[_Stream]):
         epoll = _epoll()
         if epoll is not None:
             self._epoll = epoll()
+            close_in_children(self)  # an epoll object is shared: what a child finds, its parent does not
 
     def stop(self) -> None:
         if self._epoll is not None:

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
-from .gunicorn import LOG_OF_ANOTHER_SERVER, AccessLog, access_log
+from .gunicorn import LOG_OF_ANOTHER_SERVER, AccessLog, access_log, hang_up
 from .release import release_environ, shortened, within_room
 
 
-def leave_body_unfinished(handler: Any) -> None:
-    """Have a handler send all of a chunked body but its last chunk, as `gunicorn.leave_body_unfinished()` does."""
+def socket_of(environ: Mapping[str, Any]) -> Any:
+    """Return the client's socket; None under another server."""
+    return getattr(getattr(getattr(environ.get("wsgi.input"), "rfile", None), "raw", None), "_sock", None)
+
+
+def end_connection(handler: Any, *, unfinished: bool) -> None:
+    """Have the connection end with the response, as `gunicorn.end_connection()` does."""
     of: Any = type(handler)
-    handler.__class__ = _unfinished(of)
+    handler.__class__ = _ending(of, unfinished)
 
 
 @functools.cache
-def _unfinished(of: Any) -> Any:
-    class Unfinished(of):  # type: ignore[misc]
+def _ending(of: Any, unfinished: bool) -> Any:
+    class Ending(of):  # type: ignore[misc]
         def _sendall(self, data: bytes) -> None:
-            if data != b"0\r\n\r\n":  # nothing else that is sent is these bytes alone
+            if not (unfinished and data == b"0\r\n\r\n"):  # nothing else that is sent is these bytes alone
                 super()._sendall(data)
 
-    return Unfinished
+        def process_result(self) -> None:
+            super().process_result()
+            hang_up(self.socket)
+
+    return Ending
 
 
 def release_request(handler: Any) -> None:

@@ -18,7 +18,9 @@ import weakref
 from types import FrameType
 from typing import Any
 
-from ..concurrency import Wakeup
+from ..concurrency.forks import reset_in_children
+from ..concurrency.greenlets import become_copy
+from ..concurrency.wakeup import Wakeup
 from . import gunicorn
 
 _requested = False
@@ -43,6 +45,17 @@ class _Handler:
             if wakeup is not None:
                 wakeup.set()
         self._previous(signum, frame)
+
+
+def _reset() -> None:
+    """Forget the worker in a child, which is none: its parent may end, and it goes on."""
+    global _requested, _worker, _wakeups
+    if _worker is not None:
+        become_copy()
+    _requested, _worker, _wakeups = False, None, ()
+
+
+reset_in_children(_reset)
 
 
 def watch() -> None:

@@ -18,6 +18,7 @@ from werkzeug.exceptions import NotFound
 from werkzeug.routing import PathConverter
 
 from ..channels import check_channel, heard_unquoted, unquoted
+from ..concurrency.greenlets import is_copy
 from ..errors import ConfigurationError, EventLogMissing, InvalidChannel
 from ..hub.admission import TryLater
 from ..hub.stream import stream
@@ -214,6 +215,8 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
     permission = _permission(state, channels, query.get("token", [""])[0])
     private = permission.asks
     try:
+        if is_copy() and connection.fileno() >= 0:
+            raise TryLater("unavailable", "a job that this worker has forked took the request, and cannot serve it")
         subscription = _admitted(current, state, worker, connection, channels, permission)
         if current.method == "HEAD":
             return stream_response(Blocks(connection), connection, settings, private=private)

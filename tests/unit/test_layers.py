@@ -100,7 +100,7 @@ def test_the_readme_shows_the_same_house() -> None:
         if inside[-1:] == ["__init__"] or top == "__init__":
             continue
         if top in GROUND:
-            there.setdefault("ground", set()).add(top)
+            there.setdefault("ground", set()).add("/".join([top, *inside]))
         else:
             there.setdefault(top, set()).add("/".join(inside) or top)
     assert shown == there

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_pg_sse import concurrency as wakeup
 from flask_pg_sse import event
+from flask_pg_sse.concurrency import greenlets
 from flask_pg_sse.engine.base import Disconnect
 from flask_pg_sse.hub import hub as hub_module
 from flask_pg_sse.hub.block import Block, Position
@@ -448,7 +448,7 @@ def test_a_large_page_lets_others_work_between(monkeypatch: pytest.MonkeyPatch) 
     for number in range(1000):
         opened(hub, ["news", f"user-{number}"])
     pauses: list[int] = []
-    monkeypatch.setattr(wakeup, "checkpoint", lambda: pauses.append(1))
+    monkeypatch.setattr(greenlets, "checkpoint", lambda: pauses.append(1))
     hub.deliver([("news", b"x", 0)], 0)
     assert len(pauses) == 4
 

@@ -12,7 +12,7 @@ import sys, time
 if "gevent" in sys.argv:
     import gevent.monkey; gevent.monkey.patch_all()
 import socket
-from flask_pg_sse.concurrency import Wakeup
+from flask_pg_sse.concurrency.wakeup import Wakeup
 ours, theirs = socket.socketpair()
 wakeup = Wakeup()
 wakeup.watch(ours.fileno())
@@ -43,7 +43,7 @@ def test_a_watched_descriptor_sets_it(kind: str) -> None:
 BUSY = """
 import gevent.monkey; gevent.monkey.patch_all()
 import gevent, socket, time
-from flask_pg_sse.concurrency import Wakeup
+from flask_pg_sse.concurrency.wakeup import Wakeup
 loop = gevent.get_hub().loop
 ours, theirs = socket.socketpair()
 wakeup = Wakeup()

@@ -19,6 +19,8 @@ from typing import Any
 import psycopg2
 from psycopg2.extensions import POLL_OK, POLL_READ, make_dsn
 
+from ...concurrency.forks import close_in_children
+from ...concurrency.greenlets import hub_here, original, poll
 from ...errors import DatabaseUnavailable
 from ..drivers import Psycopg2Cursor, use_own_typecasters
 from . import foreign
@@ -132,11 +134,12 @@ class _Race:
         except psycopg2.Error as error:
             self.errors.append(_reason(error, None))
             return
+        close_in_children(connection)
         self._running[connection] = (connection.poll(), time.monotonic() + self._timeout)
 
     def _step(self, until: float) -> Any:
         """Wait until one of the connections can go on, or until a time. Return one that is complete, or None."""
-        poller = select.poll()  # not select(): it cannot take a descriptor above 1023
+        poller = poll()  # not select(): it cannot take a descriptor above 1023
         by_number = {}
         for connection, (state, _) in self._running.items():
             by_number[connection.fileno()] = connection
@@ -190,7 +193,7 @@ def wait(connection: Any, timeout: float) -> None:
     Raises TimeoutError when the connection makes no progress for `timeout` seconds.
     """
     while (state := connection.poll()) != POLL_OK:
-        poller = select.poll()  # not select(): it cannot take a descriptor above 1023
+        poller = poll()  # not select(): it cannot take a descriptor above 1023
         poller.register(connection.fileno(), select.POLLIN if state == POLL_READ else select.POLLOUT)
         if not poller.poll(timeout * 1000):
             raise TimeoutError("no answer in time")
@@ -320,5 +323,6 @@ def _resolve(host: str) -> list[str]:
     try:
         return [str(ipaddress.ip_address(host))]
     except ValueError:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        resolve = socket.getaddrinfo if hub_here() is not None else original("socket", "getaddrinfo")
+        found = resolve(host, None, type=socket.SOCK_STREAM)
         return list(dict.fromkeys(str(entry[4][0]) for entry in found))

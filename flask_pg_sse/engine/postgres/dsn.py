@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, unquote
 import psycopg2
 from psycopg2.extensions import get_wait_callback, make_dsn, parse_dsn
 
-from ...concurrency import is_patched
+from ...concurrency.greenlets import is_patched
 from ...errors import IN_TESTS, ConfigurationError, DatabaseNotConfigured
 from ...settings import POLL, Settings, database_sources
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from ...concurrency.locks import Lock
 from ...event import Event
 from ...tokens import Keys, sign_disconnect
 from ..base import LOG_READERS, ControlMessage, Look, Page, Sink, Tail
@@ -63,7 +63,7 @@ class PostgresEngine(Listening):
         self._retention = retention
         self._beat_every = min(BEAT_EVERY, longest_silence)
         self._keys = keys
-        self._opening = threading.Lock()
+        self._opening = Lock()
         self._connections: _Connections | None = None
         self._listener: PostgresListener | None = None
         self._watch: AddressWatch | None = None

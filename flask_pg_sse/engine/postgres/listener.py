@@ -17,6 +17,7 @@ from typing import Any
 
 import psycopg2
 
+from ...concurrency.greenlets import poll, sleep
 from ...errors import DatabaseUnavailable
 from ..base import Readiness, Sink, Status, Ticket, TooManyChannels
 from ..listener import BATCH, LINGER, Listener
@@ -279,7 +280,7 @@ class PostgresListener(Listener):
             self._receiver.position = known
             raise DatabaseUnavailable("The event log has lost events that it had: it was restored")
         deadline = time.monotonic() + _ANSWER_WITHIN
-        poller = select.poll()
+        poller = poll()
         poller.register(connection.fileno(), select.POLLIN)
         while True:
             more = self._receiver.hand_over(connection)
@@ -309,7 +310,7 @@ class PostgresListener(Listener):
             self._wakeup.wait(max(0.0, read_at + _POLL_EVERY - time.monotonic()))
             begun = self._listens.due(sys.maxsize)[1]
             if begun:  # those that come at once are served by one query
-                time.sleep(max(0.0, read_at + _POLL_AGAIN - time.monotonic()))
+                sleep(max(0.0, read_at + _POLL_AGAIN - time.monotonic()))
                 begun += self._listens.due(sys.maxsize)[1]
             elif time.monotonic() < read_at + _POLL_EVERY:
                 continue

@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg2
 
+from ...concurrency.greenlets import poll
 from ...errors import DatabaseUnavailable
 from ..turns import Turns
 from .connect import PART_FOR_LOCKS, ask_for_an_answer, connect, execute, is_direct, is_read_only
@@ -205,7 +206,7 @@ class Pool:
         if pooled.used_at <= self._suspected_at or is_read_only(connection) != pooled.read_only:
             return False
         try:
-            poller = select.poll()
+            poller = poll()
             poller.register(connection.fileno(), select.POLLIN)
             if connection.closed or poller.poll(0):
                 return False

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from ...concurrency import checkpoint
+from ...concurrency.greenlets import checkpoint
 from ..base import Item, Page, Sink
 from ..listener import PAUSE, TURN_BYTES, TURN_EVENTS
 from ..listens import ListenTable

@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg2
 
-from ...concurrency import BackgroundThread
+from ...concurrency.background import BackgroundThread
 from ...errors import DatabaseUnavailable, PgSSEError
 from .installation import InstallationLookup
 from .pool import Pool
@@ -78,6 +78,8 @@ class Pruner(BackgroundThread):
                 self._say_if_late()
                 return
         except PgSSEError as error:  # the next round may succeed
+            if self._stopping:
+                return
             logger.warning("The event log could not be pruned: %s", error)
             return
         if self._late:

@@ -6,10 +6,10 @@ name without quotes (`channels.unquoted()`).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 
 from ...channels import heard_unquoted, name_heard_unquoted
+from ...concurrency.locks import Lock
 
 
 class UnquotedNames:
@@ -18,7 +18,7 @@ class UnquotedNames:
     def __init__(self) -> None:
         self.heard: dict[str, str] = {}
         self._streams: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def add(self, channels: Iterable[str]) -> list[str]:
         """Count one more stream on `channels`. Return the channels to listen to for it."""

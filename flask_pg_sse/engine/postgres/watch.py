@@ -17,7 +17,8 @@ from typing import Any
 import psycopg2
 
 from ...channels import RESERVED_PREFIX
-from ...concurrency import BackgroundThread
+from ...concurrency.background import BackgroundThread
+from ...concurrency.greenlets import poll
 from ...errors import DatabaseUnavailable
 from ...repeats import Repeats, times
 from .connect import connect, connect_to_listen, execute, is_read_only
@@ -216,7 +217,7 @@ def hears_itself(connection: Any) -> bool:
     execute(connection, f'LISTEN "{TRIAL}"', timeout=_ANSWER_WITHIN)
     execute(connection, "SELECT pg_catalog.pg_notify(%s, '')", (TRIAL,), timeout=_ANSWER_WITHIN)
     deadline = time.monotonic() + _ANSWER_WITHIN
-    poller = select.poll()
+    poller = poll()
     poller.register(connection.fileno(), select.POLLIN)
     heard = False
     while not heard:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import redis
 
-from ...concurrency import checkpoint
+from ...concurrency.greenlets import checkpoint
 from ...repeats import Repeats, times
 from ..base import Disconnect, Item, Readiness, Sink
 from ..broker import ANSWER_WITHIN, Broker

@@ -14,6 +14,7 @@ from typing import Any
 
 import redis
 
+from ...concurrency.forks import close_in_children
 from ..broker import ANSWER_WITHIN, Broker
 
 
@@ -40,6 +41,7 @@ class Subscriber:
         self._connection = broker.connect()
         # redis-py closes its socket by itself when a read fails. A descriptor of our own can be watched until close().
         self._number = os.dup(self._connection._sock.fileno())
+        close_in_children(self)
         self._questions: deque[_Question] = deque()
         self._alive_at = time.monotonic()  # when something came last, or when the oldest question was asked
 

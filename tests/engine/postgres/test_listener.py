@@ -410,7 +410,7 @@ def test_a_stop_in_the_midst_of_a_flood_is_a_stop(database_url: str, make_listen
     try:
         eventually(lambda: len(turns) > 20)
         listener.stop(5)
-        assert not listener._thread.is_alive()
+        assert listener._ended.is_set()
     finally:
         stop.set()
         flooding.join()

@@ -1,0 +1,162 @@
+"""A process that serves streams forks: the child has no part in them, and does as it likes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.client import Response, eventually, open_stream
+from tests.support.postgres import connect
+from tests.support.servers import WebServer
+
+Start = Callable[..., WebServer]
+APP = "tests.support.apps.forking:app"
+GTHREAD = ["-k", "gthread", "--threads", "16"]
+COUNT = 500
+WRONG = ("Traceback", "ERROR", "WARNING:flask_pg_sse")
+
+
+def sockets(pid: int) -> set[str]:
+    """Return the sockets that a process holds, apart from those that accept connections."""
+    listening = {line.split()[9] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if " 0A " in line}
+    found = set()
+    for number in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            name = os.readlink(number)
+        except FileNotFoundError:
+            continue
+        if name.startswith("socket:") and name[8:-1] not in listening:
+            found.add(name)
+    return found
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def publish(url: str, count: int = COUNT) -> None:
+    connection = connect(url)
+    try:
+        with connection.cursor() as cursor:
+            for number in range(count):
+                cursor.execute("SELECT pg_notify('orders', %s)", (str(number),))
+    finally:
+        connection.close()
+
+
+def exactly(streams: list[Response], count: int = COUNT) -> None:
+    for stream in streams:
+        assert [stream.event().data for _ in range(count)] == list(map(str, range(count)))
+
+
+def started(server: WebServer, start: Callable[[], object], listener: Response) -> int:
+    """Have a job begin, and return the number of its process."""
+    start()
+    return int((listener.event().data or "").removeprefix("begun in "))
+
+
+def check(server: WebServer, url: str, folder: Path, how: str) -> None:
+    streams = [open_stream(server.port, "orders") for _ in range(8)]
+    jobs = open_stream(server.port, "jobs")
+    publish(url, 3)
+    exactly(streams, 3)
+    child = started(server, lambda: server.post(f"/fork/{how}?folder={folder}"), jobs)
+    shared = sockets(child) & sockets(parent_of(child))
+    publish(url)
+    exactly(streams)
+    assert not shared
+    before = time.monotonic()
+    beats = [streams[0].next() for _ in range(3)]  # SSE_HEARTBEAT is 1 s
+    assert all(beat.comments == ["heartbeat"] or beat.event == "sse-cursor" for beat in beats)
+    assert time.monotonic() - before > 1.5
+    (folder / "go").touch()
+    assert jobs.event().data == "ended"
+    if how != "executor":  # whose process waits for another job
+        eventually(lambda: not Path(f"/proc/{child}").exists() or state_of(child) == "Z")
+    publish(url, 3)
+    exactly(streams, 3)
+    for stream in (*streams, jobs):
+        stream.close()
+    assert not any(word in server.log() for word in WRONG), server.log()
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+HOW = ["multiprocessing", "os.fork", "atexit", "executor"]
+SERVERS: dict[str, list[str] | Callable[[int], list[str]]] = {
+    "gevent": [],
+    "gthread": GTHREAD,
+    "gevent preloaded": ["--preload"],
+    "pywsgi": lambda port: [sys.executable, "-m", "tests.support.apps.forking", str(port)],
+    "flask run": lambda port: [sys.executable, "-m", "flask", "--app", APP, "run", "--port", str(port)],
+}
+
+
+def slow_but_one(values: Iterable[str], one: str) -> list[Any]:
+    return [value if value == one else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("how", slow_but_one(HOW, "multiprocessing"))
+@pytest.mark.parametrize("name", slow_but_one(SERVERS, "gevent"))
+def test_streams_go_on_and_the_child_notifies(
+    database_url: str, start_server: Start, tmp_path: Path, name: str, how: str
+) -> None:
+    options = SERVERS[name]
+    env = {"FLASK_SSE_HEARTBEAT": "1"}
+    if callable(options):
+        server = start_server(database_url, command=options, **env)
+    else:
+        server = start_server(database_url, *options, app=APP, **env)
+    check(server, database_url, tmp_path, how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asks", [{}, {"Cache-Control": "no-cache"}], ids=["fetch", "EventSource"])
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_stream_ends_for_its_client_though_another_process_has_its_socket(
+    database_url: str, start_server: Start, tmp_path: Path, name: str, asks: dict[str, str]
+) -> None:
+    """A C library may fork, or the process may do so before the stream is known."""
+    options = SERVERS[name]
+    env = {"FLASK_SSE_MAX_AGE": "1"}
+    if callable(options):
+        server = start_server(database_url, command=options, **env)
+    else:
+        server = start_server(database_url, *options, app=APP, **env)
+    with open_stream(server.port, "orders", headers=asks) as stream:
+        child = int(server.post(f"/fork/c?folder={tmp_path}"))
+        assert stream.event().json == {"reason": "max_age"}
+        assert stream.read() == b"" and stream.broken != bool(asks)
+        before = time.monotonic()
+        stream.wait_closed()
+        assert time.monotonic() - before < 2
+        assert state_of(child) in "SR"
+    (tmp_path / "go").touch()
+    assert not any(word in server.log() for word in WRONG), server.log()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gevent", "gthread"])
+def test_a_child_hears_streams_of_its_own(database_url: str, start_server: Start, tmp_path: Path, name: str) -> None:
+    """Under gevent it does so beside copies of its parent's greenlets, which must not run."""
+    options = SERVERS[name]
+    assert not callable(options)
+    server = start_server(database_url, *options, app=APP, FLASK_SSE_HEARTBEAT="1")
+    with open_stream(server.port, "jobs") as jobs, open_stream(server.port, "orders") as orders:
+        server.post(f"/fork/listening?folder={tmp_path}")
+        assert jobs.event().data == "own"
+        assert (jobs.event().data or "").startswith("begun in ")
+        assert (tmp_path / "heard").read_text() == "own"
+        publish(database_url)
+        exactly([orders])
+        (tmp_path / "go").touch()
+        assert jobs.event().data == "ended"
+    assert not any(word in server.log() for word in WRONG), server.log()
