@@ -198,18 +198,24 @@ def control_block(name: str, data: Mapping[str, object], *, id: int | None = Non
     return "\n".join([*lines, f"data: {json.dumps(data)}\n\n"]).encode()
 
 
+def retry_line(retry: int) -> bytes:
+    """Return the first line of a stream's first block. `retry` is in milliseconds."""
+    return f"retry: {retry}\n".encode()
+
+
 @functools.lru_cache(maxsize=1)  # ten thousand streams may open at once, nearly all at one position
-def open_block(position: int | None, retry: int) -> bytes:
-    """Return the first block of a stream. `retry` is in milliseconds."""
-    return control_block("open", {}, id=position, retry=retry)
+def open_block(position: int | None) -> bytes:
+    """Return the rest of a stream's first block, after `retry_line()`."""
+    return control_block("open", {}, id=position)
 
 
-def end_block(reason: str, retry: int, id: int | None = None) -> bytes:
+def end_block(reason: str, retry: int, *, id: int | None = None, comment: str = "") -> bytes:
     """Return the last block of a stream.
 
     `retry` is in milliseconds. It is spread at random by up to half, so the clients do not all return at once.
     """
-    return control_block("end", {"reason": reason}, id=id, retry=max(1, int(retry * random.uniform(0.5, 1.5))))
+    block = control_block("end", {"reason": reason}, id=id, retry=max(1, int(retry * random.uniform(0.5, 1.5))))
+    return _lines("", comment).encode() + block if comment else block
 
 
 _LOG_ID = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)

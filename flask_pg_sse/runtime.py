@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from .engine.losses import Losses
 from .engine.memory import MemoryEngine
 from .engine.postgres.dsn import Dsn, configured_databases
 from .engine.postgres.engine import PostgresEngine
-from .errors import ConfigurationError, DatabaseNotConfigured, DatabaseUnavailable
+from .errors import ConfigurationError, DatabaseNotConfigured
 from .event import make_event
 from .hub.admission import Admission, StreamLimiter, TryLater
 from .hub.hub import Hub
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from .engine.broker import Broker
 
 logger = logging.getLogger(__name__)
+
+# Seconds from the start of a worker in which it usually begins to hear the database. Streams of later requests do not
+# wait for that before they are answered.
+_MOMENT = 1.0
 
 
 class Runtime:
@@ -208,6 +213,7 @@ class Worker:
         self._settings = settings
         self._starting = Lock()
         self._stopped = False
+        self._started_at = 0.0
         self._streams: tuple[Hub, Replay] | None = None
         self._ticker: Ticker | None = None
 
@@ -222,29 +228,17 @@ class Worker:
                     self._streams = self._start()
         return self._streams
 
-    def wait_until_decidable(self, *, asks: bool) -> None:
-        """Wait until it can be decided whether a stream may begin. The stream holds a place meanwhile.
+    def listen_soon(self) -> None:
+        """Start to listen, if nothing has yet, and give that a moment.
 
-        `asks` means that the app's permission check follows. It must not run before this process hears commands that
-        take permission away again. Raises `TryLater` if the wait takes too long or the worker ends, and
-        `EventLogMissing` if the configuration requires a log and the database answers that it has none.
+        A right is best checked when this process hears the commands that take it away. A stream whose right was checked
+        before that comes back and is checked again, if such a command may have been missed.
         """
-        admission = self.admission
-        log_unknown = self._settings.event_log is True and not admission.log_in_use
-        if not (asks or log_unknown):
-            return
         _ = self.streams
-        if log_unknown:
-            admission.wait_for_answer()
-            if admission.log_missing:  # at the engine's last look; head() looks again
-                try:
-                    self.engine.head()
-                except DatabaseUnavailable:
-                    raise TryLater("unavailable") from None
-        if asks:
-            admission.wait_for_commands()
+        self.admission.wait_to_hear(self._started_at + _MOMENT)
 
     def _start(self) -> tuple[Hub, Replay]:
+        self._started_at = time.monotonic()
         settings, heartbeat = self._settings, self._settings.heartbeat
         hub = Hub(
             self.engine,

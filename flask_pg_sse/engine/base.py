@@ -117,8 +117,12 @@ class Sink(Protocol):
     def pruned(self, through: int) -> None:
         """Note that the events up to the id `through` have been pruned from the log."""
 
-    def ready(self, readiness: Readiness) -> None:
-        """Note a change of readiness. From `READY` on every control message arrives, unless `gap()` says otherwise."""
+    def ready(self, readiness: Readiness, *, why: str = "", earlier: Collection[Disconnect] | None = None) -> None:
+        """Note a change of readiness. From `READY` on every control message arrives, unless `gap()` says otherwise.
+
+        `why` says why the engine is not `READY`. With the first `READY` come the commands that were sent before, so far
+        as they are kept; None if there may be others.
+        """
 
     def control(self, message: ControlMessage) -> None:
         """Obey a message of another process. It arrives once, and before every event that was sent after it."""

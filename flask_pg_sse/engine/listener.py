@@ -8,12 +8,12 @@ of the sink run in it.
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from typing import Any
 
 from ..concurrency.background import BackgroundThread
 from ..errors import EventLogMissing, PgSSEError
-from .base import Readiness, Sink, Status, Ticket
+from .base import Disconnect, Readiness, Sink, Status, Ticket
 from .listens import ListenTable
 from .outage import Outage
 
@@ -38,6 +38,7 @@ class Listener(BackgroundThread):
         self._listens = listens
         self._outage = outage
         self._readiness = Readiness.AWAY
+        self._was_ready = False
 
     # -- what each engine does in its own way
 
@@ -99,13 +100,18 @@ class Listener(BackgroundThread):
                     self._wakeup.watch(-1)
                     connection.close()
             if failure is not None and not self._stopping:
-                self._ready(Readiness.LOG_MISSING if isinstance(failure, EventLogMissing) else Readiness.AWAY)
+                missing = isinstance(failure, EventLogMissing)
+                self._ready(Readiness.LOG_MISSING if missing else Readiness.AWAY, why=str(failure))
+                if missing:  # after ready(): a stream that comes in between learns it there
+                    self._listens.cancel()
                 self._pause(what, failure)
 
-    def _ready(self, readiness: Readiness) -> None:
+    def _ready(self, readiness: Readiness, *, why: str = "", earlier: Collection[Disconnect] | None = None) -> None:
+        """Tell the sink of a change (see `Sink.ready()`)."""
         if readiness is not self._readiness:
             self._readiness = readiness
-            self._sink.ready(readiness)
+            self._was_ready = self._was_ready or readiness is Readiness.READY
+            self._sink.ready(readiness, why=why, earlier=earlier)
 
     def _pause(self, what: str, error: Exception) -> None:
         delay = self._outage.failed(what, error)

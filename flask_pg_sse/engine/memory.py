@@ -58,7 +58,7 @@ class MemoryEngine:
     def start(self, sink: Sink) -> None:
         with self._turn:
             self._sink = sink
-            sink.ready(Readiness.READY)
+            sink.ready(Readiness.READY, earlier=())
             sink.deliver((), self._head)
 
     def stop(self, timeout: float) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from ..channels import heard_unquoted
 from ..concurrency.forks import reset_in_children
@@ -31,7 +31,13 @@ def _reset() -> None:
 
 reset_in_children(_reset)
 _NONE: set[Subscription] = set()
-_NO_ANSWER = f"PostgreSQL has not answered within {OPEN_TIMEOUT:g} s, or the event log is missing"
+_NO_ANSWER = f"PostgreSQL has not answered within {OPEN_TIMEOUT:g} s"
+# The longest time in seconds that a client waits because the log has been missing for as long.
+_LONGEST_WAIT = 30.0
+# Milliseconds after which a client comes back that only has to be asked again.
+_SOON = 200
+# The longest retry that grows by itself, in milliseconds. With the random spread of an `sse-end` it is an hour.
+_LONGEST_RETRY = 2_400_000
 
 
 class TryLater(Exception):
@@ -39,15 +45,26 @@ class TryLater(Exception):
 
     `why` is for the log: what the reason is here, and the remedy; "" if that has been logged already. `kind` tells
     causes of one reason apart, in a fixed word. `since` is for how many seconds the reason holds already, if it will
-    hold at every further attempt too.
+    hold at every further attempt too. `soon` says that the next attempt will succeed, and need not wait.
     """
 
-    def __init__(self, reason: str, why: str = "", *, kind: str = "", since: float = 0.0) -> None:
+    def __init__(self, reason: str, why: str = "", *, kind: str = "", since: float = 0.0, soon: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.why = why
         self.kind = kind
         self.since = since
+        self.soon = soon
+
+    def retry(self, usual: int) -> int:
+        """Return after how many milliseconds the client must come back, on average; `usual` is `SSE_RETRY`.
+
+        If the reason cannot end by itself, the client comes back after about as long again as it holds already. So each
+        wait is about twice the one before, and nothing is remembered of the client.
+        """
+        if self.soon:
+            return min(usual, _SOON)
+        return max(usual, min(_LONGEST_RETRY, int(self.since * 1000)))
 
 
 class StreamLimiter:
@@ -155,9 +172,11 @@ class Admission:
     def __init__(self, limiter: StreamLimiter) -> None:
         self.limiter = limiter
         self._answered = Event()  # set while there is nothing to wait for
-        self._hears_commands = False
         self._closed: str | None = None
-        self.log_missing = False  # True once the database has no log and the configuration requires one
+        self._log_missing = ""  # why streams cannot begin, while the configuration requires a log and there is none
+        self._log_missing_since = 0.0
+        self._heard_at = math.inf  # monotonic time from which this process hears commands
+        self._earlier: Collection[Disconnect] | None = None  # the commands from before that time, if all are known
         self._lock = Lock()
         self._missed_at = -math.inf  # monotonic time until which commands may have been missed
         self._commands: deque[tuple[float, Disconnect]] = deque(maxlen=_COMMANDS)  # each with its monotonic time
@@ -183,21 +202,21 @@ class Admission:
         if not self.limiter.count_for(subscription, terms):
             raise TryLater("capacity", self.limiter.why_full_for(terms), kind="client")
 
-    def engine_is(self, readiness: Readiness) -> None:
-        """Record the engine's state. After the first `READY` no command is missed."""
-        self.log_missing = readiness is Readiness.LOG_MISSING
-        self._hears_commands = self._hears_commands or readiness is Readiness.READY
-        if self._hears_commands or self.log_missing:
+    def engine_is(self, readiness: Readiness, why: str, earlier: Collection[Disconnect] | None) -> None:
+        """Record the engine's state (see `Sink.ready()`). After the first `READY` no command is missed."""
+        now = time.monotonic()
+        missing = why if readiness is Readiness.LOG_MISSING else ""
+        if missing and not self._log_missing:
+            self._log_missing_since = now
+        self._log_missing = missing
+        if readiness is Readiness.READY and self._heard_at == math.inf:
+            self._earlier, self._heard_at = earlier, now
+        if self._heard_at < math.inf or missing:
             self._answered.set()
             return
         self._answered.clear()
         if self._closed is not None:  # another thread may have called close() just before clear()
             self._answered.set()
-
-    @property
-    def log_in_use(self) -> bool:
-        """Whether a log that the configuration requires is known to exist."""
-        return self._hears_commands and not self.log_missing
 
     def wait_for_answer(self, timeout: float | None = None) -> None:
         """Wait until PostgreSQL has answered, at most `timeout` seconds (`OPEN_TIMEOUT`). Raises `TryLater`."""
@@ -205,12 +224,10 @@ class Admission:
         if self._closed is not None or not answered:
             raise TryLater(self._closed or "unavailable", "" if self._closed else _NO_ANSWER)
 
-    def wait_for_commands(self) -> None:
-        """Wait until this process hears `disconnect()` commands. Raises `TryLater`."""
-        if not self._hears_commands:
-            self.wait_for_answer()
-        if not self._hears_commands:
-            raise TryLater("unavailable", _NO_ANSWER)
+    def wait_to_hear(self, until: float) -> None:
+        """Wait until this process hears commands, or the log is missing, but not beyond a monotonic time."""
+        if (left := until - time.monotonic()) > 0:
+            self._answered.wait(left)
 
     def close(self, reason: str) -> None:
         """Refuse all further streams, and wake those that wait for admission."""
@@ -226,21 +243,37 @@ class Admission:
         """Note that commands may have been missed. Streams whose permission check began before are refused."""
         self._missed_at = time.monotonic()
 
-    def why_not(self, subscription: Subscription) -> str | None:
-        """Return why a stream may not begin; None if nothing known here prevents it."""
+    def why_not(self, subscription: Subscription, *, heard: bool = True) -> TryLater | None:
+        """Return why a stream may not begin; None if nothing known here prevents it.
+
+        `heard` says whether the engine receives all events on its channels.
+        """
         if self._closed is not None:
-            return self._closed
-        if subscription.terms.revocable and subscription.terms.asked_at < self._missed_at:
-            return "unavailable"
-        if not self._commands:
-            return None
-        with self._lock:
-            for at, command in reversed(self._commands):
-                if at < subscription.terms.asked_at:
-                    break
-                if concerns(subscription, command):
-                    return "revoked"
+            return TryLater(self._closed)
+        if self._log_missing:
+            since = min(_LONGEST_WAIT, time.monotonic() - self._log_missing_since)
+            return TryLater("unavailable", self._log_missing, kind="log", since=since)
+        if self._commands:
+            with self._lock:
+                for at, command in reversed(self._commands):
+                    if at < subscription.terms.asked_at:
+                        break
+                    if concerns(subscription, command):
+                        return TryLater("revoked")
+        if not heard:
+            return TryLater("unavailable", _NO_ANSWER)
+        if subscription.terms.revocable and self._may_have_missed_a_command(subscription):
+            return TryLater("unavailable", soon=True)  # it is asked again, and the answer then counts
         return None
+
+    def _may_have_missed_a_command(self, subscription: Subscription) -> bool:
+        """Tell whether a command may have come after a stream's permission check, and before this process heard any."""
+        asked_at = subscription.terms.asked_at
+        if asked_at < self._missed_at:
+            return True
+        if asked_at >= self._heard_at:
+            return False
+        return self._earlier is None or any(concerns(subscription, command) for command in self._earlier)
 
 
 def concerns(subscription: Subscription, command: Disconnect) -> bool:

@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import Protocol
 
 from .. import event
@@ -23,7 +23,7 @@ from ..concurrency.locks import Lock
 from ..engine.base import ControlMessage, Disconnect, Item, Readiness, Tail, Ticket, TooManyChannels
 from ..server.hangups import Hangups
 from ..server.stall import ENOUGH_BYTES
-from .admission import OPEN_TIMEOUT, Admission, StreamLimiter, concerns
+from .admission import OPEN_TIMEOUT, Admission, StreamLimiter, TryLater, concerns
 from .block import HEARTBEAT, Block, Position
 from .fanout import SubscriberSet, blocks_of, in_portions
 from .history import History
@@ -38,6 +38,7 @@ END_TIMEOUT = 1.0
 # How often streams are checked within the shorter of heartbeat and send timeout. That is often enough to see that a
 # client takes nothing.
 _CHECKS = 4
+_TOO_MANY_CHANNELS = "this worker listens to as many channels as it can. Start more workers"
 
 
 class Bus(Protocol):
@@ -85,22 +86,22 @@ class Hub:
 
     # -- streams begin and end
 
-    def open(self, subscription: Subscription) -> str | None:
-        """Add a stream, and wait until PostgreSQL has confirmed LISTEN. Returns why it must be refused, or None.
+    def open(self, subscription: Subscription) -> None:
+        """Add a stream, and ask for LISTEN. Raises `TryLater` if it is known already that it cannot begin.
 
         The stream is in the tables before LISTEN is sent, so no event can fall between the two.
         """
         admission = self.admission
         if not admission.limiter.acquire(subscription):
-            return "capacity"
+            raise TryLater("capacity", admission.limiter.why_full())
         if subscription.connection is not None and subscription.connection.gone():  # while its request was waiting
-            return "unavailable"
+            raise TryLater("unavailable")
         self.hangups.watch(subscription)
         with self._dispatch:  # before subscribe(): an interruption while waiting for the lock then leaves no LISTEN
             try:
                 ticket = self._engine.subscribe(subscription.channels, subscription.terms.clients)
             except TooManyChannels:
-                return "capacity"
+                raise TryLater("capacity", _TOO_MANY_CHANNELS, kind="channels") from None
             subscription.ticket = ticket
             self._look_at = min(self._look_at, subscription.due)
             subscribers = self._sets.get(subscription.channels)
@@ -113,13 +114,22 @@ class Hub:
             self._watchlist.begin(subscription)
         # Checked once the stream is in the tables. drain() and disconnect() do the reverse: they tell the admission
         # first, and read the tables then. So one of the two sides always sees the other.
+        if (later := admission.why_not(subscription)) is not None and not later.soon:
+            ticket.cancel()
+            raise later
+
+    def wait_until_heard(self, subscription: Subscription) -> None:
+        """Wait until PostgreSQL has confirmed LISTEN for an open stream. Raises `TryLater`."""
+        ticket = subscription.ticket
+        assert ticket is not None, "open() comes first, and only close() has the stream forgotten"
         heard = False
         try:
-            heard = not admission.why_not(subscription) and subscription.wait_for(ticket, OPEN_TIMEOUT)
+            heard = subscription.wait_for(ticket, OPEN_TIMEOUT)
         finally:
             if not heard:
                 ticket.cancel()
-        return admission.why_not(subscription) or (None if heard else "unavailable")
+        if (later := self.admission.why_not(subscription, heard=heard)) is not None:
+            raise later
 
     def go_live(self, subscription: Subscription) -> int:
         """Let an open stream accept events from now on. Returns the log's position, for its client."""
@@ -227,13 +237,17 @@ class Hub:
         with self._dispatch:
             return sum(map(len, self._sets.values()))
 
-    def open_block(self, position: int | None) -> bytes:
-        """Return the first block of a stream. `position` is its client's position in the log, if there is one."""
-        return event.open_block(position, self._retry)
+    def first_line(self) -> bytes:
+        """Return the first line of a stream's first block. It leaves at once, and the headers with it."""
+        return event.retry_line(self._retry)
 
-    def end_block(self, reason: str, position: int | None = None) -> bytes:
-        """Return the last block of a stream. `position` as in `open_block()`, if the client has not been told it."""
-        return event.end_block(reason, self._retry, id=position)
+    def end_block(self, reason: str) -> bytes:
+        """Return the last block of a stream that has begun."""
+        return event.end_block(reason, self._retry)
+
+    def refusal_block(self, later: TryLater, position: int | None, comment: str) -> bytes:
+        """Return the block of a stream that cannot begin. `position` is the one that its client came with."""
+        return event.end_block(later.reason, later.retry(self._retry), id=position, comment=comment)
 
     # -- called by the engine and the ticker
 
@@ -361,9 +375,9 @@ class Hub:
                 for subscription in streams:
                     subscription.end(self.end_block(reason), cut_at=cut_at)
 
-    def ready(self, readiness: Readiness) -> None:
+    def ready(self, readiness: Readiness, *, why: str = "", earlier: Collection[Disconnect] | None = None) -> None:
         """Record the engine's state, for streams that wait to begin."""
-        self.admission.engine_is(readiness)
+        self.admission.engine_is(readiness, why, earlier)
 
     def control(self, message: ControlMessage) -> None:
         """Obey a message that another process, or this one, has sent to all."""

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from .. import event
 from ..errors import DatabaseUnavailable
 from ..server.connection import Connection
 from ..server.interning import interned
+from .admission import TryLater
 from .hub import Hub
 from .replay import Replay
 from .subscription import Subscription, Terms
 
+# Logs why a stream cannot begin, and returns what its client is told of it in a comment, if anything.
+Refused = Callable[[TryLater], str]
+
 
 def stream(
-    hub: Hub, replay: Replay, subscription: Subscription, last_event_id: str, connection: Connection
+    hub: Hub,
+    replay: Replay,
+    subscription: Subscription,
+    last_event_id: str,
+    connection: Connection,
+    refused: Refused | None = None,
 ) -> Iterator[bytes]:
     """Yield the blocks of a stream until it ends.
 
-    `last_event_id` is the position that the client gives; "" if it gives none.
+    `last_event_id` is the position that the client gives; "" if it gives none. `refused` is called if the stream cannot
+    begin.
 
     Nothing happens before the first `next()`. So a response that is dropped before the server iterates over it (HEAD,
     an error in `after_request`) leaves nothing to undo.
@@ -29,12 +39,13 @@ def stream(
     """
     try:
         connection.release_request()
-        for piece in _opening(hub, replay, subscription, last_event_id):
+        for piece in _opening(hub, replay, subscription, last_event_id, refused):
             connection.in_flight = len(piece)
             yield piece
             connection.bytes_sent += connection.in_flight
             connection.in_flight = 0
             connection.release_response()
+        refused = None
         subscription.terms = _settled(subscription.terms)
         while (taken := subscription.take()) is not None:
             # An empty piece means that the stream has fallen behind.
@@ -60,19 +71,27 @@ def _settled(terms: Terms) -> Terms:
     return settled
 
 
-def _opening(hub: Hub, replay: Replay, subscription: Subscription, last_event_id: str) -> Iterator[bytes]:
-    """Yield the first block, and what the client has missed. A refused stream has no first block, and is ended here."""
-    refusal = hub.open(subscription)
-    if refusal is None:
+def _opening(
+    hub: Hub, replay: Replay, subscription: Subscription, last_event_id: str, refused: Refused | None
+) -> Iterator[bytes]:
+    """Yield the first block, and what the client has missed. A stream that cannot begin is ended here.
+
+    The first line leaves at once: nothing that the app has answered, such as a cookie, may reach the client late.
+    """
+    try:
+        hub.open(subscription)
+        yield hub.first_line()
+        hub.wait_until_heard(subscription)
         first = _go_live(hub, subscription, last_event_id)
         missed = replay.read(subscription, opening=True)
         try:
-            first += next(missed, b"")  # before anything is sent, because the log may not answer
-        except DatabaseUnavailable:
-            refusal = "unavailable"
-    if refusal is not None:
+            first += next(missed, b"")  # before anything is said, because the log may not answer
+        except DatabaseUnavailable as error:
+            raise TryLater("unavailable", str(error), kind="read") from None
+    except TryLater as later:
+        comment = refused(later) if refused is not None else ""
         # The client gets its position back: a page that fetches a new URL can continue from there.
-        subscription.end(hub.end_block(refusal, event.to_log_id(last_event_id)))
+        subscription.end(hub.refusal_block(later, event.to_log_id(last_event_id), comment))
         return
     yield first
     yield from missed
@@ -83,11 +102,11 @@ def _go_live(hub: Hub, subscription: Subscription, last_event_id: str) -> bytes:
     after = event.to_log_id(last_event_id)
     if hub.position and after is not None:
         subscription.sent = after
-        return hub.open_block(after)
+        return event.open_block(after)
     position = hub.go_live(subscription) or None
     if not last_event_id:
-        return hub.open_block(position)
+        return event.open_block(position)
     # There is nothing to replay from, and the client must learn that. The id comes with the reset and not before it.
     # Otherwise a client that is cut between the two blocks would reconnect with the id, and never learn of the gap.
     reset = event.control_block("reset", {"reason": "unknown-id" if position else "no-log"}, id=position)
-    return hub.open_block(None) + reset
+    return event.open_block(None) + reset

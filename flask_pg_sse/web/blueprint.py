@@ -19,7 +19,7 @@ from werkzeug.routing import PathConverter
 
 from ..channels import check_channel, heard_unquoted, unquoted
 from ..concurrency.greenlets import is_copy
-from ..errors import ConfigurationError, EventLogMissing, InvalidChannel
+from ..errors import ConfigurationError, InvalidChannel
 from ..hub.admission import TryLater
 from ..hub.stream import stream
 from ..hub.subscription import Subscription, Terms
@@ -221,26 +221,16 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
         if current.method == "HEAD":
             return stream_response(Blocks(connection), connection, settings, private=private)
         hub, replay = worker.streams
-    except _Refused as refused:
-        return refusal(403, str(refused))
-    except EventLogMissing as error:
-        return refusal(500, str(error))
+    except _Refused as why:
+        return refusal(403, str(why))
     except TryLater as later:
-        _log_delay(state, channels, later)
-        return ended(later.reason, last_event_id, private=private, since=later.since)
-    body = stream(hub, replay, subscription, last_event_id, connection)
+        return ended(later, last_event_id, state.refusals.later(channels[0], later), private=private)
+    refused = functools.partial(state.refusals.later, channels[0])
+    body = stream(hub, replay, subscription, last_event_id, connection, refused)
     response = stream_response(body, connection, settings, private=private, direct_write=settings.direct_write)
     if "flask_pg_sse.testing" in environ:
         environ["flask_pg_sse.testing"].append(subscription)
     return response
-
-
-def _log_delay(state: State, channels: Sequence[str], later: TryLater) -> None:
-    """Log why a stream cannot begin now. The ends that are planned are for debugging only."""
-    level = logging.WARNING if later.why else logging.DEBUG
-    text = "A stream on channel %r cannot begin now (sse-end %s)%s."
-    why = f": {later.why}" if later.why else ""
-    state.refusals.log(f"{later.reason} {later.kind}", text, channels[0], later.reason, why, level=level)
 
 
 class _Refused(Exception):
@@ -303,7 +293,6 @@ def _admitted(
     permission: _Permission,
 ) -> Subscription:
     """Return the subscription if the client may have it. Raises `_Refused`, `TryLater`, and the hooks' HTTP errors."""
-    asked_at = time.monotonic()
     settings = state.runtime.settings
     token, to_ask = permission.token, permission.to_ask
     if token is not None and token.expires_at is not None and token.expires_at <= time.time():
@@ -311,10 +300,13 @@ def _admitted(
     closed = functools.partial(_closed, state=state, permission=permission)
     if to_ask and permission.authorizer is None:
         raise _Refused(closed(to_ask[0]))
-    subscription = Subscription(channels, settings.buffer_bytes, Terms(asked_at=asked_at))
+    subscription = Subscription(channels, settings.buffer_bytes)
     subscription.connection = connection
     try:
         with worker.admission.place(subscription):
+            if permission.revocable and current.method != "HEAD":
+                worker.listen_soon()
+            asked_at = time.monotonic()
             subjects = authorize.subjects_of(permission.subject, token, state.refusals)
             if subjects is None:
                 raise _Refused(
@@ -324,7 +316,6 @@ def _admitted(
             end = _end_of(token, settings.max_age)
             terms = Terms(subjects, clients, asked_at, *end, revocable=permission.revocable)
             worker.admission.count_for(subscription, terms)
-            worker.wait_until_decidable(asks=bool(to_ask) and current.method != "HEAD")
             also = set(permission.unquoted)
             for channel in to_ask:
                 if authorize.may_listen(permission.authorizer, channel, state.refusals):

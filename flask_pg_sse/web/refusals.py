@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 
-from flask import current_app
+from flask import Flask
 
+from ..hub.admission import TryLater
 from ..repeats import Repeats, times
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,8 @@ _LONGEST_WAIT = 60.0
 class Refusals:
     """The refused streams of one app in this process. In debug mode each one is logged."""
 
-    def __init__(self) -> None:
+    def __init__(self, app: Flask) -> None:
+        self._app = app
         self._repeats = Repeats(_EVERY, _EVERY)
         self._failing_since: dict[str, float] = {}  # for each hook that fails, the monotonic time
 
@@ -32,8 +34,19 @@ class Refusals:
         `traceback` adds the traceback of the exception that is being handled.
         """
         number = self._repeats.count(kind, time.monotonic())
-        if number or current_app.debug:
+        if number or self._app.debug:
             logger.log(level, message + "%s", *args, times(number or 1), exc_info=traceback or None)
+
+    def later(self, channel: str, later: TryLater) -> str:
+        """Log why a stream cannot begin now. Return what its client is told of it in a comment: in debug mode, why.
+
+        The ends that are planned are for debugging only.
+        """
+        level = logging.WARNING if later.why else logging.DEBUG
+        text = "A stream on channel %r cannot begin now (sse-end %s)%s."
+        why = f": {later.why.rstrip('.')}" if later.why else ""
+        self.log(f"{later.reason} {later.kind}", text, channel, later.reason, why, level=level)
+        return later.why if self._app.debug else ""
 
     def hook_failed(self, hook: str) -> float:
         """Note that the hook fails. Return for how many seconds it has done so, at most 60."""

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from flask import Response, current_app, request
-from werkzeug.datastructures import Headers
+from werkzeug.datastructures import Headers as ResponseHeaders
 
 from .. import event
+from ..hub.admission import TryLater
 from ..server.connection import Connection
 from ..settings import Settings
 from .state import current_state
+from .unsaved import NOT_TO_COMPRESS, Headers, as_sent, save_no_session
 
 # Pages of other sites cannot show an answer in a frame, or have it read as a script: whether that works would tell them
 # whether the user may listen.
@@ -25,6 +27,7 @@ _HEADERS = (
     # "no-transform" and nginx's own header keep proxies from buffering the stream.
     ("Cache-Control", "no-cache, no-transform"),
     ("X-Accel-Buffering", "no"),
+    NOT_TO_COMPRESS,
     *_NOT_FOR_OTHERS,
 )
 # Where the app was asked, by its session for example, the answer is for this client only.
@@ -42,8 +45,8 @@ class _Begins:
         self._pg_sse_begin = begin
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
-        def start(*answer: Any) -> Any:
-            write = start_response(*answer)
+        def start(status: str, headers: Headers, *error: Any) -> Any:
+            write = start_response(status, as_sent(headers), *error)
             self._pg_sse_begin(write)
             return write
 
@@ -52,7 +55,7 @@ class _Begins:
 
 
 class _StreamResponse(_Begins, Response):
-    def get_wsgi_headers(self, environ: Any) -> Headers:
+    def get_wsgi_headers(self, environ: Any) -> ResponseHeaders:
         """Return the headers as they are. Werkzeug would copy them first, for changes that a stream does not need."""
         return self.headers
 
@@ -72,6 +75,7 @@ def stream_response(
     direct_write: bool | str = False,
 ) -> Response:
     """Return the response that sends `body` as a stream. `private` keeps caches from storing it."""
+    save_no_session()
     begin = functools.partial(
         connection.response_started, body=id(body), direct_write=direct_write, send_timeout=settings.send_timeout
     )
@@ -101,21 +105,14 @@ def refusal(status: int, text: str) -> Response:
     return response
 
 
-# The longest retry that grows by itself, in milliseconds. With the random spread of an `sse-end` it is an hour.
-_LONGEST_RETRY = 2_400_000
-
-
-def ended(reason: str, last_event_id: str, *, private: bool, since: float = 0.0) -> Response:
+def ended(later: TryLater, last_event_id: str, comment: str, *, private: bool) -> Response:
     """Refuse a stream for now. After this answer a browser's EventSource reconnects; after an error status it does not.
 
     The client gets its position back as the event's id: a page that fetches a new URL can continue from there.
-
-    `since` is for how many seconds the reason holds already, if it cannot get better by itself. The client then comes
-    back after as long again, so each wait is about twice the one before, and nothing is remembered of the client.
     """
     settings = current_state().runtime.settings
-    retry = max(settings.retry, min(_LONGEST_RETRY, int(since * 1000)))
-    block = event.end_block(reason, retry, id=event.to_log_id(last_event_id))
+    retry, position = later.retry(settings.retry), event.to_log_id(last_event_id)
+    block = event.end_block(later.reason, retry, id=position, comment=comment)
     connection = Connection(request.environ)
     body = Blocks(connection, *() if request.method == "HEAD" else (block,))
     return stream_response(body, connection, settings, private=private)

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 from flask import Flask, abort
 
-from flask_pg_sse import schema_sql
+from flask_pg_sse import EventLogMissing, notify, schema_sql
 from flask_pg_sse.testing import stream
 from tests.support.client import eventually
 from tests.support.link import Link, through
@@ -138,12 +138,31 @@ def test_a_place_is_held_while_the_app_is_asked_and_given_back_on_every_way_out(
     events.close()
 
 
-def test_a_log_that_is_missing_is_said_before_anybody_is_asked(app_with: Callable[..., Flask]) -> None:
+def test_a_page_heals_by_itself_when_the_required_log_is_installed(
+    database_url: str, app_with: Callable[..., Flask], caplog: pytest.LogCaptureFixture
+) -> None:
     app = app_with(lambda channel: True, SSE_EVENT_LOG=True)
-    for method in ("GET", "HEAD"):
-        response = app.test_client().open("/sse?channel=a", method=method)
-        assert response.status_code == 500 and places(app) == 0
-    assert "flask sse init" in app.test_client().get("/sse?channel=a").text
+    for debug in (False, True):
+        app.debug = debug
+        answer = app.test_client().get("/sse?channel=a").text
+        assert answer.endswith('data: {"reason": "unavailable"}\n\n')
+        assert [line for line in answer.split("\n") if "flask sse init" in line and line.startswith(": ")] == (
+            [line for line in answer.split("\n") if line.startswith(": ")]
+        )
+        assert ("flask sse init" in answer) == debug
+    assert places(app) == 0 and "A stream on channel 'a' cannot begin now (sse-end unavailable)" in caplog.text
+    assert app.test_client().head("/sse?channel=a").status_code == 200
+    with app.app_context(), pytest.raises(EventLogMissing, match="flask sse init"):
+        notify("a", "x")
+    execute(database_url, schema_sql())
+
+    def opened() -> bool:
+        events = stream(app.test_client(), "/sse?channel=a")
+        name = next(events).event
+        events.close()
+        return name == "sse-open"
+
+    eventually(opened, 15, "the listener looks again until it finds the log")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +200,9 @@ def test_a_log_that_is_required_and_a_postgres_that_falls_silent_hold_up_no_depl
         url = through(line, database_url)
         app = app_with(lambda channel: True, SSE_DATABASE_URL=url, SSE_EVENT_LOG=True)
         runtime = app.extensions["pg_sse"].runtime
-        assert app.test_client().get("/sse?channel=a").status_code == (200 if installed else 500)
+        events = stream(app.test_client(), "/sse?channel=a")
+        assert next(events).event == ("sse-open" if installed else "sse-end")
+        events.close()
         line.silence()
         if installed:
             runtime.worker.engine._installation.forget()  # as a notify() that fails does
@@ -218,15 +239,18 @@ def test_a_client_that_has_left_while_it_waited_does_not_count(start_server: Sta
     first = socket.create_connection(("127.0.0.1", server.port), 10)
     first.sendall(ask)
     with socket.create_connection(("127.0.0.1", server.port), 10) as refused:
-        eventually(lambda: server.get("/places") == "1")
+        eventually(lambda: b"retry: 3000" in first.recv(65536))  # it waits for LISTEN, and counts
         refused.sendall(ask)
         assert b"capacity" in refused.recv(65536) + refused.recv(65536)
     first.close()
     with socket.create_connection(("127.0.0.1", server.port), 10) as second:
         second.sendall(ask)
-        second.settimeout(0.5)  # who is refused has the answer by then
+        second.settimeout(0.5)  # who is refused has the whole answer by then
+        answer = b""
         with pytest.raises(TimeoutError):
-            second.recv(65536)
+            while data := second.recv(65536):
+                answer += data
+        assert answer.endswith(b"retry: 3000\n\r\n"), answer
 
 
 def test_who_is_refused_a_head_holds_no_thread(database_url: str, start_server: Start) -> None:

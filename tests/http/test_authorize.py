@@ -43,7 +43,8 @@ def status(app: Flask, url: str = "/sse?channel=orders", **options: Any) -> int:
     """Return the status; 200 only for a stream that has really opened."""
     with app.test_client().get(url, **options) as response:
         if response.status_code == 200:
-            block = next(iter(response.iter_encoded()))
+            pieces = iter(response.iter_encoded())
+            block = next(pieces) + next(pieces)
             assert b"event: sse-open" in block, block
         return response.status_code
 

@@ -51,9 +51,14 @@ def start_members(start_server: Start, url: str, *options: str, **env: str) -> W
     return start_server(url, *options, app="tests.support.apps.members:app", **env)
 
 
-def listen(server: WebServer, user: str, *channels: str) -> Response:
+def ask(server: WebServer, user: str, *channels: str) -> Response:
     response = request(server.port, "/sse?" + urlencode([("user", user), *(("channel", name) for name in channels)]))
     assert response.status == 200, response.read()
+    return response
+
+
+def listen(server: WebServer, user: str, *channels: str) -> Response:
+    response = ask(server, user, *channels)
     assert response.next().event == "sse-open"
     return response
 
@@ -286,6 +291,28 @@ def test_a_worker_that_was_away_obeys_when_it_is_back(logged_url: str, line: Lin
         line.restore()
         assert_revoked(seven)
         assert_hears(here, [eight], "a", "still there")
+
+
+@pytest.mark.slow
+def test_a_right_that_was_checked_before_the_worker_heard_commands(
+    request: pytest.FixtureRequest, url: str, line: Link, start_server: Start
+) -> None:
+    """Its streams wait for LISTEN: the kept commands tell which of them must ask again; without a log all must."""
+    logged = request.node.callspec.params["url"]
+    here = start_members(start_server, url)
+    deaf = start_members(start_server, url, FLASK_SSE_LISTEN_URL=through(line, url))
+    line.cut()
+    with ask(deaf, "7", "a") as seven, ask(deaf, "8", "a") as eight:
+        for response in (seven, eight):
+            assert response.next_line() == b"retry: 3000\n", "the app has said yes"
+        end(here, subject="7")
+        line.restore()
+        message = seven.event()
+        assert (message.event, message.json) == ("sse-end", {"reason": "unavailable"})
+        assert message.retry is not None and message.retry <= 300
+        assert eight.event().event == ("sse-open" if logged else "sse-end")
+    with listen(deaf, "7", "a"), listen(deaf, "8", "a"):
+        pass
 
 
 # -- nobody else

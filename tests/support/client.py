@@ -46,6 +46,7 @@ class Response:
         status, *lines = head.split("\r\n")
         self.status = int(status.split()[1])
         self.headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        self.set_cookies = [line.partition(":")[2].strip() for line in lines if line.lower().startswith("set-cookie:")]
         self.chunked = self.headers.get("transfer-encoding") == "chunked"
         self._left = 0 if self.status == 204 else int(self.headers.get("content-length", -1))
 
@@ -92,6 +93,13 @@ class Response:
             self._read_more()
         body, self.body = self.body, b""
         return body
+
+    def next_line(self) -> bytes:
+        """Return the next line of the stream, which may be within a block."""
+        while b"\n" not in self.body:
+            self._read_more()
+        line, _, self.body = self.body.partition(b"\n")
+        return line + b"\n"
 
     def next(self) -> Message:
         """Return the next block of the stream, or a heartbeat, a line alone; EOFError at the stream's end."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from redis._parsers import _RESP3Parser
 
-from flask_pg_sse.engine.base import ControlMessage, Engine, Item, Readiness
+from flask_pg_sse.engine.base import ControlMessage, Disconnect, Engine, Item, Readiness
 from flask_pg_sse.engine.broker import to_broker
 from flask_pg_sse.engine.memory import MemoryEngine
 from flask_pg_sse.engine.postgres.dsn import to_dsn
@@ -116,7 +116,7 @@ class Recorder:
     def pruned(self, through: int) -> None:
         self.told.append(("pruned", through))
 
-    def ready(self, readiness: Readiness) -> None:
+    def ready(self, readiness: Readiness, *, why: str = "", earlier: Collection[Disconnect] | None = None) -> None:
         self.told.append(("ready", readiness))
 
     def control(self, message: ControlMessage) -> None:

@@ -19,6 +19,7 @@ from flask_pg_sse import event
 from flask_pg_sse.concurrency import greenlets
 from flask_pg_sse.engine.base import Disconnect
 from flask_pg_sse.hub import hub as hub_module
+from flask_pg_sse.hub.admission import TryLater
 from flask_pg_sse.hub.block import Block, Position
 from flask_pg_sse.hub.buffer import PIECE_BYTES
 from flask_pg_sse.hub.hub import Hub
@@ -61,7 +62,7 @@ def live(channels: Iterable[str], limit: int) -> Subscription:
 
 def opened(hub: Hub, channels: Iterable[str], limit: int = 1000) -> Subscription:
     subscription = Subscription(channels, limit)
-    assert hub.open(subscription) is None
+    hub.open(subscription)
     hub.go_live(subscription)
     return subscription
 
@@ -241,15 +242,23 @@ def test_a_stream_that_waits_for_listen_is_let_go_at_the_end() -> None:
     ticket = Confirmed(granted=False)
     hub = make_hub(ticket=ticket)
     subscription = Subscription("a", 1000)
-    answers: list[str | None] = []
-    waiting = threading.Thread(target=lambda: answers.append(hub.open(subscription)))
+    hub.open(subscription)
+    answers: list[str] = []
+
+    def wait() -> None:
+        with pytest.raises(TryLater) as refused:
+            hub.wait_until_heard(subscription)
+        answers.append(refused.value.reason)
+
+    waiting = threading.Thread(target=wait)
     waiting.start()
-    while not len(hub):
+    while not subscription.waits_for:
         time.sleep(0)
     hub.drain("shutdown")
     waiting.join(5)
     assert answers == ["shutdown"]
-    assert hub.open(Subscription("a", 1000)) == "shutdown", "and so is one that comes later"
+    with pytest.raises(TryLater, match="shutdown"):  # and so is one that comes later
+        hub.open(Subscription("a", 1000))
 
 
 def test_a_stream_is_told_of_a_gap_only_once_it_was_promised_something() -> None:

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ...channels import RESERVED_PREFIX
@@ -95,6 +95,11 @@ class DisconnectCommands:
             heapq.heappush(self._transactions, (command.transaction, command.nonce))
             self._obeyed(Disconnect(command.subject, command.channel))
 
+    def read(self, texts: Iterable[str]) -> list[Disconnect]:
+        """Return what the authentic ones of these commands say, without obeying them."""
+        commands = [read_disconnect(self._keys(), text) for text in texts]
+        return [Disconnect(one.subject, one.channel) for one in commands if one is not None]
+
     def _ignored(self, why: str) -> None:
         """Log it at most once a minute, because any role can send any number of such messages."""
         if time.monotonic() - self._warned_at >= 60:
@@ -156,6 +161,10 @@ class Control:
         if event is not None and not 0 < log_id <= position:
             self._commands.obey(event.data, logged=log_id > 0)
         return log_id
+
+    def read(self, commands: Iterable[str]) -> list[Disconnect]:
+        """Return what the authentic ones of these commands say, without obeying them."""
+        return self._commands.read(commands)
 
     def logged(self, command: str) -> None:
         """Obey a command from a page of the log."""

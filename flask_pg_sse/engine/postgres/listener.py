@@ -293,7 +293,8 @@ class PostgresListener(Listener):
                 raise _Deaf(DEAF)
 
     def _recover(self, connection: Any) -> None:
-        self._ready(Readiness.READY)  # commands are heard from here on, or read from the log
+        earlier = None if self._was_ready else self._receiver.begin(connection)
+        self._ready(Readiness.READY, earlier=earlier)  # commands are heard from here on, or read from the log
         self._receiver.recover(connection)
 
     def _poll_log(self, connection: Any) -> None:

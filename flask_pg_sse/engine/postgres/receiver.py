@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...concurrency.greenlets import checkpoint
-from ..base import Item, Page, Sink
+from ..base import Disconnect, Item, Page, Sink
 from ..listener import PAUSE, TURN_BYTES, TURN_EVENTS
 from ..listens import ListenTable
 from . import codec, control
@@ -35,6 +35,8 @@ _ALONE_CHARS = 1024
 _ANY_SIZE = 2**30
 # Seconds in which the server must answer a read of the log. One page may be one event of many megabytes.
 _READ_WITHIN = 30.0
+# Bytes of commands to end streams, some 200, that are read when a process begins to listen.
+_EARLIER_BYTES = 256 * 1024
 
 
 class Receiver:
@@ -131,10 +133,24 @@ class Receiver:
 
         return take(connection, run, functools.partial(self.decoder.dropped.add, "a NOTIFY payload"))
 
+    def begin(self, connection: Any) -> Sequence[Disconnect] | None:
+        """Begin at the log's head. Return the commands that the log has up to there.
+
+        Returns None if there is no log, or if it has more of them than can be read here.
+        """
+        if not self.log_is_on:
+            return None
+        texts: list[str] = []
+        page = self._read(connection, [control.CHANNEL], 0, max_bytes=_EARLIER_BYTES, commanded=texts.append)
+        self.position = self.confirmed = page.head
+        return self.control.read(texts) if page.upto >= page.head else None
+
     def recover(self, connection: Any) -> None:
         """Read from the log the events that came while no LISTEN was active, or report that they may be lost."""
         lost_one, self._lost_one = self._lost_one, False
         self._behind = False
+        if not lost_one:
+            logger.info("Listening to PostgreSQL at %s.", self._dsn)
         if self.log_is_on and self.position:
             self.catch_up(connection)
             return
@@ -143,10 +159,8 @@ class Receiver:
         if lost_one:
             logger.warning("Events since the connection to %s broke may be lost.", self._dsn)
             self._sink.gap("reconnected", self.position)
-        else:
-            logger.info("Listening to PostgreSQL at %s.", self._dsn)
-            if self.position:
-                self._sink.deliver((), self.position)
+        elif self.position:
+            self._sink.deliver((), self.position)
 
     def catch_up(self, connection: Any) -> None:
         """Read the log from the position to its head, and hand over the events."""
@@ -193,8 +207,15 @@ class Receiver:
         guarded = query if self.log is None else self.log.guarded(query)
         return execute(connection, guarded, tuple(args), timeout=_READ_WITHIN, limit=LONGEST_READ)
 
-    def _read(self, connection: Any, channels: Sequence[str], after: int) -> Page:
+    def _read(
+        self,
+        connection: Any,
+        channels: Sequence[str],
+        after: int,
+        *,
+        max_bytes: int = TURN_BYTES,
+        commanded: Callable[[str], None] | None = None,
+    ) -> Page:
         run = functools.partial(self._run, connection)
-        return read_page(
-            run, channels, after, TURN_BYTES, _ANY_SIZE, self.decoder.dropped, commanded=self.control.logged
-        )
+        commanded = commanded or self.control.logged
+        return read_page(run, channels, after, max_bytes, _ANY_SIZE, self.decoder.dropped, commanded=commanded)

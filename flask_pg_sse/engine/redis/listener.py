@@ -49,7 +49,7 @@ class RedisListener(Listener):
     def _serve(self, connection: Subscriber) -> None:
         self._begun, self._recovered = [], False
         self._batches = math.ceil(self._listens.restart() / BATCH)
-        self._ready(Readiness.READY)
+        self._ready(Readiness.READY, earlier=())  # Redis carries no commands
         self._wakeup.watch(connection.fileno())
         while not self._stopping:
             while self._hand_over(connection) and not self._stopping:

@@ -1,0 +1,124 @@
+"""A stream's answer sets no cookie and saves no session, with the extensions that apps have."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from http.cookies import SimpleCookie
+from pathlib import Path
+
+import pytest
+
+from tests.support.client import Response, eventually, request
+from tests.support.servers import WebServer
+
+Start = Callable[..., WebServer]
+STORES = ["cachelib", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("cookie", "sqlalchemy", "redis"))]
+
+
+class Browser:
+    """Keeps cookies as a browser does: an answer's are kept when its headers come."""
+
+    def __init__(self, server: WebServer) -> None:
+        self.server = server
+        self.cookies: dict[str, str] = {}
+
+    def request(self, path: str, method: str = "GET") -> Response:
+        cookies = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
+        response = request(self.server.port, path, method=method, headers={"Cookie": cookies} if cookies else {})
+        for line in response.set_cookies:
+            for name, morsel in SimpleCookie(line).items():
+                self.cookies[name] = morsel.value
+                if morsel["max-age"] == "0" or "1970" in morsel["expires"]:
+                    del self.cookies[name]
+        return response
+
+    def read(self, path: str, method: str = "GET") -> str:
+        with self.request(path, method) as response:
+            assert response.status < 300, (response.status, response.read(), self.server.log())
+            return response.read().decode()
+
+
+@pytest.fixture(params=STORES)
+def env(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+    found = {"KIND": request.param, "STORE": str(tmp_path)}
+    if request.param == "redis":
+        found["REDIS_SOCKET"] = str(request.getfixturevalue("redis_server").socket)
+    return found
+
+
+def start(start_server: Start, url: str, env: dict[str, str], *options: str) -> WebServer:
+    return start_server(url, *options, app="tests.support.apps.sessions:app", **env)
+
+
+@pytest.mark.parametrize("path", ["/login", pytest.param("/login?remember", marks=pytest.mark.slow)])
+def test_a_session_that_has_changed_while_a_stream_was_asked_for_stays_as_it_is(
+    database_url: str, start_server: Start, env: dict[str, str], path: str
+) -> None:
+    server = start(start_server, database_url, env)
+    browser = Browser(server)
+    browser.read(path, "POST")
+    answers: list[Response] = []
+    asking = threading.Thread(target=lambda: answers.append(browser.request("/sse?channel=slow")))
+    asking.start()
+    eventually(lambda: server.get("/pending") == "1")
+    browser.read("/logout", "POST")
+    server.post("/answer/slow")
+    asking.join()
+    [answer] = answers
+    assert answer.status == 200 and not answer.set_cookies
+    answer.close()
+    assert browser.read("/who").startswith("Bob, logged out")
+
+
+def test_hooks_read_the_session_and_what_they_write_to_it_is_dropped(
+    database_url: str, start_server: Start, env: dict[str, str]
+) -> None:
+    server = start(start_server, database_url, env)
+    browser = Browser(server)
+    browser.read("/login?remember", "POST")
+    with browser.request("/sse?channel=a") as response:
+        assert response.status == 200 and not response.set_cookies
+        assert response.next().event == "sse-open"
+        assert browser.read("/who") == "Ann, logged in, asked 0"
+    assert "Traceback" not in server.log()
+
+
+@pytest.mark.parametrize("options", [(), pytest.param(("-k", "gthread", "--threads", "4"), marks=pytest.mark.slow)])
+def test_the_view_waits_for_nothing(start_server: Start, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """A stream's headers come while PostgreSQL is silent, and say nothing that is late when the stream can begin."""
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as hole:
+        url = f"postgresql://postgres@127.0.0.1:{hole.getsockname()[1]}/postgres"
+        server = start(start_server, url, {"KIND": "cookie", "STORE": str(tmp_path)}, *options)
+        browser = Browser(server)
+        browser.read("/login?remember", "POST")
+        for number in range(2):  # the first may wait for a moment, because the worker has just started to listen
+            begun = time.monotonic()
+            with browser.request("/sse?channel=a") as response:
+                assert time.monotonic() - begun < (0.7 if number else 3)
+                assert response.status == 200 and not response.set_cookies
+                assert response.next_line() == b"retry: 3000\n"
+
+
+def test_the_ends_of_requests_that_extensions_have(database_url: str, start_server: Start) -> None:
+    """All at once: no stream keeps a connection of the app's pool, and none is compressed, cached or changed."""
+    server = start_server(database_url, app="tests.support.apps.extensions:app")
+    headers = {"Accept-Encoding": "gzip, br, zstd, deflate"}
+    streams = []
+    for _ in range(4):
+        response = request(server.port, "/sse?channel=a", headers=headers)
+        streams.append(response)
+        assert response.status == 200 and "content-encoding" not in response.headers, response.headers
+        assert response.next().event == "sse-open"
+    assert server.get("/users") == "1 connection in use, of a pool of 1"
+    server.post("/notify/a", json.dumps({"data": "x"}).encode())
+    for response in streams:
+        assert response.event().data == "x"
+        response.close()
+    with request(server.port, "/compressed", headers=headers) as page:
+        assert page.headers["content-encoding"] in ("gzip", "br", "zstd"), "Flask-Compress is at work"
+    assert "Traceback" not in server.log()
+
