@@ -17,6 +17,7 @@ from .errors import (
     InvalidChannel,
     InvalidEvent,
     PayloadTooLarge,
+    PermissionDenied,
     PgSSEError,
 )
 from .web.api import disconnect, notify, notify_many, postgres_notify, sse_cursor, sse_url
@@ -33,6 +34,7 @@ __all__ = [
     "InvalidChannel",
     "InvalidEvent",
     "PayloadTooLarge",
+    "PermissionDenied",
     "PgSSE",
     "PgSSEError",
     "disconnect",

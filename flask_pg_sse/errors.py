@@ -7,6 +7,7 @@
     +-- InvalidEvent (ValueError)              an event does not fit the format of Server-Sent Events
     |   +-- PayloadTooLarge                    an event does not fit one NOTIFY (.size, .limit)
     +-- DatabaseUnavailable (ConnectionError)  PostgreSQL, or Redis, did not answer, or refused
+    |   +-- PermissionDenied (PermissionError) the database role lacks a right
     +-- EventLogMissing (RuntimeError)         SSE_EVENT_LOG is true, and the database has no event log
 
 A message says what failed, why, and what to do about it. No message contains a password.
@@ -56,6 +57,13 @@ class PayloadTooLarge(InvalidEvent):
 
 class DatabaseUnavailable(PgSSEError, ConnectionError):
     """PostgreSQL, or Redis, could not be reached in time, refused the call, or ended the connection during it."""
+
+
+class PermissionDenied(DatabaseUnavailable, PermissionError):
+    """The app's database role lacks a right. The message names the role and the remedy.
+
+    It is a `DatabaseUnavailable` too, because streams wait in the same way until the right is granted.
+    """
 
 
 class EventLogMissing(PgSSEError, RuntimeError):

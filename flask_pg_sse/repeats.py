@@ -1,5 +1,7 @@
 """Decide which of many equal messages are logged: the first at once, the next ones rarely. No I/O.
 
+Other libraries' messages are brought into one line here, too.
+
 The caller logs, and passes the time in seconds of the monotonic clock.
 """
 
@@ -88,6 +90,25 @@ class _Kind:
 def times(number: int) -> str:
     """Return the end of a sentence for the result of `count()`; empty for 1."""
     return "" if number == 1 else f" ({number} times since this was last logged)"
+
+
+def one_line(error: object) -> str:
+    """Return the message of another library's error in one line, for a sentence: without the full stop at its end.
+
+    libpq's and PostgreSQL's messages have several lines, and a statement that PostgreSQL quotes is left out.
+    """
+    diag = getattr(error, "diag", None)
+    parts = [getattr(diag, f"message_{name}", None) for name in ("primary", "detail", "hint")]
+    text = "\n".join(filter(None, parts)) if parts[0] else str(error)
+    joined = ""
+    for line in (" ".join(line.split()) for line in text.splitlines()):
+        joined += f"{'' if not joined else ' ' if joined[-1] in '.:;,?!' else '. '}{line}" if line else ""
+    return joined.removesuffix(".") or type(error).__name__
+
+
+def sentence(text: str) -> str:
+    """Return a text with a full stop, unless it ends as a question or an exclamation."""
+    return text if text.endswith(("?", "!")) else f"{text}."
 
 
 def duration(seconds: float) -> str:

@@ -28,7 +28,7 @@ from .hub.admission import Admission, StreamLimiter, TryLater
 from .hub.hub import Hub
 from .hub.replay import Replay
 from .hub.ticker import Ticker
-from .server import shutdown
+from .server import console, shutdown
 from .server.capacity import TOO_MANY_STREAMS, room_for_streams
 from .settings import Settings, secret_keys, unknown_keys
 
@@ -49,6 +49,7 @@ class Runtime:
     """
 
     def __init__(self, config: Mapping[str, Any], dumps: Callable[[Any], str]) -> None:
+        console.install()
         self._config = config
         self._dumps = dumps
         self._settings: Settings | None = None
@@ -206,6 +207,7 @@ class Worker:
     """
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
+        console.check()
         self.pid = os.getpid()
         shutdown.watch_here()  # before _stream_limiter(), which looks up this worker
         self.engine = engine

@@ -17,6 +17,7 @@ from ..engine.postgres.connect import connect, execute
 from ..engine.postgres.dsn import Dsn
 from ..engine.postgres.retention import prune
 from ..errors import DatabaseUnavailable, PgSSEError
+from ..repeats import one_line, sentence
 from ..settings import Settings
 from ..web.api import LONGEST, notify, sse_url
 from ..web.blueprint import sse_bp
@@ -160,6 +161,6 @@ def _database(failed: str, remedies: dict[type[Exception], str]) -> Iterator[tup
         ) from None
     except psycopg2.Error as error:
         # A server's message is usually one line, but a translation or an extension may use several.
-        why = " ".join((error.diag.message_primary or str(error)).split()).rstrip(".")
+        why = one_line(error.diag.message_primary or error)
         remedy = next((text for kind, text in remedies.items() if isinstance(error, kind)), error.diag.message_hint)
-        raise click.ClickException(f"{failed} ({dsn}): {why}. {remedy or ''}".rstrip()) from None
+        raise click.ClickException(f"{failed} ({dsn}): {sentence(why)} {remedy or ''}".rstrip()) from None

@@ -16,6 +16,7 @@ from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from ..concurrency.forks import close_in_children
 from ..errors import ConfigurationError, DatabaseUnavailable
+from ..repeats import one_line
 
 try:
     import redis
@@ -62,7 +63,7 @@ class Broker:
 
     def unavailable(self, error: Exception) -> DatabaseUnavailable:
         """Return an error of redis-py as one line that says what failed, why, and the remedy."""
-        said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        said = one_line(error)
         if secret := self._options.get("password"):
             said = said.replace(secret, "***")
         said = said if len(said) <= _MOST_SAID else said[:_MOST_SAID] + " …"

@@ -6,7 +6,7 @@ import logging
 import time
 
 from ..errors import PgSSEError
-from ..repeats import Repeats, times
+from ..repeats import Repeats, one_line, sentence, times
 from .backoff import Backoff
 
 logger = logging.getLogger(__name__)
@@ -36,14 +36,13 @@ class Outage:
         """Log a failed attempt, unless the same was logged lately. Return the seconds until the next attempt."""
         delay = self._backoff.next()
         foreseen = self.expects(error)
-        reason = " ".join(str(error).split()).rstrip(".?") or type(error).__name__
+        reason = one_line(error)
         if number := self._repeats.count(f"{what}: {reason}", time.monotonic()):
             logger.log(
                 logging.WARNING if foreseen else logging.ERROR,
-                "%s: %s%s. Next attempt in %.1f s; open streams stay open.",
+                "%s: %s Next attempt in %.1f s; open streams stay open.",
                 what,
-                reason,
-                times(number),
+                sentence(reason + times(number)),
                 delay,
                 exc_info=None if foreseen else error,
             )

@@ -13,6 +13,7 @@ NAMES = [
     "InvalidChannel",
     "InvalidEvent",
     "PayloadTooLarge",
+    "PermissionDenied",
     "PgSSE",
     "PgSSEError",
     "disconnect",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_pg_sse.repeats import Repeats, duration, times
+from flask_pg_sse.repeats import Repeats, duration, one_line, sentence, times
 
 
 def logged(repeats: Repeats, kind: str, seconds: range) -> dict[int, int]:
@@ -82,3 +83,21 @@ def test_no_number_of_kinds_costs_more_than_a_bounded_memory() -> None:
 def test_words() -> None:
     assert (times(1), times(12)) == ("", " (12 times since this was last logged)")
     assert [duration(seconds) for seconds in (0.31, 75, 7000, 7200)] == ["0.3 s", "75.0 s", "117 min", "2.0 h"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            'connection to server at "h", port 5 failed: Connection refused\n\tIs the server running on that host?\n',
+            'connection to server at "h", port 5 failed: Connection refused. Is the server running on that host?',
+        ),
+        ("One sentence.\n", "One sentence"),
+        ("a.\n\n  b  c", "a. b c"),
+        ("ERROR:\n  it", "ERROR: it"),
+        ("", "ValueError"),
+    ],
+)
+def test_messages_of_other_libraries_in_one_line(text: str, line: str) -> None:
+    assert one_line(ValueError(text)) == line
+    assert sentence(line) == (line if line.endswith("?") else f"{line}.")

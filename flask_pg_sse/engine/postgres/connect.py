@@ -22,6 +22,7 @@ from psycopg2.extensions import POLL_OK, POLL_READ, make_dsn
 from ...concurrency.forks import close_in_children
 from ...concurrency.greenlets import hub_here, original, poll
 from ...errors import DatabaseUnavailable
+from ...repeats import one_line, sentence
 from ..drivers import Psycopg2Cursor, use_own_typecasters
 from . import foreign
 from .dsn import Dsn
@@ -86,9 +87,9 @@ def _connect(dsn: Dsn, application_name: str, client_encoding: str, kind: Any) -
             _refuse_standby(connection, dsn)
         use_own_typecasters(connection)
         return connection
-    why = "; ".join(dict.fromkeys(race.errors)).rstrip(".?")
+    why = sentence("; ".join(dict.fromkeys(race.errors)))
     raise DatabaseUnavailable(
-        f"PostgreSQL cannot be reached ({dsn}): {why}. Check that it runs, and that {dsn.source} is right."
+        f"PostgreSQL cannot be reached ({dsn}): {why} Check that it runs, and that {dsn.source} is right."
     )
 
 
@@ -173,7 +174,7 @@ def _reason(error: Exception, connection: Any) -> str:
     # A server that refuses before it knows our encoding may use another one. Then `error` is a UnicodeDecodeError or,
     # with some Python versions, an OperationalError without a text. The connection has the text in any case.
     said = "" if connection is None else connection.info.error_message
-    return " ".join((said or str(error)).split()) or type(error).__name__
+    return one_line(said or error)
 
 
 def _timeout(text: str) -> float:

@@ -209,8 +209,8 @@ def look_up(execute: Execute, log_owner: str | None = None) -> Installation | No
         return None  # the schema is there for an installation that is still to come
     if not usable:
         raise NotUsable(
-            "the database has an event log, but the app's role may not use it. Remedy: flask sse init --grant-to ROLE, "
-            "run by the role that installed it"
+            f'the database has an event log, but the app\'s role "{role}" may not use it. Remedy: flask sse init '
+            f"--grant-to {role}, run by the role that installed it"
         )
     if strange:
         raise NotUsable(

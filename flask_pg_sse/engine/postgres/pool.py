@@ -12,7 +12,8 @@ from typing import Any
 import psycopg2
 
 from ...concurrency.greenlets import poll
-from ...errors import DatabaseUnavailable
+from ...errors import DatabaseUnavailable, PermissionDenied
+from ...repeats import one_line, sentence
 from ..turns import Turns
 from .connect import PART_FOR_LOCKS, ask_for_an_answer, connect, execute, is_direct, is_read_only
 from .dsn import Dsn
@@ -30,6 +31,12 @@ _MOST_AGE = 60.0
 # severity (FATAL, in the server's language) and two spaces before such a message. Its own errors have no such prefix.
 # A pooler's message looks the same ("server conn crashed?"), and the statement may have been committed before it.
 _SERVER_ENDED_IT = re.compile(r"\S+:  ")
+
+
+_DENIED = (
+    'The database role "{role}" lacks a right: {reason}. Remedy: flask sse init --grant-to {role}, run by the role '
+    "that installed the event log."
+)
 
 
 class Unanswered(DatabaseUnavailable):
@@ -137,16 +144,20 @@ class Pool:
                 rows = statements(connection)
             except BaseException as error:
                 broken = bool(connection.closed)
+                denied = isinstance(error, psycopg2.errors.InsufficientPrivilege)
+                role = connection.info.user if denied else ""
                 connection.close()
                 if isinstance(error, TimeoutError):
                     self._found_silent()
                 # The server ended the session between _checkout() and execute().
                 if used_before and broken and pooled.direct and _SERVER_ENDED_IT.match(str(error)):
                     continue
+                if denied:
+                    raise PermissionDenied(_DENIED.format(role=role, reason=one_line(error))) from error
                 if isinstance(error, psycopg2.Error | TimeoutError):
-                    reason = " ".join(str(error).split())
+                    reason = one_line(error)
                     kind = Unanswered if broken or isinstance(error, TimeoutError) else DatabaseUnavailable
-                    raise kind(f"PostgreSQL's statement for {self._name} failed: {reason}.") from error
+                    raise kind(f"PostgreSQL's statement for {self._name} failed: {sentence(reason)}") from error
                 raise
             if self._closed:
                 connection.close()
@@ -169,7 +180,9 @@ class Pool:
         except BaseException as error:
             connection.close()
             if isinstance(error, psycopg2.Error | OSError):
-                raise DatabaseUnavailable(f"PostgreSQL ended a new connection ({self._dsn}): {error}") from error
+                raise DatabaseUnavailable(
+                    f"PostgreSQL ended a new connection ({self._dsn}): {sentence(one_line(error))}"
+                ) from error
             raise
         return _Pooled(connection, direct)
 

@@ -83,7 +83,7 @@ class Pruner(BackgroundThread):
             logger.warning("The event log could not be pruned: %s", error)
             return
         if self._late:
-            logger.info("The event log is pruned again, after %.0f minutes.", self._late / 60)
+            logger.warning("The event log is pruned again, after %.0f minutes.", self._late / 60)
         self._done_at, self._late = time.monotonic(), 0.0
         if deleted:
             logger.debug("Pruned %d events from the log in %.1f s.", deleted, time.monotonic() - started)

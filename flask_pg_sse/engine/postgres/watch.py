@@ -20,7 +20,7 @@ from ...channels import RESERVED_PREFIX
 from ...concurrency.background import BackgroundThread
 from ...concurrency.greenlets import poll
 from ...errors import DatabaseUnavailable
-from ...repeats import Repeats, times
+from ...repeats import Repeats, one_line, times
 from .connect import connect, connect_to_listen, execute, is_read_only
 from .dsn import Dsn
 from .identity import Finding, Server, Sightings, who
@@ -148,7 +148,7 @@ class AddressWatch(BackgroundThread):
         try:
             why_not = _why_not(connection, read_only=self._listener.read_only, hears=hears)
         except (psycopg2.Error, OSError, DatabaseUnavailable) as error:
-            why_not = " ".join(str(error).split()).rstrip(".")
+            why_not = one_line(error)
         if why_not and moved:
             self._say_unfit(why_not, ours)
         return not why_not

@@ -18,7 +18,7 @@ import psycopg2
 import pytest
 from flask import Flask
 
-from flask_pg_sse import disconnect, notify, schema_sql, sse_cursor
+from flask_pg_sse import DatabaseUnavailable, PermissionDenied, disconnect, notify, schema_sql, sse_cursor
 from flask_pg_sse.engine.postgres import pool, retention, schema
 from flask_pg_sse.testing import stream
 from tests.docs.test_readme import example
@@ -251,6 +251,27 @@ def test_what_is_granted_works(place: Place) -> None:
         run(connection, NOTIFY, ("orders", "committed by a stranger"))
         run(connection, "SET ROLE stranger; COMMIT")
     assert logged(place.superuser)[-1][3] == "committed by a stranger"
+
+
+def test_a_missing_right_is_an_error_with_the_role_and_the_remedy(
+    place: Place, make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app(place.app, SSE_LOG_OWNER="sse_owner")
+    execute(place.owner, "REVOKE EXECUTE ON FUNCTION flask_pg_sse.head_v1 FROM app")
+    said = (
+        'The database role "app" lacks a right: permission denied for function head_v1. Remedy: flask sse init '
+        "--grant-to app, run by the role that installed the event log."
+    )
+    with app.app_context(), pytest.raises(PermissionDenied) as caught:
+        sse_cursor()
+    assert str(caught.value) == said
+    assert isinstance(caught.value, PermissionError) and isinstance(caught.value, DatabaseUnavailable)
+    execute(place.owner, "REVOKE ALL ON ALL FUNCTIONS IN SCHEMA flask_pg_sse FROM app")
+    app = make_app(place.app, SSE_LOG_OWNER="sse_owner")
+    with app.app_context():
+        notify("orders", "x")
+    [line] = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert 'role "app" may not use it. Remedy: flask sse init --grant-to app, run by the role' in line
 
 
 def test_a_sender_forges_no_id_and_no_event_of_the_package(place: Place) -> None:
