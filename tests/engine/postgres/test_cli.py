@@ -276,7 +276,7 @@ def test_prune_says_that_there_is_no_log(database_url: str, make_app: MakeApp, r
     assert failure(app, "prune").endswith('It is not installed there: run "flask sse init".')
     ok(app, "init")
     line = failure(make_app(as_role(database_url, role)), "prune")
-    assert "flask sse init --grant-to ROLE" in line
+    assert f"flask sse init --grant-to {role}" in line
 
 
 # --- the README
