@@ -8,7 +8,7 @@
     |   +-- PayloadTooLarge                    an event does not fit one NOTIFY (.size, .limit)
     +-- DatabaseUnavailable (ConnectionError)  PostgreSQL, or Redis, did not answer, or refused
     |   +-- PermissionDenied (PermissionError) the database role lacks a right
-    +-- EventLogMissing (RuntimeError)         SSE_EVENT_LOG is true, and the database has no event log
+    +-- EventLogMissing (RuntimeError)         an event log is needed here, and there is none that can be used
 
 A message says what failed, why, and what to do about it. No message contains a password.
 """
@@ -67,4 +67,4 @@ class PermissionDenied(DatabaseUnavailable, PermissionError):
 
 
 class EventLogMissing(PgSSEError, RuntimeError):
-    """The configuration requires the event log, and the database has no event log that can be used."""
+    """The event log cannot be used, and the configuration requires one, or the app uses one on other connections."""

@@ -62,7 +62,8 @@ class CurrentApp:
         Raises `InvalidChannel` and `InvalidEvent` (both `ValueError`) for a channel or an event that cannot be sent;
         `PayloadTooLarge` for an event that does not fit PostgreSQL's NOTIFY and does not go to a log; the JSON
         provider's error, usually TypeError, for data that it cannot write; `DatabaseUnavailable` (a `ConnectionError`);
-        `DatabaseNotConfigured`; and `EventLogMissing` if the configuration requires a log and there is none.
+        `DatabaseNotConfigured`; and `EventLogMissing` if the configuration requires a log and there is none, or if the
+        app uses one and `connection` cannot: its role may not, or its database is another one.
         """
         fields: Mapping[str, Any] = {"event": event, "id": id, "retry": retry, "comment": comment}
         if sse_payload is not None:

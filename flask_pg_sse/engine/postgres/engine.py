@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ...concurrency.locks import Lock
+from ...errors import DatabaseNotConfigured, DatabaseUnavailable
 from ...event import Event
 from ...tokens import Keys, sign_disconnect
 from ..base import LOG_READERS, ControlMessage, Look, Page, Sink, Tail
@@ -30,6 +32,8 @@ from .watch import AddressWatch
 
 # The package's own connections for sending. A notify takes about 1 ms, so a few connections serve a whole worker.
 _NOTIFY_CONNECTIONS = 4
+# Seconds for which callers' connections answer for themselves, after the app's own database could not be asked.
+_ALONE = 5.0
 # PostgreSQL's time, in seconds since the epoch.
 _CLOCK = "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::pg_catalog.float8"
 # Connections for `sse_cursor()` and for pruning, which needs one at a time. They are separate, as those for reading the
@@ -58,11 +62,11 @@ class PostgresEngine(Listening):
     ) -> None:
         self._databases = databases
         self._installation = InstallationLookup(event_log, log_owner)
-        # Callers' connections may have other roles, and lead to other databases.
-        self._callers = InstallationLookup(event_log, log_owner, quiet=True)
         self._retention = retention
         self._beat_every = min(BEAT_EVERY, longest_silence)
         self._keys = keys
+        self._alone: Exception | None = None  # why the app's own database cannot be asked about the log
+        self._alone_until = 0.0
         self._opening = Lock()
         self._connections: _Connections | None = None
         self._listener: PostgresListener | None = None
@@ -140,19 +144,33 @@ class PostgresEngine(Listening):
         self, channel: str, events: Sequence[Event], *, durable: bool = True, connection: Any = None
     ) -> int | None:
         through: OwnConnection | CallersConnection
-        if connection is None:
-            through, installation = self._own.sending, self._installation
-        else:
-            through, installation = CallersConnection(connection), self._callers
+        through = self._own.sending if connection is None else CallersConnection(connection)
 
-        def log(log: Installation) -> tuple[int | None]:
-            return (through.log(log, channel, [to_row(event) for event in events]),)
-
-        sent = installation.call(through.execute, log) if durable else None
-        if sent is None:
+        def send(log: Installation | None) -> tuple[int | None]:
+            if log is not None:
+                return (through.log(log, channel, [to_row(event) for event in events]),)
             through.notify(pg_name(channel), [to_payload(event, channel) for event in events])
-            return None
-        return sent[0]
+            return (None,)
+
+        if not durable:
+            sent = None
+        elif isinstance(through, CallersConnection):
+            sent = send(self._log_for(through))
+        else:
+            sent = self._installation.call(through.execute, send)
+        return (sent or send(None))[0]
+
+    def _log_for(self, caller: CallersConnection) -> Installation | None:
+        """Return the log to use on a caller's connection, or None if the app uses none. Raises `EventLogMissing`."""
+        if time.monotonic() >= self._alone_until:
+            try:
+                return self._installation.for_caller(caller.execute, lambda query: self._own.sending.execute(query))
+            except (DatabaseNotConfigured, DatabaseUnavailable) as error:
+                self._alone, self._alone_until = error, time.monotonic() + _ALONE
+        log = self._installation.of_caller(caller.execute)
+        if log is None and isinstance(self._alone, DatabaseUnavailable):
+            raise self._alone  # whether the app uses a log is not known
+        return log
 
     def control(self, message: ControlMessage) -> None:
         through = self._own.sending

@@ -44,6 +44,7 @@ _REQUIRED = (
     'The event log is required (SSE_EVENT_LOG is true, or SSE_LISTEN_URL is "poll"), and {}; or set SSE_EVENT_LOG to '
     '"auto", and SSE_LISTEN_URL to a direct connection.'
 )
+_ON_THIS_CONNECTION = "The event log cannot be used on this connection: {}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +54,11 @@ class Installation:
     version: int
     key: bytes = field(repr=False)
     condition: str  # in SQL: the schema is the one that was looked at, and its owner is trusted
-
-    @property
-    def check(self) -> str:
-        """A query for one row with a boolean: whether the log's functions may be called on this connection."""
-        return f"SELECT {self.condition}"
+    place: str  # in SQL: the database is the one that was looked at
+    check: str  # a query for one row with a boolean: whether the functions may be called on a caller's connection
 
     def guarded(self, query: str) -> str:
-        """Return the query with a guard before it, a statement that fails if `check` would say no."""
+        """Return the query with a guard before it, a statement that fails if `condition` does not hold."""
         return (
             f"SELECT CAST(CASE WHEN {self.condition} THEN 'pg_catalog' ELSE '\"{SCHEMA}, as it was checked\"' END "
             f"AS pg_catalog.regnamespace); {query}"
@@ -70,13 +68,12 @@ class Installation:
 class InstallationLookup:
     """Looks up the log of one database, and remembers it. `setting` is True (required), False (not used) or "auto".
 
-    `owner` is the role that the app trusts by SSE_LOG_OWNER. `quiet` leaves out the lines that are no trouble.
+    `owner` is the role that the app trusts by SSE_LOG_OWNER.
     """
 
-    def __init__(self, setting: bool | str, owner: str | None = None, *, quiet: bool = False) -> None:
+    def __init__(self, setting: bool | str, owner: str | None = None) -> None:
         self._setting = setting
         self._owner = owner
-        self._quiet = quiet
         self._found: Installation | None = None
         self._look_at = 0.0
         self._said = ""
@@ -129,6 +126,33 @@ class InstallationLookup:
                 raise
         return run(log)
 
+    def for_caller(self, execute: Execute, own: Execute) -> Installation | None:
+        """Return the log to use on a caller's connection, where `execute` runs a query, or None if the app uses none.
+
+        Whether there is one is asked on the app's `own` connection. What the caller's answers counts for this call
+        alone: it may have another role, or lead to another database. Raises `EventLogMissing` if it cannot use the log.
+        """
+        if self._setting is False:
+            return None
+        log = self.look(own)
+        if log is not None and not execute(log.check)[0][0]:
+            log = self.look(own, again=True)
+            if log is not None and not execute(log.check)[0][0]:
+                raise EventLogMissing(_why_not(execute, log, self._owner))
+        return log
+
+    def of_caller(self, execute: Execute) -> Installation | None:
+        """Return the log as `for_caller()` does, where the app's own database cannot be asked."""
+        if self._setting is False:
+            return None
+        try:
+            log, wrong = look_up(execute, self._owner), MISSING
+        except NotUsable as error:
+            log, wrong = None, str(error)
+        if log is None and (self._setting is True or wrong is not MISSING):
+            raise EventLogMissing(_ON_THIS_CONNECTION.format(wrong))
+        return log
+
     def execute(
         self, pool: Pool, query: str, args: Sequence[Any] = (), *, limit: float | None = None
     ) -> Sequence[Sequence[Any]]:
@@ -154,23 +178,21 @@ class InstallationLookup:
             ended = self._repeats.over(now)
             if ended is not None and self._found is not None:
                 logger.warning("%s, after %s without it.", text, ended)
-            elif text != self._said and not self._quiet:
+            elif text != self._said:
                 logger.info("%s.", text)
         self._said = text
-
-
-def replaced() -> DatabaseUnavailable:
-    """Return the error of a call on a connection where the check says no."""
-    error = DatabaseUnavailable(f"The schema {SCHEMA} is not the one that was there, or its owner is not trusted.")
-    error.__cause__ = psycopg2.errors.InvalidSchemaName()
-    return error
 
 
 # The catalog can be read by every role. To name a function that does not exist, or that this role may not call, would
 # be an error, and would abort a caller's transaction. The last column has functions that are not as the installation
 # makes them. The types are those that are read on every driver in the driver's own way.
+_DATABASE = (
+    "SELECT CAST(d.oid AS pg_catalog.int4) FROM pg_catalog.pg_database d "
+    "WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()"
+)
 _LOOK_UP = f"""
 SELECT CAST(n.oid AS pg_catalog.int4), CAST(n.nspowner AS pg_catalog.int4), {trusted("n.nspowner", "current_user")},
+    ({_DATABASE}), pg_catalog.has_function_privilege('public', 'pg_catalog.pg_control_system()', 'EXECUTE'),
     CAST(pg_catalog.pg_get_userbyid(n.nspowner) AS pg_catalog.text), CAST(current_user AS pg_catalog.text),
     pg_catalog.current_setting('is_superuser') OPERATOR(pg_catalog.=) 'on',
     pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_function_privilege(p.oid, 'EXECUTE'),
@@ -183,6 +205,17 @@ FROM pg_catalog.pg_namespace n LEFT JOIN pg_catalog.pg_proc p
 WHERE n.nspname OPERATOR(pg_catalog.=) '{SCHEMA}'
 """
 _INSTALLED = f"SELECT version, key FROM {SCHEMA}.installed_v1()"
+_SYSTEM = "SELECT CAST(system_identifier AS pg_catalog.text) FROM pg_catalog.pg_control_system()"
+# Whether a caller's connection may write to a log: its role may, and its database is the log's. Copies of a database
+# have the same numbers in another database or on another server.
+_FOR_CALLERS = """
+SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace n
+    JOIN pg_catalog.pg_proc p ON p.pronamespace OPERATOR(pg_catalog.=) n.oid
+        AND p.proname OPERATOR(pg_catalog.=) 'enqueue_v1'
+    WHERE n.oid OPERATOR(pg_catalog.=) CAST({oid} AS pg_catalog.oid) AND {condition}
+        AND pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_function_privilege(p.oid, 'EXECUTE'))
+    AND {place}
+"""
 
 
 class NotUsable(Exception):
@@ -197,7 +230,7 @@ def look_up(execute: Execute, log_owner: str | None = None) -> Installation | No
     found = execute(_LOOK_UP)
     if not found:
         return None
-    oid, owner_oid, trusts, owner, role, superuser, usable, strange = found[0]
+    oid, owner_oid, trusts, database, told_system, owner, role, superuser, usable, strange = found[0]
     if not trusts and owner != log_owner:
         raise NotUsable(
             f'the schema {SCHEMA} belongs to the role "{owner}", and the app\'s role "{role}" has no reason to trust '
@@ -220,6 +253,9 @@ def look_up(execute: Execute, log_owner: str | None = None) -> Installation | No
     condition = f"pg_catalog.to_regnamespace('{SCHEMA}') OPERATOR(pg_catalog.=) CAST({oid} AS pg_catalog.oid)"
     if trusts:
         condition += f" AND {trusted(f'CAST({owner_oid} AS pg_catalog.oid)', 'current_user')}"
+    place = f"{database} OPERATOR(pg_catalog.=) ({_DATABASE})"
+    if told_system:
+        place += f" AND '{execute(_SYSTEM)[0][0]}' OPERATOR(pg_catalog.=) ({_SYSTEM})"
     rows = execute(_INSTALLED)
     if not rows:
         raise NotUsable(
@@ -232,7 +268,25 @@ def look_up(execute: Execute, log_owner: str | None = None) -> Installation | No
             f"the database's event log has version {version}, and this package needs version {VERSION}. Remedy: "
             "flask sse init"
         )
-    return Installation(version, bytes(key), condition)
+    check = _FOR_CALLERS.format(oid=oid, condition=condition, place=place)
+    return Installation(version, bytes(key), condition, place, check)
+
+
+def _why_not(execute: Execute, log: Installation, owner: str | None) -> str:
+    """Return why a caller's connection cannot use the app's log."""
+    [(here, database)] = execute(f"SELECT {log.place}, CAST(pg_catalog.current_database() AS pg_catalog.text)")
+    why = "the database has another event log than a moment ago. Remedy: try again"
+    if not here:
+        why = (
+            f'its database "{database}" is not the one that the app\'s streams listen to. Remedy: notify() without '
+            "connection=, or on a connection to that one"
+        )
+    else:
+        try:
+            look_up(execute, owner)
+        except NotUsable as error:
+            why = str(error)
+    return _ON_THIS_CONNECTION.format(why)
 
 
 def install(connection: Any, grant_to: Sequence[str] = (), *, owner: str | None = None) -> tuple[int, str]:
