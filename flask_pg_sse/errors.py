@@ -42,14 +42,21 @@ class InvalidEvent(PgSSEError, ValueError):
 class PayloadTooLarge(InvalidEvent):
     """An event does not fit the payload of one NOTIFY.
 
-    `size` is the length of its data in bytes. `limit` is how many bytes of data would have fitted.
+    `size` is the length of its data in bytes. `limit` is how many bytes of data would have fitted. `remedy` is the part
+    of the message that says how such an event can be sent all the same.
     """
 
-    def __init__(self, channel: str, size: int, limit: int) -> None:
+    def __init__(
+        self,
+        channel: str,
+        size: int,
+        limit: int,
+        remedy: str = "Install the event log (flask sse init), which carries any size",
+    ) -> None:
         super().__init__(
             f"The event for channel {channel!r} has {size} bytes of data, and one NOTIFY of PostgreSQL has room for "
-            f"{limit} besides the event's name, id and comment. Install the event log (flask sse init), which carries "
-            "any size, or send less: for example an id, with which the page fetches the rest."
+            f"{limit} besides the event's name, id and comment. {remedy}; or send less: for example an id, with which "
+            "the page fetches the rest."
         )
         self.size = size
         self.limit = limit

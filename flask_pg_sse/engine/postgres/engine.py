@@ -12,8 +12,12 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
 from ...concurrency.locks import Lock
-from ...errors import DatabaseNotConfigured, DatabaseUnavailable
+from ...errors import DatabaseNotConfigured, DatabaseUnavailable, PayloadTooLarge
 from ...event import Event
 from ...tokens import Keys, sign_disconnect
 from ..base import LOG_READERS, ControlMessage, Look, Page, Sink, Tail
@@ -149,7 +153,12 @@ class PostgresEngine(Listening):
         def send(log: Installation | None) -> tuple[int | None]:
             if log is not None:
                 return (through.log(log, channel, [to_row(event) for event in events]),)
-            through.notify(pg_name(channel), [to_payload(event, channel) for event in events])
+            try:
+                payloads = [to_payload(event, channel) for event in events]
+            except PayloadTooLarge as error:
+                remedy = self._installation.remedy_for_size(self._own_execute, durable=durable)
+                raise PayloadTooLarge(channel, error.size, error.limit, remedy) from None
+            through.notify(pg_name(channel), payloads)
             return (None,)
 
         if not durable:
@@ -160,11 +169,14 @@ class PostgresEngine(Listening):
             sent = self._installation.call(through.execute, send)
         return (sent or send(None))[0]
 
+    def _own_execute(self, query: str) -> Sequence[Sequence[Any]]:
+        return self._own.sending.execute(query)
+
     def _log_for(self, caller: CallersConnection) -> Installation | None:
         """Return the log to use on a caller's connection, or None if the app uses none. Raises `EventLogMissing`."""
         if time.monotonic() >= self._alone_until:
             try:
-                return self._installation.for_caller(caller.execute, lambda query: self._own.sending.execute(query))
+                return self._installation.for_caller(caller.execute, self._own_execute)
             except (DatabaseNotConfigured, DatabaseUnavailable) as error:
                 self._alone, self._alone_until = error, time.monotonic() + _ALONE
         log = self._installation.of_caller(caller.execute)

@@ -13,6 +13,7 @@ Names in these queries, and operators, are written with their schema: an app's s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 
 import psycopg2
 
-from ...errors import DatabaseUnavailable, EventLogMissing
+from ...errors import DatabaseNotConfigured, DatabaseUnavailable, EventLogMissing
 from ...repeats import Repeats, times
 from .connect import execute
 from .pool import Pool
@@ -75,6 +76,7 @@ class InstallationLookup:
         self._setting = setting
         self._owner = owner
         self._found: Installation | None = None
+        self._wrong: str | None = None  # why a log that is there cannot be used
         self._look_at = 0.0
         self._said = ""
         self._repeats = Repeats(most=60.0)
@@ -92,18 +94,17 @@ class InstallationLookup:
         """
         if self._setting is False:
             return None
-        wrong = None
         required = self._setting is True and self._found is None
         if again or required or time.monotonic() >= self._look_at:
             try:
-                self._found = look_up(execute, self._owner)
+                self._found, self._wrong = look_up(execute, self._owner), None
             except NotUsable as error:
-                self._found, wrong = None, str(error)
+                self._found, self._wrong = None, str(error)
             # Set only after the answer. Until then other callers query the database too, instead of finding "no log".
             self._look_at = time.monotonic() + (_LOOK_AGAIN if self._found is None else _CHECK_AGAIN)
-            self._say(wrong)
+            self._say(self._wrong)
         if self._found is None and self._setting is True:
-            raise EventLogMissing(_REQUIRED.format(wrong or MISSING))
+            raise EventLogMissing(_REQUIRED.format(self._wrong or MISSING))
         return self._found
 
     def call(self, execute: Execute, run: Callable[[Installation], T]) -> T | None:
@@ -161,6 +162,19 @@ class InstallationLookup:
         if rows is None:
             raise DatabaseUnavailable("The event log is not in use any more.")
         return rows
+
+    def remedy_for_size(self, own: Execute, *, durable: bool) -> str:
+        """Return how an event can be sent that is too large for NOTIFY. `own` runs a query on the app's database."""
+        if self._setting is False:
+            remedy = "Install the event log (flask sse init), which carries any size, and set no SSE_EVENT_LOG"
+        else:
+            with contextlib.suppress(DatabaseNotConfigured, DatabaseUnavailable, EventLogMissing):
+                if self.look(own) is not None:
+                    return "Leave durable=False out: the event log carries any size"
+            remedy = "Install the event log (flask sse init), which carries any size"
+            if self._wrong is not None:
+                remedy = f"Use the event log, which carries any size ({self._wrong})"
+        return remedy if durable else f"{remedy}, and leave durable=False out"
 
     def forget(self) -> None:
         """Look again at the next use, because something that belongs to the log was missing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import psycopg2
 import pytest
@@ -279,3 +280,27 @@ def test_capture_takes_any_size_where_the_log_is_required(make_app: MakeApp) -> 
     app = make_app(None)
     with app.app_context(), capture(app), pytest.raises(PayloadTooLarge):
         notify("orders", "x" * 100_000)
+
+
+# -- the size of an event that does not go there
+
+
+def test_an_event_that_is_too_large_for_notify_is_refused_with_the_remedy_that_helps(
+    logged_url: str, database_url: str, make_app: MakeApp
+) -> None:
+    def refused(url: str, durable: bool, **config: Any) -> str:
+        with make_app(url, **config).app_context(), pytest.raises(PayloadTooLarge) as raised:
+            notify("orders", "x" * 9000, durable=durable)
+        return str(raised.value)
+
+    install = "Install the event log (flask sse init), which carries any size"
+    assert "Leave durable=False out: the event log carries any size; or send less" in refused(logged_url, False)
+    assert f"{install}; or send less" in refused(database_url, True)
+    assert f"{install}, and leave durable=False out; or send less" in refused(database_url, False)
+    assert f"{install}, and set no SSE_EVENT_LOG; or" in refused(logged_url, True, SSE_EVENT_LOG=False)
+    execute(logged_url, "CREATE ROLE outsider LOGIN")
+    try:
+        text = refused(logged_url.replace("postgres@", "outsider@"), True)
+    finally:
+        execute(logged_url, "DROP ROLE outsider")
+    assert 'the role "outsider" may not use it. Remedy: flask sse init --grant-to outsider' in text
