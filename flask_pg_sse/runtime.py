@@ -103,7 +103,7 @@ class Runtime:
         """
         check_channel(channel)
         if connection is not None:
-            check_caller(connection)
+            check_caller(connection, "notify")
         events = [make_event(item, **fields, dumps=self._dumps) for item in items]
         if not events:
             return None
@@ -113,9 +113,11 @@ class Runtime:
             self.losses.follow(connection, channel, len(events), used=not isinstance(engine, MemoryEngine))
         return id
 
-    def cursor(self) -> int | None:
-        """Return the head of the event log; None without a log."""
-        return self.worker.engine.head() or None
+    def cursor(self, connection: Any = None) -> int | None:
+        """Return the head of the event log, as a caller's `connection` sees it if given; None without a log."""
+        if connection is not None:
+            check_caller(connection, "sse_cursor")
+        return self.worker.engine.head(connection) or None
 
     def disconnect(self, subject: str | None, channel: str | None) -> None:
         """Send a command to every process to end streams.

@@ -161,8 +161,11 @@ class Engine(Protocol):
         for another kind of database.
         """
 
-    def head(self) -> int:
-        """Return the id up to which every event in the log can be read; 0 without a log."""
+    def head(self, connection: Any = None) -> int:
+        """Return the id up to which every event in the log can be read; 0 without a log.
+
+        With a caller's `connection` it is what can be read there, as on a replica that lags.
+        """
 
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:
         """Return the events after an id: at most `max_bytes`, or one larger event alone, up to `max_event` bytes."""

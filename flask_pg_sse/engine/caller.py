@@ -15,22 +15,26 @@ from ..errors import IN_TESTS
 from .drivers import is_psycopg2, new_cursor, own_cursors
 
 
-def check_caller(connection: Any) -> None:
-    """Raise TypeError for a connection that the functions below cannot use. The message says what to do."""
+def check_caller(connection: Any, what: str) -> None:
+    """Raise TypeError for a connection that the functions below cannot use. The message says what to do.
+
+    `what` is the name of the function that was called with it.
+    """
     if _is_sqlalchemy(connection):
         return
     kind = _kind(connection)
     if kind.startswith("sqlalchemy.ext.asyncio"):
+        arguments = '"orders", data, ' if what == "notify" else ""
         raise TypeError(
-            f"notify() cannot use an asynchronous {kind}. Call it with the synchronous session inside it: "
-            'await session.run_sync(lambda s: notify("orders", data, connection=s)).'
+            f"{what}() cannot use an asynchronous {kind}. Call it with the synchronous session inside it: "
+            f"await session.run_sync(lambda s: {what}({arguments}connection=s))."
         )
     methods = [getattr(connection, name, None) for name in ("cursor", "execute", "commit")]
     if getattr(connection, "async_", 0) or any(map(inspect.iscoroutinefunction, methods)):
-        raise TypeError(f"notify() cannot use an asynchronous {kind}; give it a synchronous connection.")
+        raise TypeError(f"{what}() cannot use an asynchronous {kind}; give it a synchronous connection.")
     if not callable(methods[0]) or not callable(methods[2]):
         raise TypeError(
-            f"notify(connection=…) takes a psycopg2 or psycopg 3 connection, or an SQLAlchemy Connection, Session or "
+            f"{what}(connection=…) takes a psycopg2 or psycopg 3 connection, or an SQLAlchemy Connection, Session or "
             f"scoped_session (db.session), not {kind}."
         )
 
@@ -100,4 +104,4 @@ def _kind(connection: Any) -> str:
 
 def _refuse_other_engine(engine: str) -> None:
     if engine != "postgresql":
-        raise TypeError(f"notify(connection=…) needs a PostgreSQL connection, and this one is for {engine}. {IN_TESTS}")
+        raise TypeError(f"connection= must be for PostgreSQL, and this one is for {engine}. {IN_TESTS}")

@@ -112,7 +112,7 @@ class MemoryEngine:
         if self._sink is not None and self._pruned_through > before:
             self._sink.pruned(self._pruned_through)
 
-    def head(self) -> int:
+    def head(self, connection: Any = None) -> int:
         return self._head
 
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:

@@ -92,16 +92,19 @@ class CurrentApp:
         fields = {"event": event, "retry": retry, "comment": comment}
         self._runtime().notify(channel, list(items), fields, connection, durable=durable)
 
-    def sse_cursor(self) -> int | None:
+    def sse_cursor(self, *, connection: Any = None) -> int | None:
         """Return the event log's head: data that are read after this call include all events up to it.
 
         Pass it to `sse_url(…, cursor=…)`: the page's stream then begins where the page's data end. None without a log.
-        It is read on one of the package's own connections.
+
+        connection: where the page's data are read, if that is a read replica; the same kinds as for `notify()`. What
+                    the replica does not have yet then comes on the stream. By default the head is read on one of the
+                    package's own connections, to the primary.
 
         Raises `DatabaseUnavailable`, `DatabaseNotConfigured`, and `EventLogMissing` if the configuration requires a log
-        and there is none.
+        and there is none, or if `connection` cannot use the app's.
         """
-        return self._runtime().cursor()
+        return self._runtime().cursor(connection)
 
     def disconnect(self, *, subject: str | int | uuid.UUID | None = None, channel: str | None = None) -> None:
         """End the streams of a subject or on a channel. With both arguments: of that subject on that channel.

@@ -202,7 +202,10 @@ class PostgresEngine(Listening):
 
     # -- reading
 
-    def head(self) -> int:
+    def head(self, connection: Any = None) -> int:
+        if connection is not None:
+            caller = CallersConnection(connection)
+            return 0 if self._log_for(caller) is None else caller.head()
         if self._installation.look(self._own.sending.execute) is None:
             return 0
         return self._own.history.head()

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...errors import DatabaseUnavailable
 from ..caller import read_on, send_on
+from .history import HEAD
 from .installation import Installation
 from .pool import Pool, Unanswered
 
@@ -28,6 +29,8 @@ _ENQUEUE = (
     "SELECT flask_pg_sse.enqueue_v1("
     "CAST({} AS pg_catalog.text), CAST({} AS pg_catalog.json[]), CAST({} AS pg_catalog.text[]))"
 )
+# As text, which every driver reads in the same way.
+_HEAD = f"SELECT CAST(({HEAD}) AS pg_catalog.text)"
 
 
 def to_notify(name: str, payloads: Sequence[str]) -> tuple[str, Sequence[Any]]:
@@ -73,7 +76,7 @@ class OwnConnection:
 
 
 class CallersConnection:
-    """Sends in the transaction of a caller's connection. Events leave at its commit, and never after a rollback."""
+    """Works in the transaction of a caller's connection. Events leave at its commit, and never after a rollback."""
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
@@ -97,3 +100,8 @@ class CallersConnection:
         fields, data = zip(*rows, strict=True)
         send_on(self._connection, _ENQUEUE, (channel, list(fields), list(data)))
         return None
+
+    def head(self) -> int:
+        """Return the id up to which every event in the log can be read here. `log.check` comes just before this."""
+        [(head,)] = self.execute(_HEAD)
+        return int(head)

@@ -84,7 +84,7 @@ class RedisEngine(Listening):
 
     # -- reading
 
-    def head(self) -> int:
+    def head(self, connection: Any = None) -> int:
         return 0
 
     def page(self, channels: Sequence[str], after: int, max_bytes: int, max_event: int) -> Page:

@@ -1,19 +1,24 @@
-"""What a caller's connection answers about the event log counts for that connection alone."""
+"""What a caller's connection answers about the event log counts for that connection alone, also on a read replica."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
+import psycopg
 import psycopg2
 import pytest
 from flask import Flask
 from sqlalchemy import create_engine, text
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from flask_pg_sse import EventLogMissing, notify
+from flask_pg_sse import EventLogMissing, notify, schema_sql, sse_cursor, sse_url
+from flask_pg_sse.testing import stream
+from tests.support.cluster import Cluster, caught_up
 from tests.support.postgres import execute, fresh_database
 from tests.support.servers import free_port
 from tools import postgres
@@ -136,3 +141,73 @@ def test_without_the_apps_own_database_the_connection_answers_for_itself(
                 with pytest.raises(ConnectionError, match="cannot be reached"):
                     send()
     assert kept(logged_url) == ["x"]
+
+
+# -- sse_cursor(connection=…)
+
+READERS: dict[str, Callable[[str], Any]] = {
+    "psycopg2": psycopg2.connect,
+    "psycopg": psycopg.connect,
+    "session": lambda url: Session(create_engine(url.replace("postgresql:", "postgresql+psycopg:"))),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", READERS)
+def test_a_page_whose_data_come_from_a_replica_that_lags_misses_nothing(
+    cluster: Cluster, make_app: MakeApp, reader: str
+) -> None:
+    primary = cluster.primary.url()
+    execute(primary, schema_sql())
+    execute(primary, "CREATE TABLE dish (name text)")
+    app = make_app(primary)
+
+    def order(name: str) -> None:
+        with closing(psycopg2.connect(primary)) as connection:
+            connection.cursor().execute("INSERT INTO dish VALUES (%s)", (name,))
+            notify("orders", name, connection=connection)
+            connection.commit()
+
+    def rows(connection: Any) -> list[str]:
+        query = "SELECT name FROM dish"
+        if isinstance(connection, Session):
+            return [name for (name,) in connection.execute(text(query))]
+        with connection.cursor() as cursor:
+            cursor.execute(query)
+            return [name for (name,) in cursor]
+
+    with app.test_request_context():
+        order("soup")
+        replica = cluster.standby("replica")
+        caught_up(replica, cluster.primary)
+        execute(replica.url(), "SELECT pg_wal_replay_pause()")
+        order("cake")
+        with closing(READERS[reader](replica.url())) as connection:
+            url = sse_url("orders", cursor=sse_cursor(connection=connection))
+            assert rows(connection) == ["soup"]
+            assert sse_cursor(connection=connection) != sse_cursor()
+    events = stream(app.test_client(), url)
+    assert next(events).event == "sse-open"
+    assert next(events).data == "cake"
+    events.close()
+
+
+def test_the_cursor_of_a_connection_is_the_head_that_it_sees(
+    logged_url: str, database_url: str, make_app: MakeApp
+) -> None:
+    with make_app(logged_url).app_context(), closing(psycopg2.connect(logged_url)) as connection:
+        connection.set_session(isolation_level="REPEATABLE READ")
+        seen = notify("orders", "before")
+        assert sse_cursor(connection=connection) == seen
+        later = notify("orders", "after the snapshot")
+        assert sse_cursor(connection=connection) == seen and sse_cursor() == later
+        connection.rollback()
+        assert sse_cursor(connection=connection) == later
+        with closing(psycopg2.connect(database_url)) as other, pytest.raises(EventLogMissing, match="its database"):
+            sse_cursor(connection=other)
+    with make_app(database_url).app_context(), closing(psycopg2.connect(database_url)) as connection:
+        assert sse_cursor(connection=connection) is None
+        session = AsyncSession()
+        with pytest.raises(TypeError, match=r"run_sync\(lambda s: sse_cursor\(connection=s\)\)"):
+            sse_cursor(connection=session)
+        asyncio.run(session.close())
