@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 from flask import Flask, current_app, has_app_context, json
 
@@ -16,22 +19,23 @@ from .state import EXTENSION, State, current_state, state_of
 class PgSSE(CurrentApp):
     """The package as an extension object, for one app, for several, or for none.
 
-    database_url:       takes precedence over the app's config. Without an app, the default is the environment variable
-                        `DATABASE_URL`.
+    database_url:       takes precedence over the app's `SSE_DATABASE_URL`. A URL, or a function that returns it.
+    secret_key:         takes precedence over the app's `SSE_SECRET_KEY`.
     url_prefix, name:   the prefix and the name with which `init_app()` registers the blueprint.
     authorize, subject: the app's hooks, as described at `sse_bp.authorize` and `sse_bp.subject`.
 
     In an app context, the methods work on the current app, like the module's functions. Outside, they work on the one
-    app that this object was given. Without any app, they work on a separate runtime, which has no secret key: it can
-    neither sign nor `disconnect()`. `sse_url()` needs an app context, unless `SSE_SERVER_URL` says where the streams
-    are.
+    app that this object was given. Without any app, as in a script, the settings are those of the environment:
+    `DATABASE_URL`, and variables with the names of the settings. `SSE_SECRET_KEY`, or `secret_key`, signs URLs and
+    `disconnect()`; it must be the app's. `sse_url()` then needs `SSE_SERVER_URL`.
     """
 
     def __init__(
         self,
         app: Flask | None = None,
         *,
-        database_url: str | None = None,
+        database_url: str | Callable[[], str] | None = None,
+        secret_key: str | bytes | None = None,
         url_prefix: str = "/sse",
         name: str = "sse",
         authorize: Authorizer | None = None,
@@ -41,10 +45,12 @@ class PgSSE(CurrentApp):
         for hook, function in self._hooks.items():
             if function is not None:
                 check_hook(function, hook)
-        self._database_url = database_url
+        given: dict[str, Any] = {"SSE_DATABASE_URL": database_url, "SSE_SECRET_KEY": secret_key}
+        self._given = {key: value for key, value in given.items() if value is not None}
         self._url_prefix = url_prefix
         self._name = name
-        self._own = Runtime({"SSE_DATABASE_URL": database_url}, json.dumps)
+        settings: dict[str, Any] = {name: text for name, text in os.environ.items() if name.startswith("SSE_") and text}
+        self._own = Runtime(settings | self._given, json.dumps)
         self._states: weakref.WeakSet[State] = weakref.WeakSet()  # of the apps that were given to init_app()
         if app is not None:
             self.init_app(app)
@@ -53,8 +59,7 @@ class PgSSE(CurrentApp):
         """Register the blueprint under this object's name and prefix."""
         if not isinstance(app, Flask):
             raise TypeError(f"PgSSE() takes a Flask app, not {type(app).__name__}; pass a URL as database_url=….")
-        if self._database_url is not None:
-            app.config["SSE_DATABASE_URL"] = self._database_url
+        app.config.update(self._given)
         app.register_blueprint(sse_bp, url_prefix=self._url_prefix, name=self._name, **self._hooks)
         self._states.add(state_of(app))
 

@@ -12,10 +12,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
-
 from ...concurrency.locks import Lock
 from ...errors import DatabaseNotConfigured, DatabaseUnavailable, PayloadTooLarge
 from ...event import Event

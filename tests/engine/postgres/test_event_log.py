@@ -303,4 +303,4 @@ def test_an_event_that_is_too_large_for_notify_is_refused_with_the_remedy_that_h
         text = refused(logged_url.replace("postgres@", "outsider@"), True)
     finally:
         execute(logged_url, "DROP ROLE outsider")
-    assert 'the role "outsider" may not use it. Remedy: flask sse init --grant-to outsider' in text
+    assert 'role "outsider" may not use it. Remedy: flask sse init --grant-to outsider' in text
