@@ -61,10 +61,12 @@ class CurrentApp:
 
         Raises `InvalidChannel` and `InvalidEvent` (both `ValueError`) for a channel or an event that cannot be sent;
         `PayloadTooLarge` for an event that does not fit PostgreSQL's NOTIFY and does not go to a log; the JSON
-        provider's error, usually TypeError, for data that it cannot write; `DatabaseUnavailable` (a `ConnectionError`);
-        `DatabaseNotConfigured`; and `EventLogMissing` if the configuration requires a log and there is none, or if the
-        app uses one and `connection` cannot: its role may not, or its database is another one.
+        provider's error, usually TypeError, for data that it cannot write; TypeError for several channels;
+        `DatabaseUnavailable` (a `ConnectionError`); `DatabaseNotConfigured`; and `EventLogMissing` if the configuration
+        requires a log and there is none, or if the app uses one and `connection` cannot: its role may not, or its
+        database is another one.
         """
+        _check_one(channel)
         fields: Mapping[str, Any] = {"event": event, "id": id, "retry": retry, "comment": comment}
         if sse_payload is not None:
             if data is not None or any(value is not None for value in fields.values()):
@@ -87,6 +89,7 @@ class CurrentApp:
 
         Each item is the data of one event. The other arguments, and the errors, are those of `notify()`.
         """
+        _check_one(channel)
         if isinstance(items, str | bytes | dict):
             raise TypeError(f"notify_many() takes a list of items; for one {type(items).__name__} call notify().")
         fields = {"event": event, "retry": retry, "comment": comment}
@@ -192,6 +195,14 @@ def _url_of_the_streams(what: str, *, external: bool = False) -> str:
         f"{what} was called outside a request, where the site's address is not known. Set SSE_SERVER_URL to where the "
         "streams are; or set SERVER_NAME to the site's host and port, and make the call in app.app_context()."
     )
+
+
+def _check_one(channel: object) -> None:
+    if isinstance(channel, list | tuple | set | frozenset | dict):
+        raise TypeError(
+            f"notify() sends to one channel, not to a {type(channel).__name__}. Call it for each of several channels, "
+            "in one transaction: for channel in channels: notify(channel, data, connection=db.session)."
+        )
 
 
 # The longest time in seconds, some three hundred years. A longer one is a mistake.

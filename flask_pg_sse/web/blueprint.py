@@ -225,12 +225,22 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
         return refusal(403, str(why))
     except TryLater as later:
         return ended(later, last_event_id, state.refusals.later(channels[0], later), private=private)
+    if environ.get("SERVER_SOFTWARE", "").startswith("Werkzeug/") and len(hub) + 1 >= _TABS:
+        state.refusals.log("tabs", _NO_MORE_TABS, _TABS)
     refused = functools.partial(state.refusals.later, channels[0])
     body = stream(hub, replay, subscription, last_event_id, connection, refused)
     response = stream_response(body, connection, settings, private=private, direct_write=settings.direct_write)
     if "flask_pg_sse.testing" in environ:
         environ["flask_pg_sse.testing"].append(subscription)
     return response
+
+
+# As many connections browsers open to one site over HTTP/1.1.
+_TABS = 6
+_NO_MORE_TABS = (
+    "%d streams are open on the development server. A browser opens no more connections to one site over HTTP/1.1: in "
+    "another tab not even pages load. Close tabs; behind a proxy that speaks HTTP/2 to browsers there is no such limit."
+)
 
 
 class _Refused(Exception):

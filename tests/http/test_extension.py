@@ -180,3 +180,15 @@ def test_misuse_is_said_in_words(make_app: MakeApp) -> None:
         PgSSE("postgresql://localhost/x")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="register_blueprint"), Flask("bare").app_context():
         notify("orders", "x")
+
+
+def test_several_channels_are_an_error_with_the_remedy(make_app: MakeApp) -> None:
+    app = make_app()
+    channels: list[Any] = [["user-1", "user-2"], ("user-1",), {"user-1"}, {"user-1": "x"}]
+    for channel in channels:
+        with app.app_context(), capture(app) as events:
+            with pytest.raises(TypeError, match="one transaction: for channel in channels"):
+                notify(channel, "x")
+            with pytest.raises(TypeError, match="one transaction: for channel in channels"):
+                notify_many(channel, ["x"])
+            assert events == []

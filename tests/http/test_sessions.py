@@ -121,4 +121,3 @@ def test_the_ends_of_requests_that_extensions_have(database_url: str, start_serv
     with request(server.port, "/compressed", headers=headers) as page:
         assert page.headers["content-encoding"] in ("gzip", "br", "zstd"), "Flask-Compress is at work"
     assert "Traceback" not in server.log()
-

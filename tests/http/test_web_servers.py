@@ -221,3 +221,13 @@ def test_importing_the_package_starts_and_imports_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_development_server_says_that_the_next_tab_will_wait(database_url: str, start_server: Start) -> None:
+    server = start_server(database_url, command=flask_run())
+    streams = []
+    for number in range(8):
+        streams.append(open_stream(server.port, "orders"))
+        assert server.log().count("streams are open on the development server") == (number >= 5)
+    for stream in streams:
+        stream.close()
