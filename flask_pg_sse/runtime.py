@@ -2,15 +2,21 @@
 
 Creating a `Runtime` opens nothing and creates no lock. Under --preload it is created in gunicorn's arbiter, before the
 workers are forked and before gevent patches them. Started parts belong to the process that started them.
+
+A suite may make an app for each test, and close none. So nothing that is started refers to its app: once the garbage
+collector has freed the app, its connections are freed too, and its threads end with its last stream.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import logging
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +46,11 @@ logger = logging.getLogger(__name__)
 # Seconds from the start of a worker in which it usually begins to hear the database. Streams of later requests do not
 # wait for that before they are answered.
 _MOMENT = 1.0
+# Seconds in which threads must end. After that they end by themselves.
+_PATIENCE = 5.0
+# So many apps that are in use in one process are probably those of a suite, whose tests are done with most of them.
+_MANY_APPS = 8
+_collect_at = _MANY_APPS
 
 
 class Runtime:
@@ -138,7 +149,7 @@ class Runtime:
             raise ConfigurationError(f"{what} needs a secret key: set SECRET_KEY, or SSE_SECRET_KEY, to a random text.")
         return keys
 
-    def close(self, timeout: float = 5.0) -> None:
+    def close(self, timeout: float = _PATIENCE) -> None:
         """End all streams, threads and connections of this process. The next use starts them again."""
         with self._lock():
             worker, self._worker = self._worker, None
@@ -148,23 +159,24 @@ class Runtime:
     @contextlib.contextmanager
     def running_on(self, engine: Engine) -> Iterator[None]:
         """Run the app on another engine, for a test. The streams that begin meanwhile end with it."""
-        worker = Worker(self.settings, engine)
+        worker = Worker(self.settings, engine, self)
         before, self._worker = self._worker, worker
         try:
             yield
         finally:
             self._worker = before
-            worker.stop(5.0)
+            worker.stop(_PATIENCE)
 
     @property
     def worker(self) -> Worker:
         """Return this app's worker in this process, and create it at first use."""
         worker = self._worker
         if worker is None or worker.pid != os.getpid():
+            _collect_abandoned()
             with self._lock():
                 worker = self._worker
                 if worker is None or worker.pid != os.getpid():
-                    worker = self._worker = Worker(self.settings, self._new_engine())
+                    worker = self._worker = Worker(self.settings, self._new_engine(), self)
         return worker
 
     def _new_engine(self) -> Engine:
@@ -176,25 +188,17 @@ class Runtime:
         if settings.broker_url is not None:
             return MemoryEngine(log=settings.event_log is not False, retention=settings.retention)
         return PostgresEngine(
-            self.databases,
+            functools.partial(_databases, settings, self._config),
             event_log=settings.event_log,
             retention=settings.retention,
             log_owner=settings.log_owner,
             longest_silence=settings.heartbeat,
-            keys=self.keys,
+            keys=functools.partial(secret_keys, settings, self._config),
         )
 
     def databases(self) -> tuple[Dsn, Dsn | None]:
         """Return the database to notify and the one to listen to, if LISTEN is used. Raises `ConfigurationError`."""
-        try:
-            return configured_databases(self.settings, self._config)
-        except DatabaseNotConfigured:
-            if self.redis is None:
-                raise
-            raise DatabaseNotConfigured(
-                f"The events come from Redis ({self.redis.source}), which keeps none: the event log needs PostgreSQL. "
-                f"Set DATABASE_URL to postgresql://user:password@host/database, and no {self.redis.source}."
-            ) from None
+        return _databases(self.settings, self._config, self.redis)
 
     def _lock(self) -> Lock:
         # One lock for each process. A lock from before a fork may stay locked forever in the child, and may be of the
@@ -202,15 +206,38 @@ class Runtime:
         return self._locks.setdefault(os.getpid(), Lock())
 
 
+def _databases(settings: Settings, config: Mapping[str, Any], redis: Broker | None = None) -> tuple[Dsn, Dsn | None]:
+    try:
+        return configured_databases(settings, config)
+    except DatabaseNotConfigured:
+        if redis is None:
+            raise
+        raise DatabaseNotConfigured(
+            f"The events come from Redis ({redis.source}), which keeps none: the event log needs PostgreSQL. "
+            f"Set DATABASE_URL to postgresql://user:password@host/database, and no {redis.source}."
+        ) from None
+
+
+def _collect_abandoned() -> None:
+    """Have the garbage collector look for apps, if many are in use. They hold more than memory, of which it is told."""
+    global _collect_at
+    if sum(worker.is_owned for worker in tuple(_workers)) >= _collect_at:
+        gc.collect()
+        _collect_at = max(_MANY_APPS, 2 * sum(worker.is_owned for worker in tuple(_workers)))
+
+
 class Worker:
     """The parts of one app that run in one process.
 
-    Each part starts at its first use, so a process that only notifies never listens.
+    Each part starts at its first use, so a process that only notifies never listens. `owner` is the app's runtime, to
+    which nothing here refers strongly.
     """
 
-    def __init__(self, settings: Settings, engine: Engine) -> None:
+    def __init__(self, settings: Settings, engine: Engine, owner: Runtime) -> None:
         console.check()
         self.pid = os.getpid()
+        self._owner = weakref.ref(owner)
+        _workers.add(self)
         shutdown.watch_here()  # before _stream_limiter(), which looks up this worker
         self.engine = engine
         self.admission = Admission(_stream_limiter(settings))
@@ -220,6 +247,11 @@ class Worker:
         self._started_at = 0.0
         self._streams: tuple[Hub, Replay] | None = None
         self._ticker: Ticker | None = None
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether the app is in use in this process."""
+        return not self._stopped and self._owner() is not None
 
     @property
     def streams(self) -> tuple[Hub, Replay]:
@@ -251,7 +283,8 @@ class Worker:
             send_timeout=settings.send_timeout,
             admission=self.admission,
         )
-        ticker = Ticker(hub, min(heartbeat, settings.send_timeout, settings.max_age or heartbeat))
+        every = min(heartbeat, settings.send_timeout, settings.max_age or heartbeat)
+        ticker = Ticker(hub, every, self._owner(), self._end_abandoned)
         try:
             ticker.start()
             self.engine.start(hub)
@@ -260,6 +293,12 @@ class Worker:
             raise
         self._ticker = ticker
         return hub, Replay(hub, self.engine, heartbeat=heartbeat)
+
+    def _end_abandoned(self) -> None:
+        """End what is left of an app that is gone, after its last stream. The ticker calls it, and ends then too."""
+        self._stopped = True
+        self.admission.close("shutdown")
+        self.engine.stop(_PATIENCE)
 
     def stop(self, timeout: float) -> None:
         with self._starting:  # wait for a start that is under way
@@ -270,6 +309,9 @@ class Worker:
         if self._ticker is not None:
             self._ticker.stop(timeout)
         self.engine.stop(timeout)
+
+
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
 def _stream_limiter(settings: Settings) -> StreamLimiter:

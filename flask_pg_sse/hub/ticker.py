@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
+from collections.abc import Callable
 
 from ..concurrency.background import BackgroundThread
 from ..server import shutdown
@@ -17,10 +19,18 @@ _LAST_TICK = 0.1
 
 
 class Ticker(BackgroundThread):
-    """Looks after a hub's streams from `start()` to `stop()`. `every` is the hub's shortest interval, in seconds."""
+    """Looks after a hub's streams from `start()` to `stop()`. `every` is the hub's shortest interval, in seconds.
 
-    def __init__(self, hub: Hub, every: float) -> None:
+    Once `owner` has been garbage-collected, and the last stream has ended, it calls `finish()` and ends itself.
+    """
+
+    def __init__(
+        self, hub: Hub, every: float, owner: object | None = None, finish: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__("pg-sse-ticker")
+        wakeup = self._wakeup
+        self._owner = weakref.ref(owner or self, lambda _: wakeup.set())
+        self._finish = finish
         self._hub = hub
         self._interval = min(_TICK, every / 4)
 
@@ -50,5 +60,8 @@ class Ticker(BackgroundThread):
                 if time.monotonic() >= next_beat:
                     next_beat = time.monotonic() + self._interval
                     self._hub.beat()
+                if self._owner() is None and not len(self._hub):
+                    self._finish()
+                    return
             except Exception:  # the ticker survives any error of one round
                 logger.exception("A round of heartbeats failed; the next one is in %.1f s.", self._interval)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from flask import Flask
 
-from flask_pg_sse import notify
+from flask_pg_sse import notify, sse_bp
 from flask_pg_sse.hub.ticker import Ticker
-from flask_pg_sse.testing import stream
+from flask_pg_sse.testing import close, stream
+from tests.support.client import eventually
 from tests.support.postgres import execute
 
 MakeApp = Callable[..., Flask]
@@ -84,3 +89,78 @@ def test_a_close_during_a_start_waits_for_it(
     starting.join()
     close.join()
     assert threading.active_count() == 1
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def one_test_of_a_suite(app: Flask, number: int) -> None:
+    """Use an app as the README's tests do."""
+    client = app.test_client()
+    events = stream(client, "/sse/orders")
+    assert next(events).event == "sse-open"
+    with app.app_context():
+        notify("orders", str(number))
+    assert next(events).data == str(number)
+    events.close()
+
+
+def new_app(url: str) -> Flask:
+    app = Flask("tests")
+    app.config.update(TESTING=True, SSE_CHANNELS=["*"], SSE_DATABASE_URL=url)
+    app.register_blueprint(sse_bp)
+    return app
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(60, marks=pytest.mark.slow)])
+def test_an_app_for_each_test_leaves_nothing_behind(database_url: str, logged_url: str, count: int) -> None:
+    """Nobody closes them, and PostgreSQL's default is a hundred connections."""
+    one_test_of_a_suite(new_app(database_url), 0)  # opens what Python and psycopg2 keep
+    gc.collect()
+    eventually(lambda: threading.active_count() == 1)
+    before = descriptors()
+    most = 0
+    for number in range(count):
+        url = logged_url if number % 2 else database_url
+        app = new_app(url)
+        one_test_of_a_suite(app, number)
+        if not number % 3:  # a test that only notifies
+            with (other := new_app(url)).app_context():
+                notify("orders", "x")
+            del other
+        most = max(most, len(sessions(database_url)))  # those of all databases
+    assert most < 70
+    del app
+    gc.collect()
+    eventually(lambda: not sessions(database_url))
+    eventually(lambda: threading.active_count() == 1)
+    assert descriptors() <= before
+
+
+def test_a_stream_outlives_its_app_and_ends_what_it_had_started(database_url: str) -> None:
+    app = new_app(database_url)
+    gone = weakref.ref(app)
+    hub, _ = app.extensions["pg_sse"].runtime.worker.streams
+    with app.test_request_context("/sse/orders"):
+        body: Any = app.full_dispatch_request().response
+    assert b"sse-open" in next(body)
+    del app
+    gc.collect()
+    assert gone() is None and threading.active_count() > 1
+    execute(database_url, "NOTIFY orders, 'still heard'")
+    assert b"still heard" in next(body)
+    body.close()
+    eventually(lambda: threading.active_count() == 1)
+    eventually(lambda: not sessions(database_url))
+    assert len(hub) == 0
+
+
+def test_close_ends_at_once_what_the_app_of_a_test_has_started(database_url: str) -> None:
+    app = new_app(database_url)
+    for number in range(3):
+        one_test_of_a_suite(app, number)
+        assert sessions(database_url)
+        close(app)
+        assert threading.active_count() == 1
+        eventually(lambda: not sessions(database_url))

@@ -26,7 +26,7 @@ NAMES = [
     "sse_cursor",
     "sse_url",
 ]
-NAMES_FOR_TESTS = ["Captured", "Disconnected", "Events", "Received", "Stream", "capture", "parse", "stream"]
+NAMES_FOR_TESTS = ["Captured", "Disconnected", "Events", "Received", "Stream", "capture", "close", "parse", "stream"]
 
 
 def test_the_package_exports_these_names() -> None:
