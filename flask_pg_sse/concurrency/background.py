@@ -45,12 +45,12 @@ class BackgroundThread:
         """End the thread, within `timeout` seconds."""
         self._stopping = True
         self._wakeup.set()
-        if not self._started:
-            self._close()
-        elif self._thread is not None:
+        if self._thread is not None and self._thread.is_alive():
             self._thread.join(timeout)
-        else:
+        elif self._thread is None and self._started:
             self._ended.wait(timeout)
+        else:  # it may never have started
+            self._close()
 
     def _work(self) -> None:
         raise NotImplementedError
