@@ -237,7 +237,6 @@ class Worker:
         console.check()
         self.pid = os.getpid()
         self._owner = weakref.ref(owner)
-        _workers.add(self)
         shutdown.watch_here()  # before _stream_limiter(), which looks up this worker
         self.engine = engine
         self.admission = Admission(_stream_limiter(settings))
@@ -247,6 +246,7 @@ class Worker:
         self._started_at = 0.0
         self._streams: tuple[Hub, Replay] | None = None
         self._ticker: Ticker | None = None
+        _workers.add(self)
 
     @property
     def is_owned(self) -> bool:
