@@ -144,7 +144,10 @@ def test_a_stream_outlives_its_app_and_ends_what_it_had_started(database_url: st
     hub, _ = app.extensions["pg_sse"].runtime.worker.streams
     with app.test_request_context("/sse/orders"):
         body: Any = app.full_dispatch_request().response
-    assert b"sse-open" in next(body)
+    while b"sse-open" not in next(body):
+        pass
+    execute(database_url, "NOTIFY orders, 'heard'")
+    assert b"heard" in next(body)
     del app
     gc.collect()
     assert gone() is None and threading.active_count() > 1
