@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from .cli import commands as _commands  # noqa: F401  # gives sse_bp its commands
 from .cli.doctor import command as _doctor  # noqa: F401
-from .engine.postgres.schema import drop_schema_sql, schema_sql
+from .engine.postgres.schema import drop_schema_sql, include_name, schema_sql
+from .engine.postgres.triggers import drop_trigger_sql, trigger_sql
 from .errors import (
     ConfigurationError,
     DatabaseNotConfigured,
@@ -39,6 +40,8 @@ __all__ = [
     "PgSSEError",
     "disconnect",
     "drop_schema_sql",
+    "drop_trigger_sql",
+    "include_name",
     "notify",
     "notify_many",
     "postgres_notify",
@@ -46,4 +49,5 @@ __all__ = [
     "sse_bp",
     "sse_cursor",
     "sse_url",
+    "trigger_sql",
 ]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import click
 import psycopg2
@@ -13,15 +10,13 @@ from flask import current_app
 from werkzeug.routing import BuildError
 
 from ..engine.postgres import installation, schema
-from ..engine.postgres.connect import connect, execute
-from ..engine.postgres.dsn import Dsn
+from ..engine.postgres.connect import execute
 from ..engine.postgres.retention import prune
-from ..errors import DatabaseUnavailable, PgSSEError
-from ..repeats import one_line, sentence
-from ..settings import Settings
+from ..errors import PgSSEError
 from ..web.api import LONGEST, notify, sse_url
 from ..web.blueprint import sse_bp
-from ..web.state import current_state
+from . import tables as _tables  # noqa: F401  # has commands of its own
+from .database import database, settings
 
 # Seconds for one batch of events.
 _PRUNE_TIMEOUT = 60.0
@@ -44,14 +39,14 @@ def _init(sql: bool, grant_to: tuple[str, ...]) -> None:
     Every deploy may run this: it changes nothing if the log is up to date.
     """
     try:
-        script = schema.schema_sql(grant_to, owner=_settings().log_owner)
+        script = schema.schema_sql(grant_to, owner=settings().log_owner)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--grant-to") from None
     if sql:
         click.echo(script, nl=False)
         return
-    with _database("The event log was not installed", _INIT_REMEDIES) as (connection, dsn):
-        before, advice = installation.install(connection, grant_to, owner=_settings().log_owner)
+    with database("The event log was not installed", _INIT_REMEDIES) as (connection, dsn):
+        before, advice = installation.install(connection, grant_to, owner=settings().log_owner)
     new = schema.VERSION
     if before == 0:
         said = f"Installed version {new} of the event log"
@@ -76,13 +71,13 @@ def _init(sql: bool, grant_to: tuple[str, ...]) -> None:
 )
 def _prune(max_age: float | None) -> None:
     """Delete the event log's old events now."""
-    with _database("The event log was not pruned", _PRUNE_REMEDIES) as (connection, dsn):
+    with database("The event log was not pruned", _PRUNE_REMEDIES) as (connection, dsn):
         run = functools.partial(execute, connection, timeout=_PRUNE_TIMEOUT)
-        log = installation.look_up(run, _settings().log_owner)
+        log = installation.look_up(run, settings().log_owner)
         if log is None:
             raise installation.NotUsable(_NOT_INSTALLED)
         if max_age is None:
-            max_age = _settings().retention
+            max_age = settings().retention
         deleted, another = prune(lambda query, args: run(log.guarded(query), tuple(args)), max_age)
     click.echo(f"Deleted {deleted} event{'' if deleted == 1 else 's'} older than {max_age:g} s ({dsn}).")
     if another:
@@ -132,35 +127,3 @@ _NOT_INSTALLED = 'It is not installed there: run "flask sse init"'
 _PRUNE_REMEDIES: dict[type[Exception], str] = {
     psycopg2.errors.InsufficientPrivilege: 'Give the role access with "flask sse init --grant-to ROLE".',
 }
-
-
-def _settings() -> Settings:
-    return current_state().runtime.settings
-
-
-@contextmanager
-def _database(failed: str, remedies: dict[type[Exception], str]) -> Iterator[tuple[Any, Dsn]]:
-    """Connect to the app's database. Any failure becomes one line that says what failed, why, and the remedy."""
-    try:
-        dsn, _ = current_state().runtime.databases()
-    except PgSSEError as error:
-        raise click.ClickException(f"{failed}: {error}") from None
-    try:
-        connection = connect(dsn, "flask_pg_sse cli")
-        try:
-            yield connection, dsn
-        finally:
-            connection.close()
-    except DatabaseUnavailable as error:
-        raise click.ClickException(f"{failed}: {error}") from None
-    except installation.NotUsable as error:
-        raise click.ClickException(f"{failed} ({dsn}): {error}.") from None
-    except (TimeoutError, psycopg2.errors.QueryCanceled, psycopg2.errors.LockNotAvailable):
-        raise click.ClickException(
-            f"{failed} ({dsn}): PostgreSQL did not finish in time. Look in pg_stat_activity for what blocks it."
-        ) from None
-    except psycopg2.Error as error:
-        # A server's message is usually one line, but a translation or an extension may use several.
-        why = one_line(error.diag.message_primary or error)
-        remedy = next((text for kind, text in remedies.items() if isinstance(error, kind)), error.diag.message_hint)
-        raise click.ClickException(f"{failed} ({dsn}): {sentence(why)} {remedy or ''}".rstrip()) from None

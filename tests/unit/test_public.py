@@ -18,6 +18,8 @@ NAMES = [
     "PgSSEError",
     "disconnect",
     "drop_schema_sql",
+    "drop_trigger_sql",
+    "include_name",
     "notify",
     "notify_many",
     "postgres_notify",
@@ -25,6 +27,7 @@ NAMES = [
     "sse_bp",
     "sse_cursor",
     "sse_url",
+    "trigger_sql",
 ]
 NAMES_FOR_TESTS = ["Captured", "Disconnected", "Events", "Received", "Stream", "capture", "close", "parse", "stream"]
 

@@ -14,7 +14,7 @@ Rules for a step:
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 SCHEMA = "flask_pg_sse"
@@ -41,6 +41,7 @@ DECLARE
     grantees pg_catalog.text[] := {grant_to};
     functions pg_catalog.text;
     grantee pg_catalog.text;
+    problem pg_catalog.text;
     statement pg_catalog.text;
 BEGIN
     -- Objects of other roles in schemas of the search path must not run with the installing role's rights.
@@ -68,7 +69,13 @@ BEGIN
                 '". Otherwise find out who made the schema, and drop it.');
     END IF;
     IF owner <> current_user THEN
-        PERFORM set_config('role', owner, true);  -- everything in the schema belongs to that role
+        BEGIN
+            PERFORM set_config('role', owner, true);  -- everything in the schema belongs to that role
+        EXCEPTION WHEN insufficient_privilege THEN
+            RAISE EXCEPTION USING ERRCODE = 'insufficient_privilege', MESSAGE = concat('the event log belongs to ',
+                quote_ident(owner), ', and ', quote_ident(current_user), ' may not act as that role'),
+                HINT = concat('Run this as ', quote_ident(owner), ', or as a member of it.');
+        END;
     END IF;
     -- This changes nothing, and takes a lock that only the schema's owner can take. Every role that can connect could
     -- hold an advisory lock.
@@ -146,7 +153,12 @@ BEGIN
     FOREACH grantee IN ARRAY grantees LOOP
         -- PostgreSQL would cut a name that is too long, and the shorter name may be another role's.
         IF NOT EXISTS (SELECT FROM pg_roles r WHERE r.rolname::text = grantee) THEN
-            RAISE EXCEPTION USING ERRCODE = 'undefined_object', MESSAGE = concat('role "', grantee, '" does not exist');
+            problem := concat('role "', grantee, '" does not exist');
+            IF NOT {missing_ok} THEN
+                RAISE EXCEPTION USING ERRCODE = 'undefined_object', MESSAGE = problem;
+            END IF;
+            RAISE NOTICE USING MESSAGE = concat(problem, ', so it gets no rights on the event log');
+            CONTINUE;
         END IF;
         EXECUTE 'GRANT USAGE ON SCHEMA {schema} TO ' || quote_ident(grantee);
         EXECUTE concat('GRANT EXECUTE ON FUNCTION ', functions, ' TO ', quote_ident(grantee));
@@ -204,12 +216,14 @@ def trusted(owner: str, role: str) -> str:
     )
 
 
-def schema_sql(grant_to: Sequence[str] = (), *, owner: str | None = None) -> str:
+def schema_sql(grant_to: Sequence[str] = (), *, owner: str | None = None, missing_ok: bool = False) -> str:
     """Return the SQL that installs the event log or upgrades an older one. It changes nothing in a current one.
 
     Run it with `op.execute()` in a migration of Alembic, or with psql. It is one statement, so it is applied completely
     or not at all. `grant_to` names the roles that apps run as, if another role installs the log. They get the rights
     that `notify()` and the streams need. If such an app needs `SSE_LOG_OWNER`, the SQL raises a warning that says so.
+    A role that does not exist is an error, and nothing is installed. With `missing_ok` it is left out instead: a
+    developer's database has no role of production.
 
     The SQL refuses a schema of a role that the installing one has no reason to trust, unless `owner` names that role.
     """
@@ -218,16 +232,17 @@ def schema_sql(grant_to: Sequence[str] = (), *, owner: str | None = None) -> str
     for role in grant_to:
         if role in ("", "public", "none"):  # special to PostgreSQL, even in quotes
             raise ValueError(f"grant_to must be a list of role names, and {role!r} is not one.")
-    first, *later = [_STEP.format(number=n, sql=_read(f"schema_{n}.sql")) for n in range(1, VERSION + 1)]
+    first, *later = [_STEP.format(number=n, sql=read_sql(f"schema_{n}.sql")) for n in range(1, VERSION + 1)]
     return _INSTALL.format(
         schema=SCHEMA,
         version=VERSION,
         oldest=OLDEST,
         oldest_major=OLDEST // 10000,
-        steps="".join([first, _ROWS.format(schema=SCHEMA, sql=_read("rows.sql")), *later]),
-        repair=_read("repair.sql"),
-        grant_to=f"ARRAY[{', '.join(map(_literal, grant_to))}]::pg_catalog.text[]",
-        log_owner="NULL" if owner is None else _literal(owner),
+        steps="".join([first, _ROWS.format(schema=SCHEMA, sql=read_sql("rows.sql")), *later]),
+        repair=read_sql("repair.sql"),
+        grant_to=f"ARRAY[{', '.join(map(literal, grant_to))}]::pg_catalog.text[]",
+        log_owner="NULL" if owner is None else literal(owner),
+        missing_ok=str(missing_ok).lower(),
         trusted_here=trusted("owner::name", "current_user"),
         trusted_by_grantee=trusted("owner::name", "grantee::name"),
     )
@@ -238,11 +253,20 @@ def drop_schema_sql() -> str:
     return f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE;\n"
 
 
-def _literal(text: str) -> str:
+def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | None]) -> bool:
+    """Leave the event log out of what Alembic compares: `context.configure(include_name=include_name, …)`.
+
+    With `include_schemas=True`, Alembic's autogenerate would otherwise write a migration that drops the log.
+    https://alembic.sqlalchemy.org/en/latest/api/runtime.html, `EnvironmentContext.configure.params.include_name`
+    """
+    return SCHEMA not in ((name,) if type_ == "schema" else (parent_names.get("schema_name"),))
+
+
+def literal(text: str) -> str:
     """Return text as an SQL literal that contains no parameters for drivers and no quotes of the script."""
     escaped = re.sub(r"[^\w .@-]", lambda found: f"\\U{ord(found[0]):08x}", text)
     return f"'{text}'" if escaped == text else f"E'{escaped}'"
 
 
-def _read(name: str) -> str:
+def read_sql(name: str) -> str:
     return (files(__package__) / "sql" / name).read_text(encoding="utf-8")

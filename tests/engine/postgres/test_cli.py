@@ -141,12 +141,12 @@ def test_init_upgrades_and_leaves_what_is_newer(
     database_url: str, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = make_app(database_url)
-    read = schema._read
+    read = schema.read_sql
     ok(app, "init")
     with monkeypatch.context() as patch:
         patch.setattr(schema, "VERSION", 2)
         step = "ALTER TABLE flask_pg_sse.event ADD COLUMN origin text;"
-        patch.setattr(schema, "_read", lambda name: step if name == "schema_2.sql" else read(name))
+        patch.setattr(schema, "read_sql", lambda name: step if name == "schema_2.sql" else read(name))
         assert "Upgraded the event log from version 1 to version 2 " in ok(app, "init")
     assert installed(database_url) == [2]
     assert "has version 2, and this flask_pg_sse brings version 1: left as it is " in ok(app, "init")

@@ -315,9 +315,9 @@ def test_grants_can_be_taken_back(place: Place) -> None:
     execute(place.owner, schema_sql())
     execute(place.owner, "UPDATE flask_pg_sse.installation SET version = 0")
     with pytest.MonkeyPatch.context() as patch:
-        read = schema._read
+        read = schema.read_sql
         patch.setattr(schema, "VERSION", 2)
-        patch.setattr(schema, "_read", lambda name: "" if name == "schema_2.sql" else read(name))
+        patch.setattr(schema, "read_sql", lambda name: "" if name == "schema_2.sql" else read(name))
         execute(place.owner, "UPDATE flask_pg_sse.installation SET version = 1")
         execute(place.owner, schema_sql())
     for role in ("app", "sender", "stranger", "public"):
@@ -387,7 +387,7 @@ def lay_traps(place: Place, connection: Any, where: str = "public") -> None:
     role = connection.info.user
     execute(place.superuser, f"CREATE TABLE caught (who text); GRANT INSERT, SELECT ON caught TO PUBLIC; "
         f"GRANT CREATE ON SCHEMA public TO {role}")  # fmt: skip
-    texts = "".join(map(schema._read, ("schema_1.sql", "rows.sql"))) + schema._INSTALL
+    texts = "".join(map(schema.read_sql, ("schema_1.sql", "rows.sql"))) + schema._INSTALL
     used = sorted({*re.findall(r"\b([a-z_0-9]+)\(", texts), "make_interval"})
     functions = execute(
         place.superuser,

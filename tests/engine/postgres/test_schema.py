@@ -492,11 +492,11 @@ REVOKE ALL ON FUNCTION flask_pg_sse.enqueue_v2 FROM PUBLIC;
 @pytest.fixture
 def second_version(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From the call on, the package has a version 2."""
-    read = schema._read
+    read = schema.read_sql
 
     def switch() -> None:
         monkeypatch.setattr(schema, "VERSION", 2)
-        monkeypatch.setattr(schema, "_read", lambda name: SECOND if name == "schema_2.sql" else read(name))
+        monkeypatch.setattr(schema, "read_sql", lambda name: SECOND if name == "schema_2.sql" else read(name))
 
     return switch
 
@@ -773,7 +773,7 @@ def test_names_in_other_schemas_are_not_taken_for_postgresqls_own(url: str, role
     """The functions do not use copies of their objects in `public` or in the session's temporary schema."""
     app = roles("log_app", "CREATE ON SCHEMA public")
     install(url, "log_app")
-    names = {*re.findall(r"\b([a-z_0-9]+)\(", schema._read("schema_1.sql"))}
+    names = {*re.findall(r"\b([a-z_0-9]+)\(", schema.read_sql("schema_1.sql"))}
     builtin = "SELECT proname FROM pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace AND proname = ANY (%s)"
     used = sorted({row[0] for row in execute(url, builtin, (list(names),))})
     assert {"pg_notify", "sha256", "setval", "convert_to", "octet_length", "unnest"} <= set(used)
