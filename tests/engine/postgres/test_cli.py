@@ -202,7 +202,9 @@ def test_a_role_without_the_right_learns_the_way(database_url: str, make_app: Ma
     assert "hush" not in line
     assert installed(database_url) == []
     ok(make_app(database_url), "init")
-    assert "permission denied to set role" in failure(theirs, "init")
+    for arguments in ((), ("--grant-to", role)):
+        line = failure(theirs, "init", *arguments)
+        assert f"the event log belongs to postgres, and {role} may not act as that role" in line
 
 
 def test_a_database_that_is_not_there_or_not_configured(make_app: MakeApp, database_url: str) -> None:
