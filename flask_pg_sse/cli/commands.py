@@ -15,7 +15,8 @@ from ..engine.postgres.retention import prune
 from ..errors import PgSSEError
 from ..web.api import LONGEST, notify, sse_url
 from ..web.blueprint import sse_bp
-from . import tables as _tables  # noqa: F401  # has commands of its own
+from . import drop as _drop  # noqa: F401  # these two have commands of their own
+from . import tables as _tables  # noqa: F401
 from .database import database, settings
 
 # Seconds for one batch of events.

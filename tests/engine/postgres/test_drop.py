@@ -1,0 +1,83 @@
+"""`flask sse drop`: it asks, names what else would break, and takes the event log out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from flask import Flask
+
+from flask_pg_sse import drop_schema_sql, notify, schema_sql, trigger_sql
+from tests.support.postgres import execute
+
+MakeApp = Callable[..., Flask]
+
+OTHERS = """
+    CREATE TABLE orders (id integer PRIMARY KEY);
+    CREATE TABLE "Items" (id integer PRIMARY KEY);
+    CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS
+        $$ BEGIN PERFORM flask_pg_sse.notify('items', 'x'); RETURN NULL; END $$;
+    CREATE TRIGGER tell AFTER INSERT ON "Items" FOR EACH ROW EXECUTE FUNCTION tell();
+    CREATE FUNCTION nightly() RETURNS void LANGUAGE sql AS $$ SELECT flask_pg_sse.notify('night', 'x') $$;
+    CREATE FUNCTION unrelated() RETURNS integer LANGUAGE sql AS 'SELECT 1';
+    CREATE VIEW recent AS SELECT id, channel FROM flask_pg_sse.event;
+"""
+
+
+def sse(app: Flask, *arguments: str, answer: str | None = None) -> tuple[int, list[str]]:
+    result = app.test_cli_runner().invoke(args=["sse", *arguments], input=answer)
+    return result.exit_code, result.output.splitlines()
+
+
+def is_there(url: str) -> bool:
+    return execute(url, "SELECT to_regnamespace('flask_pg_sse') IS NOT NULL") == [(True,)]
+
+
+def test_it_names_what_would_break_and_asks(database_url: str, make_app: MakeApp) -> None:
+    app = make_app(database_url)
+    execute(database_url, schema_sql() + OTHERS + trigger_sql("orders"))
+    code, said = sse(app, "drop", answer="n\n")
+    assert code == 1 and is_there(database_url)
+    assert said[1:-2] == [
+        "Is dropped with it: view public.recent.",
+        "Goes on without the log, by NOTIFY: the changes of public.orders (flask sse unwatch).",
+        "Fails afterwards: public.nightly(), if it calls the log.",
+        'Fails afterwards: writing to public."Items", whose triggers call public.tell().',
+    ]
+    code, said = sse(app, "drop", answer="y\n")
+    assert code == 0 and said[-1] == "Dropped the event log." and not is_there(database_url)
+    assert execute(database_url, "INSERT INTO orders VALUES (1); SELECT to_regclass('recent')::text") == [(None,)]
+    code, said = sse(app, "drop")
+    assert code == 0 and said[0].startswith("There is no event log (")
+
+
+def test_nothing_is_asked_with_yes_and_nothing_is_said_of_the_logs_own(database_url: str, make_app: MakeApp) -> None:
+    execute(database_url, schema_sql())
+    code, said = sse(make_app(database_url), "drop", "--yes")
+    assert code == 0 and [line.split(" (")[0] for line in said] == [
+        "This deletes the event log with all its events",
+        "Dropped the event log.",
+    ]
+    assert not is_there(database_url)
+    assert sse(make_app(), "drop", "--sql") == (0, drop_schema_sql().splitlines())
+
+
+def test_connected_apps_are_told_of(database_url: str, make_app: MakeApp) -> None:
+    execute(database_url, schema_sql())
+    app = make_app(database_url)
+    with app.app_context():
+        notify("orders", "x")
+        code, said = sse(app, "drop", "--yes")
+    assert code == 0 and any(line.startswith("Apps are connected (") for line in said)
+
+
+@pytest.mark.parametrize("yes", [True, False])
+def test_a_role_that_does_not_own_the_log(database_url: str, make_app: MakeApp, yes: bool) -> None:
+    execute(database_url, schema_sql() + "CREATE ROLE guest LOGIN")
+    try:
+        app = make_app(database_url.replace("postgres@", "guest@"))
+        code, said = sse(app, "drop", *["--yes"] * yes, answer="y\n")
+        assert code == 1 and "must be owner of schema flask_pg_sse" in said[-1] and "Run it as the role" in said[-1]
+        assert is_there(database_url)
+    finally:
+        execute(database_url, "DROP ROLE guest")
