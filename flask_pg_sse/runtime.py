@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from . import stats
 from .channels import check_channel
 from .concurrency.locks import Lock
 from .engine.base import Disconnect, Engine
@@ -31,12 +32,15 @@ from .engine.postgres.engine import PostgresEngine
 from .errors import ConfigurationError, DatabaseNotConfigured
 from .event import make_event
 from .hub.admission import Admission, StreamLimiter, TryLater
+from .hub.figures import figures
 from .hub.hub import Hub
 from .hub.replay import Replay
 from .hub.ticker import Ticker
 from .server import console, shutdown
 from .server.capacity import TOO_MANY_STREAMS, room_for_streams
+from .server.siblings import Answer, Presence, Question, app_id
 from .settings import Settings, secret_keys, unknown_keys
+from .stats import Stats
 
 if TYPE_CHECKING:
     from .engine.broker import Broker
@@ -112,6 +116,17 @@ class Runtime:
         It is the transaction of the caller's `connection`, or of a connection of the package if none is given. Returns
         the last event's id in the log if it is already known, otherwise None.
         """
+        try:
+            id = self._notify(channel, items, fields, connection, durable)
+        except Exception as error:
+            self.count(stats.NOTIFY_ERRORS, stats.notify_error_kind(error))
+            raise
+        self.count(stats.NOTIFIED)
+        return id
+
+    def _notify(
+        self, channel: str, items: Sequence[object], fields: Mapping[str, Any], connection: Any, durable: bool
+    ) -> int | None:
         check_channel(channel)
         if connection is not None:
             check_caller(connection, "notify")
@@ -123,6 +138,12 @@ class Runtime:
         if connection is not None:
             self.losses.follow(connection, channel, len(events), used=not isinstance(engine, MemoryEngine))
         return id
+
+    def count(self, counter: stats.Counter, of: str = "") -> None:
+        """Add one to a counter of this process, if it has been used."""
+        worker = self._worker
+        if worker is not None and worker.pid == os.getpid():
+            worker.stats.count(counter, of=of)
 
     def cursor(self, connection: Any = None) -> int | None:
         """Return the head of the event log, as a caller's `connection` sees it if given; None without a log."""
@@ -188,13 +209,34 @@ class Runtime:
         if settings.broker_url is not None:
             return MemoryEngine(log=settings.event_log is not False, retention=settings.retention)
         return PostgresEngine(
-            functools.partial(_databases, settings, self._config),
+            self._find_databases,
             event_log=settings.event_log,
             retention=settings.retention,
             log_owner=settings.log_owner,
             longest_silence=settings.heartbeat,
             keys=functools.partial(secret_keys, settings, self._config),
         )
+
+    @functools.cached_property
+    def _find_databases(self) -> Callable[[], tuple[Dsn, Dsn | None]]:
+        # Cached, because the databases that are found are logged.
+        return functools.cache(functools.partial(_databases, self.settings, self._config))
+
+    def appear(self) -> None:
+        """Have a gunicorn worker listed among those of its host, although it is not used yet."""
+        with contextlib.suppress(ConfigurationError):  # said at first use
+            _ = self.worker
+
+    def app_id(self) -> str:
+        """Return the name under which the workers of this app find each other: same bus, same key, same name.
+
+        Neither can be told from it. Raises `ConfigurationError`.
+        """
+        bus: object = self.redis or self.settings.broker_url
+        if bus is None:
+            params = self._find_databases()[0].params
+            bus = [params.get(name, "") for name in ("host", "hostaddr", "port", "dbname")]
+        return app_id(str(bus), (self.keys() or [""])[-1])
 
     def databases(self) -> tuple[Dsn, Dsn | None]:
         """Return the database to notify and the one to listen to, if LISTEN is used. Raises `ConfigurationError`."""
@@ -230,13 +272,16 @@ class Worker:
     """The parts of one app that run in one process.
 
     Each part starts at its first use, so a process that only notifies never listens. `owner` is the app's runtime, to
-    which nothing here refers strongly.
+    which nothing here refers strongly. Others on this host can find and ask the worker from its first stream on, and a
+    gunicorn worker at once.
     """
 
     def __init__(self, settings: Settings, engine: Engine, owner: Runtime) -> None:
         console.check()
         self.pid = os.getpid()
         self._owner = weakref.ref(owner)
+        self.stats = Stats(Lock())
+        self.presence: Presence | None = None
         shutdown.watch_here()  # before _stream_limiter(), which looks up this worker
         self.engine = engine
         self.admission = Admission(_stream_limiter(settings))
@@ -247,6 +292,8 @@ class Worker:
         self._streams: tuple[Hub, Replay] | None = None
         self._ticker: Ticker | None = None
         _workers.add(self)
+        if shutdown.gunicorn_worker() is not None:
+            self._appear()
 
     @property
     def is_owned(self) -> bool:
@@ -282,6 +329,7 @@ class Worker:
             retry=settings.retry,
             send_timeout=settings.send_timeout,
             admission=self.admission,
+            stats=self.stats,
         )
         every = min(heartbeat, settings.send_timeout, settings.max_age or heartbeat)
         ticker = Ticker(hub, every, self._owner(), self._end_abandoned)
@@ -292,6 +340,7 @@ class Worker:
             ticker.stop(0)
             raise
         self._ticker = ticker
+        self._appear()
         return hub, Replay(hub, self.engine, heartbeat=heartbeat)
 
     def _end_abandoned(self) -> None:
@@ -299,6 +348,29 @@ class Worker:
         self._stopped = True
         self.admission.close("shutdown")
         self.engine.stop(_PATIENCE)
+        if self.presence is not None:
+            self.presence.stop(_PATIENCE)
+
+    def _appear(self) -> None:
+        """Let others on this host find this worker. Not one that has its events in its own memory."""
+        owner = self._owner()
+        if self.presence is not None or owner is None or isinstance(self.engine, MemoryEngine):
+            return
+        with contextlib.suppress(
+            ConfigurationError
+        ):  # raised again where a stream or a notification needs the database
+            self.presence = Presence(owner.app_id(), self.stats, self.answer)
+            self.presence.start()
+
+    def answer(self, question: Question) -> Answer:
+        """Answer a question of this host: the figures of this worker."""
+        hub = self._streams[0] if self._streams is not None else None
+        return figures(self.engine, hub, self.stats, draining=self.draining)
+
+    @property
+    def draining(self) -> bool:
+        """Whether this worker is about to stop."""
+        return self.admission.closed or shutdown.requested()
 
     def stop(self, timeout: float) -> None:
         with self._starting:  # wait for a start that is under way
@@ -309,6 +381,8 @@ class Worker:
         if self._ticker is not None:
             self._ticker.stop(timeout)
         self.engine.stop(timeout)
+        if self.presence is not None:
+            self.presence.stop(timeout)
 
 
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()

@@ -72,11 +72,16 @@ class Readiness(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The state of an engine: its readiness, its position, and the number of channels that it listens to."""
+    """The state of an engine: its readiness, its position, and the number of channels that it listens to.
+
+    `lag` is for how many seconds events may have been on their way: the time that the last beat took through the bus
+    or, if the next one is overdue, for how long it is. None if the engine does not measure it.
+    """
 
     readiness: Readiness
     position: int
     channels: int
+    lag: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

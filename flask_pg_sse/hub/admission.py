@@ -202,9 +202,13 @@ class Admission:
         if not self.limiter.count_for(subscription, terms):
             raise TryLater("capacity", self.limiter.why_full_for(terms), kind="client")
 
-    def engine_is(self, readiness: Readiness, why: str, earlier: Collection[Disconnect] | None) -> None:
-        """Record the engine's state (see `Sink.ready()`). After the first `READY` no command is missed."""
+    def engine_is(self, readiness: Readiness, why: str, earlier: Collection[Disconnect] | None) -> bool:
+        """Record the engine's state (see `Sink.ready()`). After the first `READY` no command is missed.
+
+        Returns whether it is ready again, having been so before.
+        """
         now = time.monotonic()
+        again = self._heard_at < math.inf and readiness is Readiness.READY
         missing = why if readiness is Readiness.LOG_MISSING else ""
         if missing and not self._log_missing:
             self._log_missing_since = now
@@ -213,10 +217,16 @@ class Admission:
             self._earlier, self._heard_at = earlier, now
         if self._heard_at < math.inf or missing:
             self._answered.set()
-            return
+            return again
         self._answered.clear()
         if self._closed is not None:  # another thread may have called close() just before clear()
             self._answered.set()
+        return again
+
+    @property
+    def closed(self) -> bool:
+        """Whether all further streams are refused, because the worker ends."""
+        return self._closed is not None
 
     def wait_for_answer(self, timeout: float | None = None) -> None:
         """Wait until PostgreSQL has answered, at most `timeout` seconds (`OPEN_TIMEOUT`). Raises `TryLater`."""

@@ -27,6 +27,11 @@ class Block:
         self._next: tuple[Position, Block, Position] | None = None
         self.chunk = b""  # `data` as one chunk of an HTTP/1.1 body; empty until `make_chunk()`
 
+    @property
+    def events(self) -> int:
+        """The number of events in the block, until `settle()`."""
+        return len(self._items)
+
     def make_chunk(self) -> bytes:
         """Set and return `chunk`."""
         self.chunk = frame(self.data)

@@ -18,14 +18,15 @@ from collections import deque
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import Protocol
 
-from .. import event
+from .. import event, stats
 from ..concurrency.locks import Lock
 from ..engine.base import ControlMessage, Disconnect, Item, Readiness, Tail, Ticket, TooManyChannels
 from ..server.hangups import Hangups
 from ..server.stall import ENOUGH_BYTES
+from ..stats import Stats
 from .admission import OPEN_TIMEOUT, Admission, StreamLimiter, TryLater, concerns
 from .block import HEARTBEAT, Block, Position
-from .fanout import SubscriberSet, blocks_of, in_portions
+from .fanout import SubscriberSets, blocks_of, in_portions
 from .history import History
 from .subscription import Subscription, offer_to_all
 from .timers import Heartbeats, Watchlist
@@ -63,16 +64,17 @@ class Hub:
         retry: int,
         send_timeout: float = math.inf,
         admission: Admission | None = None,
+        stats: Stats | None = None,
     ) -> None:
         self._engine = engine
+        self.stats = stats or Stats()
         self.admission = admission or Admission(StreamLimiter(sys.maxsize, None))
         self._send_timeout = send_timeout
-        self._retry = retry
+        self.retry = retry
         # Serialises offers, which come from the engine's turns and from the ticker, and changes to the tables and the
         # state below. It is acquired once for a turn, not once for a client.
         self._dispatch = Lock()
-        self._sets: dict[frozenset[str], SubscriberSet] = {}
-        self._sets_of: dict[str, set[SubscriberSet]] = {}
+        self._sets = SubscriberSets()
         self.position = 0  # in the log; 0 without one
         # Counts how often the log may have lost what it had. What it said before does not hold after that.
         self.lineage = 1
@@ -104,13 +106,9 @@ class Hub:
                 raise TryLater("capacity", _TOO_MANY_CHANNELS, kind="channels") from None
             subscription.ticket = ticket
             self._look_at = min(self._look_at, subscription.due)
-            subscribers = self._sets.get(subscription.channels)
-            if subscribers is None:
-                subscribers = self._sets[subscription.channels] = SubscriberSet(subscription.channels)
-                self._heartbeats.begin(subscribers)
-                for channel in subscription.channels:
-                    self._sets_of.setdefault(channel, set()).add(subscribers)
-            subscribers.add(subscription)
+            new = self._sets.add(subscription)
+            if new is not None:
+                self._heartbeats.begin(new)
             self._watchlist.begin(subscription)
         # Checked once the stream is in the tables. drain() and disconnect() do the reverse: they tell the admission
         # first, and read the tables then. So one of the two sides always sees the other.
@@ -138,7 +136,7 @@ class Hub:
             if position:
                 self._history.begin(subscription.channels, position)
             now = time.monotonic()
-            subscribers = self._sets[subscription.channels]
+            subscribers = self._sets.goes_live(subscription)
             before = subscribers.position
             if before.accepted != position:  # a common position for new streams, even if no event has an id
                 # Keep the old times: they say when the set's earlier streams are due for a heartbeat.
@@ -164,8 +162,9 @@ class Hub:
             if len(missed.data) > subscription.limit:
                 return False
             missed.settle()
+            self.stats.delivered(0, len(items), len(missed.data))
+            self._sets.goes_live(subscription).scattered = True
             subscription.go_live(subscription.sent, missed, time.monotonic())
-            self._sets[subscription.channels].scattered = True
             return True
 
     @property
@@ -180,7 +179,7 @@ class Hub:
         not be heard yet.
         """
         with self._dispatch:
-            self._history.begin([channel for channel in channels if channel in self._sets_of], self.position)
+            self._history.begin([channel for channel in channels if channel in self._sets.of_channel], self.position)
 
     def unremembered(self, channels: Iterable[str]) -> dict[str, int]:
         """Return the channels whose last events must be read from the log, each with the id to read up to."""
@@ -219,35 +218,28 @@ class Hub:
                 return
             subscription.ticket = None
             self._watchlist.end(subscription)
-            subscribers = self._sets[subscription.channels]
-            subscribers.remove(subscription)
-            if not subscribers:
-                del self._sets[subscription.channels]
+            set_ended, quiet = self._sets.remove(subscription)
+            if set_ended:
                 self._heartbeats.end()
-                for channel in subscription.channels:
-                    sets = self._sets_of[channel]
-                    sets.discard(subscribers)
-                    if not sets:
-                        del self._sets_of[channel]
-                        self._history.end(channel)
+            for channel in quiet:
+                self._history.end(channel)
         self._engine.unsubscribe(subscription.channels)
+        if subscription.opened:
+            self.stats.count(stats.ENDED, of=subscription.reason)
 
     def __len__(self) -> int:
         """Number of streams."""
         with self._dispatch:
-            return sum(map(len, self._sets.values()))
+            return sum(map(len, self._sets))
 
-    def first_line(self) -> bytes:
-        """Return the first line of a stream's first block. It leaves at once, and the headers with it."""
-        return event.retry_line(self._retry)
+    def streams(self, channels: Collection[str] | None = None) -> list[Subscription]:
+        """Return the streams that have begun and not ended; with `channels`, those that listen to one of them."""
+        with self._dispatch:
+            return self._sets.begun(channels)
 
     def end_block(self, reason: str) -> bytes:
         """Return the last block of a stream that has begun."""
-        return event.end_block(reason, self._retry)
-
-    def refusal_block(self, later: TryLater, position: int | None, comment: str) -> bytes:
-        """Return the block of a stream that cannot begin. `position` is the one that its client came with."""
-        return event.end_block(later.reason, later.retry(self._retry), id=position, comment=comment)
+        return event.end_block(reason, self.retry)
 
     # -- called by the engine and the ticker
 
@@ -258,7 +250,10 @@ class Hub:
             self._history.add(turn)
             now = time.monotonic()
             work = []
-            for subscribers, streams, block in blocks_of(turn, self._sets_of):
+            events = size = 0
+            for subscribers, streams, block in blocks_of(turn, self._sets.of_channel):
+                events += subscribers.live * block.events
+                size += subscribers.live * len(block.data)
                 before = subscribers.position
                 seen = block.seen_from(before.accepted)
                 subscribers.position = before.after(seen, now, shared=True)
@@ -268,15 +263,18 @@ class Hub:
                     self._fall_behind(slow)
             for way, _ in work:
                 way[0].settle()
+            self.stats.delivered(len(turn), events, size)
 
     def _fall_behind(self, subscription: Subscription) -> None:
         """Stop buffering for a client that reads slower than events come."""
         if subscription.sent:  # 0 while the stream has no position in the log, as before the log is installed
             subscription.lineage = self.lineage
+            self._sets.of(subscription).live -= subscription.live
             subscription.fall_behind()
+            self.stats.count(stats.FELL_BEHIND)
         else:
             logger.info("A stream was ended: its client reads slower than events come.")
-            subscription.end(self.end_block("behind"), drop=True)
+            subscription.end(self.end_block("behind"), reason="behind", drop=True)
 
     def gap(self, reason: str, position: int) -> None:
         """Tell every live stream that events may have been missed and cannot be replayed.
@@ -294,15 +292,16 @@ class Hub:
             self.position = position
             self._history.restart(position)
             after = Position(position, position, now, now, shared=True)
-            for subscribers in self._sets.values():
+            for subscribers in self._sets:
                 subscribers.position = after
-            for _, streams in in_portions(self._all_streams()):
+            for _, streams in self._sets.portions_of_streams():
                 for subscription in streams:
                     if subscription.terms.revocable:
                         end = (block.data if subscription.live else b"") + self.end_block("unavailable")
-                        subscription.end(end, drop=True, cut_at=cut_at)
+                        subscription.end(end, reason="unavailable", drop=True, cut_at=cut_at)
                     elif subscription.live and not subscription.reset(block, position, now, after):
                         self._fall_behind(subscription)
+            self.stats.count(stats.RESETS, self._sets.live, of=reason)
             self.lineage += 1  # last: a stream that falls behind here has not been told, and must ask the log
 
     def beat(self) -> None:
@@ -348,10 +347,11 @@ class Hub:
         connection = subscription.connection
         if connection is not None and connection.stalled(now, self._send_timeout):
             logger.info("A stream was cut: its client took less than %d bytes in time.", ENOUGH_BYTES)
-            subscription.end(b"", drop=True, cut_at=now)
+            subscription.end(b"", reason="stalled", drop=True, cut_at=now)
         if subscription.due <= now:
             if not subscription.ended:
-                subscription.end(self.end_block(subscription.terms.ends_because))
+                reason = subscription.terms.ends_because
+                subscription.end(self.end_block(reason), reason=reason)
             elif connection is not None:
                 connection.cut()
         busy = connection is not None and (connection.in_flight or connection.judged)
@@ -371,13 +371,14 @@ class Hub:
         cut_at = time.monotonic() + END_TIMEOUT
         with self._dispatch:
             self._look_at = min(self._look_at, cut_at)
-            for _, streams in self._all_streams():
-                for subscription in streams:
-                    subscription.end(self.end_block(reason), cut_at=cut_at)
+            for subscribers in self._sets:
+                for subscription in subscribers.streams:
+                    subscription.end(self.end_block(reason), reason=reason, cut_at=cut_at)
 
     def ready(self, readiness: Readiness, *, why: str = "", earlier: Collection[Disconnect] | None = None) -> None:
         """Record the engine's state, for streams that wait to begin."""
-        self.admission.engine_is(readiness, why, earlier)
+        if self.admission.engine_is(readiness, why, earlier):
+            self.stats.count(stats.RECONNECTED)
 
     def control(self, message: ControlMessage) -> None:
         """Obey a message that another process, or this one, has sent to all."""
@@ -389,10 +390,8 @@ class Hub:
             now = time.monotonic()
             self.admission.revoke(command)
             self._look_at = min(self._look_at, now + END_TIMEOUT)
-            for _, streams in in_portions(self._all_streams()):
+            for _, streams in self._sets.portions_of_streams():
                 for subscription in streams:
                     if concerns(subscription, command):
-                        subscription.end(self.end_block("revoked"), drop=True, cut_at=now + END_TIMEOUT)
-
-    def _all_streams(self) -> list[tuple[None, Sequence[Subscription]]]:
-        return [(None, subscribers.streams) for subscribers in self._sets.values()]
+                        end, cut_at = self.end_block("revoked"), now + END_TIMEOUT
+                        subscription.end(end, reason="revoked", drop=True, cut_at=cut_at)

@@ -9,11 +9,12 @@ the channels of one stream.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from .. import event
+from .. import event, stats
 from ..concurrency.greenlets import sleep
 from ..engine.base import LOG_READERS, Look, Page, Tail
 from ..engine.turns import Turn, TurnQueue, Turns
@@ -55,6 +56,7 @@ class Replay:
 
     def __init__(self, hub: Hub, log: Log, *, heartbeat: float) -> None:
         self._hub = hub
+        self._stats = hub.stats
         self._log = log
         self._heartbeat = heartbeat
         self._readers: set[object] = set()
@@ -101,7 +103,9 @@ class Replay:
                     turn = yield from self._turn(self._reading, subscription, opening=opening)
                     position = self._hub.position  # before the log is asked
                     try:
-                        page = self._log.page(channels, subscription.sent, self._page_bytes(), 0)
+                        page = self._asked(
+                            "page", lambda: self._log.page(channels, subscription.sent, self._page_bytes(), 0)
+                        )
                     finally:
                         turn.leave()
                     refusal, head = page.refusal, page.head
@@ -110,6 +114,7 @@ class Replay:
                 opening, ahead = False, True
                 if refusal is not None:
                     subscription.sent, subscription.lineage = head, lineage
+                    self._stats.count(stats.RESETS, of=refusal)
                     yield event.control_block("reset", {"reason": refusal}, id=head)
                 elif page.too_large:
                     yield from self._one_large(subscription, channels, *page.too_large)
@@ -119,8 +124,10 @@ class Replay:
                 else:
                     subscription.sent = page.upto
                     block = b"".join([data for _, data, _ in page.items])
+                    events = len(page.items)
                     del page  # not kept in memory while the client reads slowly
                     if block:
+                        self._stats.delivered(0, events, len(block))
                         yield block
             except DatabaseUnavailable:
                 if opening:
@@ -144,13 +151,14 @@ class Replay:
                     if (yield from self._load(subscription, large, channels, after, sent)):
                         continue
                     if sent:  # nothing may follow a part of an event
-                        subscription.end(b"", drop=True)
+                        subscription.end(b"", reason="unavailable", drop=True)
                         if subscription.connection is not None:
                             subscription.connection.cut()
                     return
                 if subscription.ended and not sent:
                     return
                 subscription.sent = log_id
+                self._stats.delivered(0, 0 if sent else 1, len(piece))
                 sent += len(piece)
                 yield piece
         finally:
@@ -164,7 +172,7 @@ class Replay:
         def load() -> bool:
             if large.data is None:  # and another stream has not loaded it meanwhile
                 self._large.make_room(large.size)
-                page = self._log.page(channels, after, 0, large.size)
+                page = self._asked("page", lambda: self._log.page(channels, after, 0, large.size))
                 for _, data, log_id in page.items:
                     if log_id == large.log_id:
                         large.keep(data)
@@ -235,7 +243,7 @@ class Replay:
             if batch.answer is None or subscription.sent not in batch.asked:
                 self._next_look = _Batch()
                 batch.asked = tuple(batch.ids)  # a copy: with threads, another stream may add its own now
-                batch.answer = self._log.look(batch.asked)
+                batch.answer = self._asked("look", lambda: self._log.look(batch.asked))
             return batch.answer
 
         return (yield from self._alone(self._looks, subscription, read, opening=opening))
@@ -270,8 +278,17 @@ class Replay:
         names = list(uptos)
         for start in range(0, len(names), most):
             part = {name: uptos[name] for name in names[start : start + most]}
-            for tail in self._log.last(part, each):
+            for tail in self._asked("tails", functools.partial(self._log.last, part, each)):
                 self._hub.remember(tail, part[tail.channel])
+
+    def _asked(self, kind: str, query: Callable[[], _T]) -> _T:
+        """Run a query of the log, and count it."""
+        self._stats.count(stats.LOG_READS, of=kind)
+        try:
+            return query()
+        except DatabaseUnavailable:
+            self._stats.count(stats.LOG_READ_ERRORS)
+            raise
 
     def _page_bytes(self) -> int:
         return max(PAGE_BYTES_LEAST, min(PAGE_BYTES, PAGES_BYTES // max(1, len(self._readers))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from .. import event
+from .. import event, stats
 from ..errors import DatabaseUnavailable
 from ..server.connection import Connection
 from ..server.interning import interned
@@ -80,7 +80,7 @@ def _opening(
     """
     try:
         hub.open(subscription)
-        yield hub.first_line()
+        yield event.retry_line(hub.retry)
         hub.wait_until_heard(subscription)
         first = _go_live(hub, subscription, last_event_id)
         missed = replay.read(subscription, opening=True)
@@ -91,8 +91,11 @@ def _opening(
     except TryLater as later:
         comment = refused(later) if refused is not None else ""
         # The client gets its position back: a page that fetches a new URL can continue from there.
-        subscription.end(hub.refusal_block(later, event.to_log_id(last_event_id), comment))
+        position = event.to_log_id(last_event_id)
+        subscription.end(event.end_block(later.reason, later.retry(hub.retry), id=position, comment=comment))
         return
+    subscription.opened = True
+    hub.stats.count(stats.OPENED)
     yield first
     yield from missed
 
@@ -108,5 +111,7 @@ def _go_live(hub: Hub, subscription: Subscription, last_event_id: str) -> bytes:
         return event.open_block(position)
     # There is nothing to replay from, and the client must learn that. The id comes with the reset and not before it.
     # Otherwise a client that is cut between the two blocks would reconnect with the id, and never learn of the gap.
-    reset = event.control_block("reset", {"reason": "unknown-id" if position else "no-log"}, id=position)
+    reason = "unknown-id" if position else "no-log"
+    hub.stats.count(stats.RESETS, of=reason)
+    reset = event.control_block("reset", {"reason": reason}, id=position)
     return event.open_block(None) + reset

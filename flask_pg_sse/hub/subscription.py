@@ -99,8 +99,10 @@ class Subscription:
         "limit",
         "lineage",
         "live",
+        "opened",
         "place",
         "position",
+        "reason",
         "terms",
         "ticket",
         "waits_for",
@@ -114,6 +116,8 @@ class Subscription:
         self.limit = limit
         self.terms = terms
         self.live = False
+        self.opened = False  # whether its client has been told that it has begun
+        self.reason = ""  # why it has ended, once `end()` was called
         self.position = _NOWHERE
         self._sent = 0  # see `sent`
         self.lineage = 0  # the hub's when the log was known to have `sent`; 0: it has not been asked
@@ -242,16 +246,18 @@ class Subscription:
         self._drop()
         self._wake()
 
-    def end(self, block: bytes, *, drop: bool = False, cut_at: float = math.inf) -> None:
+    def end(self, block: bytes, *, reason: str = "client", drop: bool = False, cut_at: float = math.inf) -> None:
         """End the stream with `block`, after what waits or, with `drop`, instead of it.
 
-        A client that has not read that far by the monotonic time `cut_at` loses its connection. Only the first call
-        counts; a later one can only bring `cut_at` forward.
+        `reason` is for the counters; by default the client has closed the connection. A client that has not read that
+        far by the monotonic time `cut_at` loses its connection. Only the first call counts; a later one can only bring
+        `cut_at` forward.
         """
         if self._closing is not None:
             self.due = min(self.due, cut_at)
             return
         self.due = cut_at
+        self.reason = reason
         self._closing = block
         self._move_to(_NOWHERE)
         if drop:

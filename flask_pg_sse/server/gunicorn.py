@@ -77,6 +77,16 @@ def print_settings() -> None:
     )
 
 
+def has_booted(worker: Any) -> bool:
+    """Tell whether a worker has loaded the app, and serves requests."""
+    return bool(worker.booted)
+
+
+def arbiter_of(worker: Any) -> int:
+    """Return the process id of the arbiter that has started a worker."""
+    return int(worker.ppid)
+
+
 def cannot_boot(reason: str) -> Exception:
     """Return the exception for which gunicorn prints one line, the reason, and stops with an exit status."""
     from gunicorn.errors import AppImportError

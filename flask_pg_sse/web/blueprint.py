@@ -25,6 +25,7 @@ from ..hub.stream import stream
 from ..hub.subscription import Subscription, Terms
 from ..runtime import Worker
 from ..server import shutdown
+from ..server.boot import when_booted
 from ..server.capacity import why_no_stream
 from ..server.connection import Connection
 from ..settings import Settings, secret_keys
@@ -118,6 +119,7 @@ def _set_up(registration: BlueprintSetupState) -> None:
     app.extensions[EXTENSION].set_hooks(registration.options.get("authorize"), registration.options.get("subject"))
     app.extensions[EXTENSION].runtime.warn_of_unknown_keys()
     shutdown.watch()  # here already, because under gthread only this code runs in the main thread
+    when_booted(app.extensions[EXTENSION].runtime.appear)
 
 
 # Flask's options and the package's own. Any other option is refused: a misspelt hook must not go unnoticed.
@@ -174,12 +176,14 @@ def _answer(names: list[str]) -> ResponseReturnValue:
 def _cannot_serve(state: State, reason: str) -> ResponseReturnValue:
     """Refuse a stream that cannot be served until the app or its server is changed."""
     state.refusals.log(reason, "%s", reason, level=logging.ERROR)
+    state.refusals.count("misconfigured")
     return refusal(500, reason)
 
 
 def _wrong_request(state: State, status: int, reason: str) -> ResponseReturnValue:
     """Refuse a request that is wrong, or not allowed, however often it is repeated."""
     state.refusals.log(f"{status}", "A stream was refused (%d): %s", status, reason)
+    state.refusals.count("other_site" if status == 403 else "bad_request")
     return refusal(status, reason)
 
 
@@ -222,6 +226,7 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
             return stream_response(Blocks(connection), connection, settings, private=private)
         hub, replay = worker.streams
     except _Refused as why:
+        state.refusals.count("closed")
         return refusal(403, str(why))
     except TryLater as later:
         return ended(later, last_event_id, state.refusals.later(channels[0], later), private=private)

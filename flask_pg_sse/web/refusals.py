@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from flask import Flask
 
 from ..hub.admission import TryLater
 from ..repeats import Repeats, times
+from ..stats import REFUSED, Counter
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +23,9 @@ _LONGEST_WAIT = 60.0
 class Refusals:
     """The refused streams of one app in this process. In debug mode each one is logged."""
 
-    def __init__(self, app: Flask) -> None:
+    def __init__(self, app: Flask, count: Callable[[Counter, str], None]) -> None:
         self._app = app
+        self._count = count
         self._repeats = Repeats(_EVERY, _EVERY)
         self._failing_since: dict[str, float] = {}  # for each hook that fails, the monotonic time
 
@@ -37,11 +40,16 @@ class Refusals:
         if number or self._app.debug:
             logger.log(level, message + "%s", *args, times(number or 1), exc_info=traceback or None)
 
+    def count(self, kind: str) -> None:
+        """Count a refused request, by a kind that `stats.REFUSED` has."""
+        self._count(REFUSED, kind)
+
     def later(self, channel: str, later: TryLater) -> str:
         """Log why a stream cannot begin now. Return what its client is told of it in a comment: in debug mode, why.
 
         The ends that are planned are for debugging only.
         """
+        self.count("client_capacity" if later.kind == "client" else later.reason)
         level = logging.WARNING if later.why else logging.DEBUG
         text = "A stream on channel %r cannot begin now (sse-end %s)%s."
         why = f": {later.why.rstrip('.')}" if later.why else ""

@@ -19,7 +19,7 @@ class State:
     def __init__(self, app: Flask, blueprint_name: str) -> None:
         self.runtime = Runtime(app.config, lambda data: app.json.dumps(data))
         self.blueprint_name = blueprint_name
-        self.refusals = Refusals(app)
+        self.refusals = Refusals(app, self.runtime.count)
         self.authorize: Authorizer | None = None
         self.subject: SubjectOf | None = None
         # The differences of the server that stands alone. Nothing says who may listen, so all channels are open:

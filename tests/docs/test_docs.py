@@ -49,7 +49,7 @@ def test_the_reasons_are_those_of_the_code() -> None:
         (ROOT / "flask_pg_sse" / name).read_text()
         for name in ("hub/stream.py", "engine/postgres/receiver.py", "engine/postgres/sql/schema_1.sql")
     )
-    known = re.findall(r"""(?:gap\(|if position else |"reason": |THEN '|ELSE ')['"]?([a-z]+-?[a-z]+)['"]""", code)
+    known = re.findall(r"""(?:gap\(|if position else |reason = |THEN '|ELSE ')['"]?([a-z]+-?[a-z]+)['"]""", code)
     assert set(re.findall(r"^\| `([a-z-]+)`", table, re.M)) == {*known}
 
 

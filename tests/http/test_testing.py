@@ -360,7 +360,7 @@ def test_silence_ends_in_a_timeout_that_leaves_nothing(database_url: str, make_a
         next(events)
     eventually(lambda: streams(app) == 0)
     started = {thread.name for thread in set(threading.enumerate()) - before}
-    assert started == {"pg-sse-listener", "pg-sse-watch", "pg-sse-ticker", "pg-sse-pruner"}
+    assert started == {f"pg-sse-{name}" for name in ("listener", "watch", "ticker", "pruner", "presence")}
     assert next(events, None) is None
 
 

@@ -179,7 +179,7 @@ def test_nothing_is_remembered_of_a_channel_before_its_listen_stands(
         thread.start()
         try:
             assert reached.wait(10)
-            eventually(lambda: "late" in hub_of(app)._sets_of)
+            eventually(lambda: "late" in hub_of(app)._sets.of_channel)
             # As a stream leaves it that PostgreSQL's absence caught while it asked the log.
             app.extensions["pg_sse"].runtime.worker.streams[1]._unfilled.add((), "late")
             with closing(listen(app, "early", after=cursor)) as again:

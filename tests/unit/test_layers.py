@@ -10,7 +10,7 @@ import flask_pg_sse
 
 PACKAGE = Path(flask_pg_sse.__file__).parent
 # The ground: no I/O, no Flask.
-GROUND = ("errors", "settings", "channels", "event", "tokens", "concurrency", "repeats")
+GROUND = ("errors", "settings", "channels", "event", "tokens", "concurrency", "repeats", "stats")
 # The floors above it, lowest first. What users import stands on top: the package itself, and `testing`.
 FLOORS = (["server"], ["engine"], ["hub"], ["runtime"], ["web"], ["serve"], ["cli"], ["testing", "__init__"])
 

@@ -232,7 +232,7 @@ def test_the_tables_are_empty_when_all_have_gone() -> None:
         hub.close(subscription)
         hub.close(subscription)
     hub.sweep()
-    assert not hub._sets and not hub._sets_of and not len(hub)
+    assert not hub._sets and not hub._sets.of_channel and not len(hub)
     came = ["listen a", "listen a b", "listen a b", "listen c"]
     assert log == came + [f"un{line}" for line in came]
     hub.close(Subscription("a", 1000))  # never opened

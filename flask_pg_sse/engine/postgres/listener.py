@@ -106,6 +106,8 @@ class PostgresListener(Listener):
         self._receiver = Receiver(dsn, sink, self._listens, commands)
         self._control = self._receiver.control
         self._beat_at = 0.0  # when the last beat came back
+        self._heard_at: float | None = None  # the same, and never changed to have the next beat sent earlier or later
+        self._took = 0.0  # seconds that the last beat took
         self._obstacle = Obstacle()
 
     def stop(self, timeout: float) -> None:
@@ -123,7 +125,19 @@ class PostgresListener(Listener):
         super().unsubscribe(self._receiver.unquoted.remove(channels))
 
     def status(self) -> Status:
-        return Status(self._readiness, self._receiver.position, self._listens.count())
+        return Status(self._readiness, self._receiver.position, self._listens.count(), self._lag())
+
+    def _lag(self) -> float | None:
+        heard_at = self._heard_at
+        if heard_at is None:
+            return None
+        overdue = time.monotonic() - heard_at - (self._beat_every if self.hears else _POLL_EVERY)
+        return max(self._took, overdue)
+
+    def _heard(self, sent_at: float) -> None:
+        """Note that what was sent at this monotonic time has come back, and everything before it has been heard."""
+        self._heard_at = time.monotonic()
+        self._took = self._heard_at - sent_at
 
     def beat_soon(self) -> None:
         """Look whether the connection still works. Any thread may call it."""
@@ -263,6 +277,7 @@ class PostgresListener(Listener):
         against the connection.
         """
         nonce, known = self._control.next_beat(), self._receiver.confirmed
+        sent_at = time.monotonic()
         query, args = (_BEAT, (nonce,)) if log is None else (log.guarded(_BEAT_OF_LOG), (nonce, known))
         try:
             [(ended, key, refusal)] = self._execute(connection, query, args, _BEAT_PATIENCE)
@@ -285,6 +300,7 @@ class PostgresListener(Listener):
         while True:
             more = self._receiver.hand_over(connection)
             if self._control.returned == self._control.beats:
+                self._heard(sent_at)
                 self._beat_at = time.monotonic()
                 self._receiver.confirmed = self._receiver.position
                 return True
@@ -317,6 +333,7 @@ class PostgresListener(Listener):
                 continue
             read_at = time.monotonic()
             self._receiver.poll(connection)
+            self._heard(read_at)
             self._control.reads_only_the_log()
             self._listens.confirm(begun, set(begun))
 

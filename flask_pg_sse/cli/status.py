@@ -1,0 +1,160 @@
+"""`flask sse status`: the workers of this host that serve this app, and what they do. It needs no PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import ConfigurationError
+from ..server import siblings
+from ..server.rundir import pid_of
+from ..web.blueprint import sse_bp
+from ..web.state import current_state
+
+# Seconds between two looks with --watch.
+_EVERY = 2.0
+_NOBODY = (
+    "No worker of this app has been found on this host. Run this command as the user of the workers, or as root, with "
+    "the same database and secret key. A worker of gunicorn is there once it has booted (under --preload, and under "
+    "other servers: once it has served a stream)."
+)
+
+Worker = dict[str, Any]
+
+
+@sse_bp.cli.command("status")
+@click.option("--json", "as_json", is_flag=True, help='Print one line of JSON: {"workers": [{"host", "pid", …}]}.')
+@click.option("--watch", is_flag=True, help="Look again every two seconds, until Ctrl-C.")
+def _status(as_json: bool, watch: bool) -> None:
+    """Show the workers of this host that serve this app: their streams, what they deliver, and whether they answer.
+
+    PostgreSQL is not asked, so this works while it is away.
+    """
+    try:
+        app_id = current_state().runtime.app_id()
+    except ConfigurationError as error:
+        raise click.ClickException(f"It is not known which workers to look for: {error}") from None
+    if not watch:
+        click.echo(_shown(_look(app_id), as_json))
+        return
+    try:
+        while True:
+            shown = _shown(_look(app_id), as_json)
+            if not as_json and sys.stdout.isatty():
+                click.clear()
+            click.echo(shown)
+            time.sleep(_EVERY)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _look(app_id: str) -> list[Worker]:
+    """Return the workers of this host: those that answer, those that do not, and those that have not been used."""
+    try:
+        asked = siblings.ask_all(app_id, {})
+    except OSError as error:
+        raise click.ClickException(f"The workers of this host cannot be found: {error}.") from None
+    here = socket.gethostname()
+    found = [answer for answer in asked.answers if answer]
+    for name in asked.silent:
+        state = "stopped" if siblings.is_stopped(name) else "not answering"
+        found.append({"host": here, "pid": pid_of(name), "state": state, "streams": None})
+    known = {worker.get("pid") for worker in found}
+    for arbiter in {worker["arbiter"] for worker in found if worker.get("arbiter")}:
+        idle = [pid for pid in _children(arbiter) if pid not in known]
+        found += [{"host": here, "pid": pid, "state": "not used yet", "streams": 0} for pid in idle]
+    return sorted(found, key=lambda worker: (str(worker.get("host")), worker.get("pid") or 0))
+
+
+def _children(process: int) -> list[int]:
+    """Return the processes that a process has started, where Linux tells. Under --preload they are all workers."""
+    try:
+        return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _shown(workers: Sequence[Worker], as_json: bool) -> str:
+    if as_json:
+        return json.dumps({"workers": workers})
+    return _table(workers) if workers else _NOBODY
+
+
+def _bytes(number: float | None) -> str:
+    if number is None:
+        return "-"
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:,.1f} TB"
+
+
+def _lag(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+# A column: its heading, a worker's key, and how the value is shown.
+_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("PID", "pid", str),
+    ("STREAMS", "streams", _count),
+    ("BEHIND", "behind", _count),
+    ("CHANNELS", "channels", _count),
+    ("DELIVERED", "delivered", _count),
+    ("BYTES", "bytes", _bytes),
+    ("LAG", "lag", _lag),
+    ("MEMORY", "memory", _bytes),
+    ("LISTENER", "listener", lambda text: str(text or "-")),
+    ("VERSION", "version", lambda text: str(text or "-")),
+    ("STATE", "state", str),
+)
+_COLOURS = {
+    "serving": "green", "ready": "green", "draining": "yellow", "not used yet": "cyan", "stopped": "red",
+    "not answering": "red", "away": "red", "log missing": "red",
+}  # fmt: skip
+
+
+def _table(workers: Sequence[Worker]) -> str:
+    columns = _COLUMNS
+    if len({worker.get("host") for worker in workers}) > 1:
+        columns = (("HOST", "host", str), *columns)
+    rows = [[_printable(show(worker.get(key))) for _, key, show in columns] for worker in workers]
+    headings = [heading for heading, _, _ in columns]
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    lines = [click.style(_line(headings, widths), bold=True)]
+    lines += [_line(row, widths, colour=True) for row in rows]
+    streams = sum(worker.get("streams") or 0 for worker in workers)
+    mute = sum(worker["state"] in ("stopped", "not answering") for worker in workers)
+    total = f"{_plural(len(workers), 'worker')}, {_plural(streams, 'stream')}"
+    lines.append(total + (click.style(f"; {mute} without an answer", fg="red") if mute else ""))
+    return "\n".join(lines)
+
+
+def _line(cells: Iterable[str], widths: Sequence[int], *, colour: bool = False) -> str:
+    parts = []
+    for cell, width in zip(cells, widths, strict=True):
+        aligned = cell.rjust(width) if cell[:1].isdigit() or cell == "-" or not colour else cell.ljust(width)
+        parts.append(click.style(aligned, fg=_COLOURS.get(cell)) if colour else aligned)
+    return "  ".join(parts).rstrip()
+
+
+def _plural(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _printable(text: str) -> str:
+    """Return text without control characters: root may look at the workers of any user."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,0 +1,192 @@
+"""`flask sse status`, as somebody on call uses it: real workers, also stopped, killed, and without PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flask_pg_sse.server import siblings
+from tests.support.client import eventually, open_stream
+from tests.support.servers import ROOT, WebServer
+from tools import postgres
+
+Start = Callable[..., WebServer]
+NOBODY_THERE = "postgresql://127.0.0.1:1/nothing_listens_there"
+
+
+def run(database_url: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flask", "--app", "tests.support.apps.quiet", "sse", *arguments]
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DATABASE_URL": database_url, **env}
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60)
+
+
+def workers(database_url: str) -> list[dict[str, Any]]:
+    done = run(database_url, "status", "--json")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)["workers"]
+    return found
+
+
+def children(server: WebServer) -> set[int]:
+    process = server.process.pid
+    return {int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("-w", "2"), pytest.param(("-w", "2", "-k", "gthread", "--threads", "8"), marks=pytest.mark.slow)],
+    ids=["gevent", "gthread"],
+)
+def test_the_workers_of_this_host_and_what_they_do(
+    database_url: str, start_server: Start, options: tuple[str, ...]
+) -> None:
+    server = start_server(database_url, *options)
+    pids = children(server)
+    found: list[dict[str, Any]] = []
+
+    def all_there() -> bool:
+        found[:] = workers(database_url)
+        return {one["pid"] for one in found} == pids
+
+    eventually(all_there, 30)  # a worker that has served nothing is there too
+    assert [one["streams"] for one in found] == [0, 0]
+    streams = [open_stream(server.port, "orders", "stock") for _ in range(5)]
+    server.post("/notify/orders", b'{"data": "x"}')
+    for stream in streams:
+        assert stream.event().data == "x"
+    found = workers(database_url)
+    assert sum(one["streams"] for one in found) == 5
+    assert sum(one["delivered"] for one in found) == 5
+    assert sum(one["bytes"] for one in found) == 5 * len("data: x\n\n")
+    served = next(one for one in found if one["streams"])
+    assert (served["channels"], served["behind"], served["listener"], served["state"]) == (2, 0, "ready", "serving")
+    assert 0 < served["lag"] < 5 and served["memory"] > 10**7 and served["version"] == "0.1.0"
+    text = run(database_url, "status").stdout
+    assert "2 workers, 5 streams\n" in text and str(served["pid"]) in text and "\x1b" not in text
+    for stream in streams:
+        stream.close()
+
+
+def test_a_stopped_worker_is_named_and_a_killed_one_is_gone_while_postgres_is_away(start_server: Start) -> None:
+    server = start_server(NOBODY_THERE, "-w", "2")
+    pids = children(server)
+    eventually(lambda: {one["pid"] for one in workers(NOBODY_THERE)} == pids, 30)
+    stopped = min(pids)
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        eventually(lambda: Path(f"/proc/{stopped}/stat").read_text().split()[2] == "T")
+        by_pid = {one["pid"]: one for one in workers(NOBODY_THERE)}
+        assert (by_pid[stopped]["state"], by_pid[stopped]["streams"]) == ("stopped", None)
+        assert by_pid[max(pids)]["state"] == "serving"
+        text = run(NOBODY_THERE, "status").stdout
+        assert f"{stopped} " in text and "1 without an answer" in text
+    finally:
+        os.kill(stopped, signal.SIGKILL)
+    eventually(lambda: stopped not in {one["pid"] for one in workers(NOBODY_THERE)}, 30)
+
+
+def test_a_look_takes_less_than_a_second_also_if_a_worker_is_stopped(
+    make_app: Callable[..., Any], start_server: Start
+) -> None:
+    server = start_server(NOBODY_THERE, "-w", "2")
+    app_id = make_app(NOBODY_THERE).extensions["pg_sse"].runtime.app_id()
+    eventually(lambda: len(siblings.ask_all(app_id, {}).answers) == 2)
+    [stopped, _] = children(server)
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        asked = siblings.ask_all(app_id, {})
+        assert time.monotonic() - began < 1
+        assert [len(asked.answers), len(asked.silent)] == [1, 1]
+        assert siblings.is_stopped(asked.silent[0])
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+
+
+@pytest.mark.slow
+def test_workers_are_there_after_an_outage_began(own_postgres: postgres.Server, start_server: Start) -> None:
+    server = start_server(own_postgres.url())
+    with open_stream(server.port, "orders"):
+        own_postgres.stop()
+        eventually(lambda: [one["listener"] for one in workers(own_postgres.url())] == ["away"], 30)
+        [worker] = workers(own_postgres.url())
+        assert worker["streams"] == 1
+
+
+@pytest.mark.slow
+def test_another_key_or_another_database_is_another_app(database_url: str, start_server: Start) -> None:
+    server = start_server(database_url, FLASK_SECRET_KEY="one")
+    eventually(lambda: run(database_url, "status", SECRET_KEY="one").stdout.count(" serving\n") == 1, 30)
+    assert str(server.process.pid) not in run(database_url, "status", SECRET_KEY="two").stdout
+    for done in (run(database_url, "status", SECRET_KEY="two"), run(NOBODY_THERE, "status", SECRET_KEY="one")):
+        assert done.returncode == 0 and "No worker of this app has been found on this host." in done.stdout
+
+
+def test_without_a_database_it_says_so() -> None:
+    done = run("sqlite:///x", "status")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: It is not known which workers to look for: DATABASE_URL")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_watch_looks_again_until_ctrl_c(start_server: Start) -> None:
+    server = start_server(NOBODY_THERE)
+    command = [sys.executable, "-m", "flask", "--app", "tests.support.apps.quiet", "sse", "status", "--watch", "--json"]
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DATABASE_URL": NOBODY_THERE}
+    watching = subprocess.Popen(
+        command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with watching:
+        assert watching.stdout is not None and watching.stderr is not None
+        looks = [json.loads(watching.stdout.readline()) for _ in range(2)]
+        assert all(worker["pid"] in children(server) for look in looks for worker in look["workers"])
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(10) == 130
+        assert watching.stderr.read() == ""
+
+
+@pytest.mark.slow
+def test_sixty_four_workers_are_asked_at_once(tmp_path: Path) -> None:
+    """Real processes, each with an app; each is asked once, and none asks others."""
+    code = (
+        "import sys; from flask import Flask; from flask_pg_sse import sse_bp\n"
+        "app = Flask('a'); app.config['SSE_DATABASE_URL'] = sys.argv[1]; app.register_blueprint(sse_bp)\n"
+        "worker = app.extensions['pg_sse'].runtime.worker; asked = [0]\n"
+        "real = worker.answer\n"
+        "from flask_pg_sse.runtime import Worker\n"
+        "def answer(self, question, real=Worker.answer):\n"
+        "    asked[0] += 1\n"
+        "    return {**real(self, question), 'asked': asked[0]}\n"
+        "Worker.answer = answer; worker._appear()\n"
+        "print('there', flush=True); sys.stdin.read()"
+    )
+    url = NOBODY_THERE + "_for_64"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, url], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(64)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None and process.stdout.readline() == "there\n"
+        found = workers(url)
+        assert {one["pid"] for one in found} == {process.pid for process in processes}
+        assert [one["asked"] for one in found] == [1] * 64
+        assert "64 workers, 0 streams" in run(url, "status").stdout
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.communicate()
+    assert workers(url) == []
