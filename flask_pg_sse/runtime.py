@@ -27,6 +27,7 @@ from .engine.base import Disconnect, Engine
 from .engine.caller import check_caller
 from .engine.losses import Losses
 from .engine.memory import MemoryEngine
+from .engine.outbox import Outbox
 from .engine.postgres.dsn import Dsn, configured_databases
 from .engine.postgres.engine import PostgresEngine
 from .errors import ConfigurationError, DatabaseNotConfigured
@@ -151,13 +152,26 @@ class Runtime:
             check_caller(connection, "sse_cursor")
         return self.worker.engine.head(connection) or None
 
-    def disconnect(self, subject: str | None, channel: str | None) -> None:
+    def disconnect(self, command: Disconnect) -> None:
         """Send a command to every process to end streams.
 
         It goes through the event log if there is one: then a process that was cut off obeys it later.
         """
         self.signing_keys("disconnect()")
-        self.worker.engine.control(Disconnect(subject, channel))
+        self.worker.engine.control(command)
+
+    def sender_for_later(self) -> Callable[[Disconnect, float], None] | None:
+        """Return a function that sends a command after some seconds, and again until the database answers.
+
+        Returns None if a command is best sent at once: in tests nothing waits for a database. Raises
+        `ConfigurationError` for what would prevent it later.
+        """
+        self.signing_keys("disconnect()")
+        worker = self.worker
+        if not isinstance(worker.engine, PostgresEngine):
+            return None
+        self.databases()
+        return worker.outbox.add
 
     def keys(self) -> Sequence[str | bytes]:
         """Return the keys for signatures, oldest first; no keys if none is set. Raises `ConfigurationError`."""
@@ -286,6 +300,7 @@ class Worker:
         self.engine = engine
         self.admission = Admission(_stream_limiter(settings))
         self._settings = settings
+        self.outbox = Outbox(self.engine.control, self._obey)
         self._starting = Lock()
         self._stopped = False
         self._started_at = 0.0
@@ -310,6 +325,11 @@ class Worker:
                         raise TryLater("shutdown")
                     self._streams = self._start()
         return self._streams
+
+    def _obey(self, command: Disconnect) -> None:
+        """End the streams of this process that a command names."""
+        if self._streams is not None:
+            self._streams[0].disconnect(command)
 
     def listen_soon(self) -> None:
         """Start to listen, if nothing has yet, and give that a moment.
@@ -380,6 +400,7 @@ class Worker:
             self._streams[0].drain("shutdown")
         if self._ticker is not None:
             self._ticker.stop(timeout)
+        self.outbox.stop(timeout)
         self.engine.stop(timeout)
         if self.presence is not None:
             self.presence.stop(timeout)

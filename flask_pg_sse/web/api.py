@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
 from collections.abc import Iterable
@@ -13,9 +14,11 @@ from flask import has_app_context, has_request_context, url_for
 from markupsafe import escape
 
 from ..channels import check_channel
+from ..engine.base import Disconnect
 from ..event import FIELDS
 from ..runtime import Runtime
 from ..tokens import Token, sign_token
+from .after_response import call_after_response, is_possible
 from .authorize import to_subject
 from .state import current_state
 
@@ -109,7 +112,13 @@ class CurrentApp:
         """
         return self._runtime().cursor(connection)
 
-    def disconnect(self, *, subject: str | int | uuid.UUID | None = None, channel: str | None = None) -> None:
+    def disconnect(
+        self,
+        *,
+        subject: str | int | uuid.UUID | None = None,
+        channel: str | None = None,
+        after_response: bool | None = None,
+    ) -> None:
         """End the streams of a subject or on a channel. With both arguments: of that subject on that channel.
 
         This reaches every worker on every host with the same database and secret key, within a second. The browsers
@@ -117,15 +126,31 @@ class CurrentApp:
         database at that moment obeys when it is connected again. Without an event log it then ends all streams that are
         not public.
 
+        after_response: whether to wait until the current request has been answered, for a second after its view at
+                        most. By then the cookie is cleared and the transaction has ended, so that no browser comes back
+                        with the old right. If the database is away, the streams of this worker are ended, and the
+                        others' when it is back. True in a view, by default; False sends at once. Elsewhere, as in a
+                        job, it is always sent at once.
+
         Raises TypeError and ValueError for a value that cannot be a subject; `InvalidChannel`; `ConfigurationError`
-        without a secret key, because any role of the database could otherwise do the same; `DatabaseUnavailable`;
-        `DatabaseNotConfigured`; and `EventLogMissing` as `sse_cursor()` does.
+        without a secret key, because any role of the database could otherwise do the same; `DatabaseNotConfigured`; and
+        RuntimeError for `after_response=True` where no response follows. If it is sent at once, also
+        `DatabaseUnavailable`, and `EventLogMissing` as `sse_cursor()` does.
         """
         if subject is None and channel is None:
             raise TypeError("disconnect() needs a subject, a channel, or both.")
-        self._runtime().disconnect(
+        command = Disconnect(
             None if subject is None else to_subject(subject), None if channel is None else check_channel(channel)
         )
+        possible = is_possible()
+        if after_response and not possible:
+            raise RuntimeError("disconnect(after_response=True) was called where no response follows: not in a view.")
+        runtime = self._runtime()
+        send = runtime.sender_for_later() if possible and after_response is not False else None
+        if send is None:
+            runtime.disconnect(command)
+        else:
+            call_after_response(functools.partial(send, command))
 
     def sse_url(
         self,

@@ -30,7 +30,7 @@ from ..server.capacity import why_no_stream
 from ..server.connection import Connection
 from ..settings import Settings, secret_keys
 from ..tokens import Token, read_token, without_token
-from . import authorize, work
+from . import after_response, authorize, work
 from .api import ServerUrl, sse_cursor, sse_url
 from .authorize import Authorizer, SubjectOf, check_hook, name_of
 from .cors import cross_origin_headers, why_other_site
@@ -113,6 +113,7 @@ def _set_up(registration: BlueprintSetupState) -> None:
         name = f"{registration.name_prefix}.{registration.name}".lstrip(".")
         app.extensions[EXTENSION] = State(app, name)
         work.watch(app)
+        after_response.watch(app)
         # As `url_for`: also in macros that a template imports without its context.
         for name, thing in (("sse_url", sse_url), ("sse_cursor", sse_cursor), ("sse_server_url", ServerUrl())):
             app.jinja_env.globals[name] = thing

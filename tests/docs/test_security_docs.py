@@ -107,6 +107,69 @@ def test_a_page_fetches_another_url_when_its_own_has_expired(
         page.evaluate("fetch('/logout', {method: 'POST'})")
 
 
+WITH_LOGOUT = """
+import os
+from flask import Flask, redirect, render_template_string, url_for
+from flask_login import LoginManager, UserMixin, current_user, login_required, login_user, logout_user
+from flask_pg_sse import disconnect, sse_bp
+
+app = Flask(__name__)
+app.config["SECRET_KEY"] = "x"
+app.config.from_prefixed_env()
+app.register_blueprint(
+    sse_bp, authorize=lambda channel: current_user.is_authenticated, subject=lambda: current_user.get_id()
+)
+
+class User(UserMixin):
+    id = "7"
+
+manager = LoginManager(app)
+manager.login_view = "login"
+
+@manager.user_loader
+def load(id):
+    return User()
+
+@app.get("/ping")
+def ping():
+    return "pong"
+
+@app.get("/login")
+def login():
+    return "<!doctype html><link rel=icon href=data:,><h1>Log in</h1>"
+
+@app.get("/enter")
+def enter():
+    login_user(User())
+    return redirect("/")
+
+@app.get("/")
+@login_required
+def page():
+    return "<!doctype html><link rel=icon href=data:,><h1>Orders</h1>" + PAGE
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["revoked", "403"])
+def test_every_tab_of_a_user_who_logs_out_is_at_the_login_page(
+    page: Page, database_url: str, start_server: Start, tmp_path: Path, how: str
+) -> None:
+    code = WITH_LOGOUT + SECURITY.example("logout") + "\nPAGE = " + repr(SECURITY.example("revoked"))
+    env = {"FLASK_SSE_MAX_AGE": "2", "FLASK_SSE_RETRY": "200"} if how == "403" else {}
+    server = start(start_server, tmp_path, "with_logout", code, database_url, **env)
+    site = f"http://127.0.0.1:{server.port}"
+    for _ in range(3):
+        with page.expect_response("**/sse?*"):
+            page.goto(f"{site}/enter")
+        page.wait_for_function("wasOpen")
+        if how == "403":
+            page.context.clear_cookies()
+        else:
+            page.context.request.post(f"{site}/logout")  # in another tab, with the same cookies
+        expect(page.get_by_role("heading")).to_have_text("Log in", timeout=10_000)
+
+
 def test_streams_on_a_server_of_their_own(database_url: str, start_server: Start, tmp_path: Path) -> None:
     """The example has the key and the database, but no sessions."""
     env = {"FLASK_SSE_SECRET_KEY": "shared", "FLASK_SSE_DATABASE_URL": database_url}

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from http.cookies import SimpleCookie
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support.client import Response, eventually, request
+from tests.support.client import Message, Response, eventually, request
+from tests.support.link import Link, through
 from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]
@@ -85,6 +87,75 @@ def test_hooks_read_the_session_and_what_they_write_to_it_is_dropped(
         assert response.next().event == "sse-open"
         assert browser.read("/who") == "Ann, logged in, asked 0"
     assert "Traceback" not in server.log()
+
+
+def stay(browser: Browser, ended: list[Message], left: list[int]) -> None:
+    """As a page that opens its stream again as soon as it is told to end, with the cookies that it has then."""
+    while True:
+        with browser.request("/sse?channel=a") as response:
+            if response.status != 200:
+                left.append(response.status)
+                return
+            message = response.next()
+            if message.event == "sse-open":
+                message = response.event()
+            ended.append(message)
+            assert message.event == "sse-end" and message.json["reason"] in ("revoked", "unavailable"), message
+
+
+@pytest.mark.parametrize("works_for", ["0", pytest.param("0.4", marks=pytest.mark.slow)])
+def test_a_page_that_comes_back_at_once_finds_that_its_user_has_logged_out(
+    logged_url: str, start_server: Start, tmp_path: Path, works_for: str
+) -> None:
+    """The view ends the streams before its answer clears the cookie, and goes on working after that."""
+    server = start(start_server, logged_url, {"KIND": "cookie", "STORE": str(tmp_path)})
+    for _ in range(14 if works_for != "0" else 4):
+        browser = Browser(server)
+        browser.read("/login", "POST")
+        ended: list[Message] = []
+        left: list[int] = []
+        page = threading.Thread(target=stay, args=(browser, ended, left))
+        page.start()
+        eventually(lambda: json.loads(server.get("/state"))["streams"] >= 1)
+        browser.read(f"/logout?works_for={works_for}", "POST")
+        page.join(10)
+        assert left == [403]
+        assert [message.json for message in ended] == [{"reason": "revoked"}]
+        eventually(lambda: json.loads(server.get("/state"))["streams"] == 0)
+
+
+@pytest.mark.parametrize("how", ["cut", pytest.param("silence", marks=pytest.mark.slow)])
+def test_a_user_logs_out_while_the_database_is_away(
+    logged_url: str, start_server: Start, tmp_path: Path, how: str
+) -> None:
+    env = {"KIND": "cookie", "STORE": str(tmp_path)}
+    with Link(urlsplit(logged_url).port or 0) as line:
+        here = start(start_server, through(line, logged_url), env)
+        there = start(start_server, logged_url, env)
+        browser = Browser(here)
+        browser.read("/login", "POST")
+        here.post("/notify/a")  # a connection to send with is open now, and will be lost
+        elsewhere = Browser(there)
+        elsewhere.cookies = dict(browser.cookies)
+        with browser.request("/sse?channel=a") as near, elsewhere.request("/sse?channel=a") as far:
+            assert near.next().event == far.next().event == "sse-open"
+            getattr(line, how)()
+            begun = time.monotonic()
+            browser.read("/logout", "POST")
+            assert time.monotonic() - begun < 1
+            for _ in range(3):
+                browser.read("/logout", "POST")  # again: it is one command
+            assert near.event().json == {"reason": "revoked"}
+            assert time.monotonic() - begun < 3
+            eventually(lambda: "disconnect() has ended the streams of this worker" in here.log(), 30)
+            line.restore()
+            far.timeout = 30
+            message = far.event()
+            while message.event == "sse-cursor":
+                message = far.event()
+            assert (message.event, message.json) == ("sse-end", {"reason": "revoked"})
+        eventually(lambda: "disconnect() reaches the other workers again" in here.log())
+        assert here.log().count("disconnect() has ended the streams of this worker") == 1
 
 
 @pytest.mark.parametrize("options", [(), pytest.param(("-k", "gthread", "--threads", "4"), marks=pytest.mark.slow)])

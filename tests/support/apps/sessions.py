@@ -79,10 +79,9 @@ def login() -> ResponseReturnValue:
 
 @app.post("/logout")
 def logout() -> ResponseReturnValue:
-    user = current_user.get_id()
     logout_user()
     session["name"] = "Bob"
-    disconnect(subject=user)
+    disconnect(subject=User.id)
     time.sleep(float(request.args.get("works_for", "0")))
     return "", 204
 

@@ -1,0 +1,111 @@
+"""disconnect() in a view: it is sent when the response has been closed, and wherever no response follows at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from flask import Flask, Response, abort
+
+from flask_pg_sse import disconnect
+from flask_pg_sse.engine.base import Disconnect
+from flask_pg_sse.testing import capture, stream
+from tests.support.client import eventually
+
+MakeApp = Callable[..., Flask]
+
+
+@pytest.fixture
+def sent() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def app(database_url: str, make_app: MakeApp, sent: list[str]) -> Flask:
+    app = make_app(database_url, SECRET_KEY="x", SSE_CHANNELS=["open"], TESTING=False)
+    worker = app.extensions["pg_sse"].runtime.worker
+    control = worker.engine.control
+
+    def send(command: Disconnect) -> None:
+        sent.append(command.subject or "")
+        control(command)
+
+    worker.engine.control = worker.outbox._send = send
+
+    @app.post("/<subject>/<how>")
+    def view(subject: str, how: str) -> Any:
+        disconnect(subject=subject, after_response=None if how != "now" else False)
+        assert sent == ([subject] if how == "now" else [])
+        if how == "fails":
+            abort(500)
+        if how == "raises":
+            raise ValueError
+        if how == "streams":
+            return Response(slowly())
+        return "done"
+
+    def slowly() -> Iterator[str]:
+        yield "begun"
+        eventually(lambda: sent, 5, "a long response holds it up for a second at most")
+        yield "ended"
+
+    return app
+
+
+@pytest.mark.parametrize("how", ["answers", "fails", "raises"])
+def test_it_is_sent_once_when_the_response_is_closed(app: Flask, sent: list[str], how: str) -> None:
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    with app.test_client().post(f"/7/{how}") as response:
+        assert response.status_code == (200 if how == "answers" else 500) and sent == []
+    eventually(lambda: sent)
+    time.sleep(0.05)
+    assert sent == ["7"]
+
+
+def test_a_response_that_nobody_closes_or_that_takes_long(app: Flask, sent: list[str]) -> None:
+    begun = time.monotonic()
+    response = app.test_client().post("/7/answers")
+    assert sent == []
+    eventually(lambda: sent == ["7"], 5)
+    assert time.monotonic() - begun > 0.9
+    response.close()
+    eventually(lambda: sent == ["7", "7"], 5, "the right way all the same: when it is closed")
+    sent.clear()
+    assert app.test_client().post("/8/streams").text == "begunended"
+
+
+def test_at_once_if_that_is_wanted_or_if_no_response_follows(app: Flask, sent: list[str]) -> None:
+    assert app.test_client().post("/7/now").status_code == 200
+    with app.app_context():
+        disconnect(subject=8)
+    with app.test_request_context():
+        disconnect(subject=9)
+        assert sent == ["7", "8", "9"]
+        with pytest.raises(RuntimeError, match="no response follows"):
+            disconnect(subject=9, after_response=True)
+
+
+def test_in_a_streams_own_hook(database_url: str, make_app: MakeApp) -> None:
+    """Its response takes as long as the stream: a hook that ends the user's other streams does so at once."""
+
+    def may_listen(channel: str) -> bool:
+        if channel == "newer":
+            disconnect(channel="older")
+        return True
+
+    app = make_app(database_url, authorize=may_listen, SECRET_KEY="x", SSE_CHANNELS=[])
+    older = stream(app.test_client(), "/sse?channel=older")
+    assert next(older).event == "sse-open"
+    newer = stream(app.test_client(), "/sse?channel=newer")
+    assert next(newer).event == "sse-open"
+    assert next(older).json == {"reason": "revoked"}
+    newer.close()
+
+
+def test_a_test_without_a_database_sees_it_at_once(app: Flask, sent: list[str]) -> None:
+    with capture(app) as events:
+        with app.test_request_context():
+            disconnect(subject=7)
+        assert events.disconnected == [("7", None)] and sent == []
