@@ -14,7 +14,6 @@ import functools
 import gc
 import logging
 import os
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,13 +31,12 @@ from .engine.postgres.dsn import Dsn, configured_databases
 from .engine.postgres.engine import PostgresEngine
 from .errors import ConfigurationError, DatabaseNotConfigured
 from .event import make_event
-from .hub.admission import Admission, StreamLimiter, TryLater
+from .hub.admission import Admission, TryLater, stream_limiter
 from .hub.figures import figures
 from .hub.hub import Hub
 from .hub.replay import Replay
 from .hub.ticker import Ticker
 from .server import console, shutdown
-from .server.capacity import TOO_MANY_STREAMS, room_for_streams
 from .server.siblings import Answer, Presence, Question, app_id
 from .settings import Settings, secret_keys, unknown_keys
 from .stats import Stats
@@ -153,25 +151,17 @@ class Runtime:
         return self.worker.engine.head(connection) or None
 
     def disconnect(self, command: Disconnect) -> None:
-        """Send a command to every process to end streams.
-
-        It goes through the event log if there is one: then a process that was cut off obeys it later.
-        """
+        """Send a command to every process to end streams."""
         self.signing_keys("disconnect()")
         self.worker.engine.control(command)
 
     def sender_for_later(self) -> Callable[[Disconnect, float], None] | None:
-        """Return a function that sends a command after some seconds, and again until the database answers.
+        """Return a function that sends a command in some seconds, and tries until the database answers.
 
-        Returns None if a command is best sent at once: in tests nothing waits for a database. Raises
-        `ConfigurationError` for what would prevent it later.
+        Returns None if the engine has no database to wait for. Raises `ConfigurationError`.
         """
         self.signing_keys("disconnect()")
-        worker = self.worker
-        if not isinstance(worker.engine, PostgresEngine):
-            return None
-        self.databases()
-        return worker.outbox.add
+        return self.worker.outbox.add if isinstance(self.worker.engine, PostgresEngine) and self.databases() else None
 
     def keys(self) -> Sequence[str | bytes]:
         """Return the keys for signatures, oldest first; no keys if none is set. Raises `ConfigurationError`."""
@@ -296,9 +286,9 @@ class Worker:
         self._owner = weakref.ref(owner)
         self.stats = Stats(Lock())
         self.presence: Presence | None = None
-        shutdown.watch_here()  # before _stream_limiter(), which looks up this worker
+        shutdown.watch_here()  # before stream_limiter(), which looks up this worker
         self.engine = engine
-        self.admission = Admission(_stream_limiter(settings))
+        self.admission = Admission(stream_limiter(settings.max_streams, settings.max_streams_per_client))
         self._settings = settings
         self.outbox = Outbox(self.engine.control, self._obey)
         self._starting = Lock()
@@ -407,13 +397,3 @@ class Worker:
 
 
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
-
-
-def _stream_limiter(settings: Settings) -> StreamLimiter:
-    most, each = settings.max_streams, settings.max_streams_per_client
-    room, holds = room_for_streams(shutdown.gunicorn_worker())
-    if most is None:
-        return StreamLimiter(room, each, most_here=room)
-    if holds is not None and most >= holds:
-        logger.warning(TOO_MANY_STREAMS, most, holds)
-    return StreamLimiter(most, each, most_here=sys.maxsize)

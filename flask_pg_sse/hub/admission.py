@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -12,7 +14,11 @@ from ..channels import heard_unquoted
 from ..concurrency.forks import reset_in_children
 from ..concurrency.locks import Event, Lock
 from ..engine.base import Disconnect, Readiness
+from ..server import shutdown
+from ..server.capacity import TOO_MANY_STREAMS, room_for_streams
 from .subscription import Subscription, Terms
+
+logger = logging.getLogger(__name__)
 
 # Seconds that a stream waits for PostgreSQL. After that its client is told to reconnect later.
 OPEN_TIMEOUT = 10.0
@@ -164,6 +170,16 @@ class StreamLimiter:
         with self._taking:
             for client in [client for client, streams in self._of.items() if not streams]:
                 del self._of[client]
+
+
+def stream_limiter(most: int | None, most_each: int | None) -> StreamLimiter:
+    """Return a limiter for `SSE_MAX_STREAMS` and `SSE_MAX_STREAMS_PER_CLIENT` in this process."""
+    room, holds = room_for_streams(shutdown.gunicorn_worker())
+    if most is None:
+        return StreamLimiter(room, most_each, most_here=room)
+    if holds is not None and most >= holds:
+        logger.warning(TOO_MANY_STREAMS, most, holds)
+    return StreamLimiter(most, most_each, most_here=sys.maxsize)
 
 
 class Admission:
