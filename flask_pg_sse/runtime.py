@@ -27,7 +27,7 @@ from .engine.caller import check_caller
 from .engine.losses import Losses
 from .engine.memory import MemoryEngine
 from .engine.outbox import Outbox
-from .engine.postgres.dsn import Dsn, configured_databases
+from .engine.postgres.dsn import Dsn, Engines, configured_databases
 from .engine.postgres.engine import PostgresEngine
 from .errors import ConfigurationError, DatabaseNotConfigured
 from .event import make_event
@@ -71,6 +71,7 @@ class Runtime:
         self._worker: Worker | None = None
         self.redis: Broker | None = None  # where the events are, if not in PostgreSQL
         self.losses = Losses()
+        self.engines: Engines = tuple  # returns the app's SQLAlchemy engines for its database
         self._warned_of: set[str] = set()
 
     @property
@@ -224,7 +225,7 @@ class Runtime:
     @functools.cached_property
     def _find_databases(self) -> Callable[[], tuple[Dsn, Dsn | None]]:
         # Cached, because the databases that are found are logged.
-        return functools.cache(functools.partial(_databases, self.settings, self._config))
+        return functools.cache(functools.partial(_databases, None, self.settings, self._config, self.engines))
 
     def appear(self) -> None:
         """Have a gunicorn worker listed among those of its host, although it is not used yet."""
@@ -244,7 +245,7 @@ class Runtime:
 
     def databases(self) -> tuple[Dsn, Dsn | None]:
         """Return the database to notify and the one to listen to, if LISTEN is used. Raises `ConfigurationError`."""
-        return _databases(self.settings, self._config, self.redis)
+        return _databases(self.redis, self.settings, self._config, self.engines)
 
     def _lock(self) -> Lock:
         # One lock for each process. A lock from before a fork may stay locked forever in the child, and may be of the
@@ -252,9 +253,9 @@ class Runtime:
         return self._locks.setdefault(os.getpid(), Lock())
 
 
-def _databases(settings: Settings, config: Mapping[str, Any], redis: Broker | None = None) -> tuple[Dsn, Dsn | None]:
+def _databases(redis: Broker | None, *configured: Any) -> tuple[Dsn, Dsn | None]:
     try:
-        return configured_databases(settings, config)
+        return configured_databases(*configured)
     except DatabaseNotConfigured:
         if redis is None:
             raise

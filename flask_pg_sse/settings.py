@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,7 +94,12 @@ def _role(value: object) -> str | None:
 
 
 def _database(value: object) -> object:
-    # A string, or an object such as SQLAlchemy's URL. engine/postgres/dsn.py reads it at first use.
+    # A string, an object such as SQLAlchemy's URL, or a function. engine/postgres/dsn.py reads it at first use.
+    if callable(value):
+        inspect.signature(value).bind()  # TypeError if it needs arguments
+        if inspect.iscoroutinefunction(value):
+            raise ValueError
+        return value
     if isinstance(value, str):
         return value if value.strip() else None  # an environment file may have `SSE_DATABASE_URL=`
     if not value or isinstance(value, bool | int | float | bytes):
@@ -133,8 +139,8 @@ def _on_off_or(word: str) -> Kind:
 PATTERNS = Kind("a list of patterns, or a string of patterns with commas between them; no pattern may be empty", _texts)
 ORIGINS = Kind('a list of origins such as "https://www.example.com" (no path, no wildcard inside), or "*"', _origins)
 WEB_URL = Kind("an http:// or https:// URL without query", _web_url)
-DATABASE = Kind("a PostgreSQL URL", _database)
-LISTEN = Kind(f'a PostgreSQL URL, or "{POLL}"', _listen)
+DATABASE = Kind("a PostgreSQL URL, or a function without arguments that returns it", _database)
+LISTEN = Kind(f'{DATABASE.expects}, or "{POLL}"', _listen)
 BROKER = Kind('"memory://" (for tests), or not set', _broker)
 WHOLE = Kind(f"a whole number from 1 to {_MOST}", _whole)
 SECONDS = Kind("a number of seconds greater than 0", _seconds)

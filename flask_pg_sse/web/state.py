@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from flask import Flask, current_app
@@ -18,6 +20,8 @@ class State:
 
     def __init__(self, app: Flask, blueprint_name: str) -> None:
         self.runtime = Runtime(app.config, lambda data: app.json.dumps(data))
+        reference = weakref.ref(app)  # the runtime must not keep an abandoned app
+        self.runtime.engines = lambda: _engines_of(reference())
         self.blueprint_name = blueprint_name
         self.refusals = Refusals(app, self.runtime.count)
         self.authorize: Authorizer | None = None
@@ -47,6 +51,18 @@ class State:
     def close(self) -> None:
         """End all streams, threads and connections of this app in this process."""
         self.runtime.close()
+
+
+def _engines_of(app: Flask | None) -> Sequence[Any]:
+    """Return Flask-SQLAlchemy's engine for the app's own database, in a sequence that may be empty."""
+    if app is None:
+        return ()
+    extension: Any = app.extensions.get("sqlalchemy")
+    if not hasattr(extension, "engines"):
+        return ()
+    with app.app_context():
+        engine = extension.engines.get(None)
+    return () if engine is None else (engine,)
 
 
 def state_of(app: Flask) -> State:

@@ -21,7 +21,10 @@ SECURITY = Document("docs/security.md")
 
 def test_examples_and_links() -> None:
     SECURITY.assert_every_example_is_run(
-        "docs/test_security_docs.py", "engine/postgres/test_roles.py", "engine/postgres/test_trust.py"
+        "docs/test_security_docs.py",
+        "engine/postgres/test_credentials.py",
+        "engine/postgres/test_roles.py",
+        "engine/postgres/test_trust.py",
     )
     SECURITY.assert_links_lead_somewhere()
 

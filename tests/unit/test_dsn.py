@@ -143,6 +143,29 @@ def test_an_ssl_context_means_no_connection_without_ssl() -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "connect_args", "name"),
+    [
+        ("postgresql+pg8000://u:hunter2@/d", {"unix_sock": "/run/postgresql/.s.PGSQL.5433"}, "unix_sock"),
+        ("postgresql+pg8000://u:hunter2@/d?unix_sock=/run/postgresql/.s.PGSQL.5433", {}, "unix_sock"),
+        ("postgresql+asyncpg://u:hunter2@h/d", {"direct_tls": True}, "direct_tls"),
+        ("postgresql+psycopg2://u:hunter2@h/d", {"sslmod": "require"}, "sslmod"),
+    ],
+)
+def test_an_option_that_libpq_does_not_have_is_never_dropped(url: str, connect_args: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        params(url, **connect_args)
+    assert f"libpq has no option '{name}'" in str(raised.value) and "SSE_DATABASE_URL" in str(raised.value)
+    assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg2"])
+def test_what_drivers_do_with_a_connection_is_not_for_libpq(driver: str) -> None:
+    found = params(f"postgresql+{driver}://h/d", server_settings={"jit": "off"}, command_timeout=5, autocommit=True)
+    assert found == {"host": "h", "dbname": "d"}
+    assert params("postgresql+pg8000://h/d", ssl_context=object())["sslmode"] == "require"
+
+
+@pytest.mark.parametrize(
     ("value", "engine"),
     [("sqlite:///app.db", "sqlite"), ("sqlite://", "sqlite"), ("mysql+pymysql://u:hunter2@h/d", "mysql"),
      (URL.create("sqlite", database="app.db"), "sqlite"), ("oracle://u:hunter2@h/x=1", "oracle")],

@@ -133,6 +133,7 @@ def _closing(dsn: Dsn) -> Iterator[Any]:
 
 def _impatient(dsn: Dsn) -> Dsn:
     """Return the address with a shorter time for each host, unless the app's own is shorter."""
+    dsn = dsn.current()
     own = dsn.params.get("connect_timeout", "")
     seconds = int(own) if own.isdigit() and 0 < int(own) < _CONNECT_WITHIN else _CONNECT_WITHIN
     return dataclasses.replace(dsn, params={**dsn.params, "connect_timeout": str(seconds)})

@@ -75,6 +75,7 @@ def connect_to_listen(dsn: Dsn, application_name: str) -> Any:
 
 
 def _connect(dsn: Dsn, application_name: str, client_encoding: str, kind: Any) -> Any:
+    dsn = dsn.current()
     params = {"application_name": application_name, **_DEFAULTS, **dsn.params, "client_encoding": client_encoding}
     timeout = _timeout(params.pop("connect_timeout", ""))
     race = _Race(timeout, kind)
