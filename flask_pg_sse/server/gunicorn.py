@@ -71,6 +71,7 @@ def print_settings() -> None:
                 "threads": cfg.threads,
                 "worker_connections": cfg.worker_connections,
                 "http2": "h2" in getattr(cfg, "http_protocols", ()),
+                "binds": cfg.bind,
                 "psycogreen": any("psycogreen" in name for name in [*sys.modules, *named]),
             }
         )

@@ -42,6 +42,8 @@ class Proxies:
         issued = authority.issue_cert("127.0.0.1")
         self.pem = folder / "site.pem"
         issued.private_key_and_cert_chain_pem.write_to_path(str(self.pem))
+        self.authority = folder / "authority.pem"  # for clients that are other processes: SSL_CERT_FILE
+        authority.cert_pem.write_to_path(str(self.authority))
         self.trusted = ssl.create_default_context()
         authority.configure_trust(self.trusted)
 

@@ -24,7 +24,7 @@ CHECKS: dict[str, Check] = {
 }
 # Seconds for one check. Those that watch a stream have as long as the user has said, and these seconds more.
 LIMIT = 15.0
-_WATCH_FOR_LONGER = frozenset(proxy.CHECKS)
+_WATCH_FOR_LONGER = ("proxy cuts",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def _run(name: str, check: Check, setup: Setup) -> list[Result]:
 
     # A thread, because a look-up of a host's name, for example, cannot be interrupted.
     thread = threading.Thread(target=work, name=f"doctor: {name}", daemon=True)
-    limit = LIMIT + (setup.seconds if name in _WATCH_FOR_LONGER else 0)
+    limit = LIMIT + (setup.seconds if name in _WATCH_FOR_LONGER and setup.url else 0)
     thread.start()
     thread.join(limit)
     if thread.is_alive():

@@ -18,9 +18,9 @@ from ...web.blueprint import sse_bp
 _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "fault": ("fault", "red")}
 
 
-def _site(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
-    if value is None:
-        return None
+def _site(context: click.Context, option: click.Parameter, value: str | tuple[str, ...] | None) -> Any:
+    if value is None or isinstance(value, tuple):
+        return value if value is None else tuple(_site(context, option, one) for one in value)
     try:
         parts = urlsplit(value if "://" in value else f"https://{value}")
         _ = parts.port
@@ -35,16 +35,19 @@ def _site(context: click.Context, option: click.Parameter, value: str | None) ->
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--url", metavar="URL", callback=_site, help="Try a stream through the proxy that answers at this URL.")
 @click.option(
-    "--direct", metavar="URL", callback=_site, help="The app's own address, past the proxy, to compare with --url."
+    "--direct",
+    metavar="URL",
+    callback=_site,
+    multiple=True,
+    help="With --url: an address behind the proxy, to compare with. Repeatable, the app's own last. Default: that of "
+    "the gunicorn that runs here.",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(1, 3600),
-    default=20,
-    show_default=True,
-    help="How long to watch a quiet stream with --url, to find a proxy that cuts it.",
+    help="With --url: how long to watch a quiet stream, to find what cuts it. Default: SSE_HEARTBEAT and 5 seconds.",
 )
-def _doctor(as_json: bool, url: str | None, direct: str | None, seconds: float) -> None:
+def _doctor(as_json: bool, url: str | None, direct: tuple[str, ...], seconds: float | None) -> None:
     """Look at everything from configuration to delivery, and say what to do about what is wrong.
 
     The exit status is 0 if all is well, 1 with warnings, and 2 with faults.

@@ -38,7 +38,7 @@ def fault(text: str, remedy: str) -> Result:
 
 # The package's messages say what failed, why, and then the remedy: after this word, or in words that begin so.
 _WORDS = "Add|Check|Correct|Create|Give|Install|Let|Raise|Remove|Run|Set|Upgrade|Use"
-_REMEDY = re.compile(rf"(?:^|[:.] )Remedy: |(?<=\. )(?=(?:{_WORDS}) )|(?<=: )(?=(?:{_WORDS.lower()}) )")
+_REMEDY = re.compile(rf"(?:^|[:.] )Remedy: |(?<=[.?!] )(?=(?:{_WORDS}) )|(?<=: )(?=(?:{_WORDS.lower()}) )")
 
 
 def in_two(message: object) -> tuple[str, str]:

@@ -21,6 +21,8 @@ from ...web.state import State, state_of
 # Seconds in which a host must accept a connection, and a statement must be answered.
 _CONNECT_WITHIN = 4
 ANSWER_WITHIN = 4.0
+# Seconds that a heartbeat may take to come through.
+_A_LITTLE = 5.0
 
 Rows = Sequence[Sequence[Any]]
 
@@ -30,15 +32,22 @@ class NotLookedAt(Exception):
 
 
 class Setup:
-    """One app, as it is configured here. `url` is where its site is reached, and `seconds` how long to watch that."""
+    """One app, as it is configured here.
 
-    def __init__(self, app: Flask, *, url: str | None = None, direct: str | None = None, seconds: float = 20.0) -> None:
+    `url` is where its site is reached. `direct` are the addresses of the hops behind that, the app's own last.
+    `seconds` is how long to watch a quiet stream; by default a little longer than a heartbeat takes.
+    """
+
+    def __init__(
+        self, app: Flask, *, url: str | None = None, direct: Sequence[str] = (), seconds: float | None = None
+    ) -> None:
         self.app = app
         self.url = url
         self.direct = direct
-        self.seconds = seconds
+        self._seconds = seconds
         self.reachable: bool | None = None  # the database; None before it was tried
         self.servers: Sequence[Any] | None = None  # what web_server.py has found
+        self.trial: Any = None  # the stream of proxy.py
         self._connection: Any = None
 
     @property
@@ -52,6 +61,10 @@ class Setup:
             return self.state.runtime.settings
         except ConfigurationError:
             raise NotLookedAt from None
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds or min(self.settings.heartbeat + _A_LITTLE, 60.0)
 
     @property
     def uses_postgres(self) -> bool:

@@ -38,7 +38,12 @@ class Gunicorn:
     worker_connections: int
     http2: bool
     psycogreen: bool  # whether its configuration makes psycopg2 wait as gevent does
+    binds: list[str]
     open_files: int | None
+
+    @property
+    def runs(self) -> bool:
+        return self.source.startswith("gunicorn ")
 
     @property
     def is_gevent(self) -> bool:
@@ -119,6 +124,18 @@ def driver(setup: Setup) -> Result | None:
     if not any(one.is_gevent and not one.psycogreen for one in _some(setup)):
         return None
     return warning(*in_two(PSYCOPG2))
+
+
+def addresses(setup: Setup) -> Sequence[str]:
+    """Return the URLs at which the gunicorns that run here can be reached directly."""
+    found = []
+    for one in _gunicorns(setup):
+        for bind in one.binds if one.runs else ():
+            host, _, port = bind.rpartition(":")
+            if port.isdigit() and not bind.startswith(("unix:", "fd:")):
+                host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+                found.append(f"http://{host}:{port}")
+    return found
 
 
 def _some(setup: Setup) -> Sequence[Gunicorn]:

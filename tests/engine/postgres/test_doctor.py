@@ -286,7 +286,7 @@ def test_a_newer_log(logged_url: str, healthy: Flask) -> None:
 def test_a_missing_grant(logged_url: str, role: str, make_app: MakeApp) -> None:
     theirs = make_app(logged_url.replace("postgres@", f"{role}:hush-hush@"), **HEALTHY)
     line = found(doctor(theirs), "event log", "fault", "may not use it")
-    assert "flask sse init --grant-to ROLE" in line["remedy"]
+    assert f"flask sse init --grant-to {role}" in line["remedy"]
     init(make_app(logged_url), "--grant-to", role)
     assert doctor(theirs).status == 0
 
