@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 from ..concurrency.greenlets import is_patched
-from . import gunicorn
+from . import gunicorn, uwsgi
 
 # The default limit of streams for a worker about which nothing is known.
 _STREAMS = 1000
@@ -33,7 +34,7 @@ SYNC = (
 # SSE_MAX_STREAMS leaves no connection for other requests: for `%` with the two numbers.
 TOO_MANY_STREAMS = (
     "SSE_MAX_STREAMS is %d, and this worker holds %d connections at once. With that many streams it can answer no "
-    "other request. Raise --worker-connections (--threads under gthread), or lower SSE_MAX_STREAMS."
+    "other request. Raise --worker-connections (--threads under gthread and uWSGI), or lower SSE_MAX_STREAMS."
 )
 
 
@@ -54,10 +55,12 @@ def why_no_stream(environ: Mapping[str, Any], worker: Any = None, *, limited: bo
     threads = None if worker is None else gunicorn.threads_of(worker)
     if threads is not None and threads < 2:
         return ONE_THREAD
+    if uwsgi.serves(environ):
+        return uwsgi.REFUSAL if uwsgi.at_once() < 2 else None
     software = environ.get("SERVER_SOFTWARE", "")
     if is_patched() and (limited or software.startswith("gevent/")):  # pywsgi, also as gunicorn's worker
         return None
-    if environ.get("wsgi.multithread"):
+    if environ.get("wsgi.multithread") and not _is_main_thread():
         if under_gunicorn or limited or software.startswith("Werkzeug/"):
             return None
         return (
@@ -77,6 +80,11 @@ def why_no_stream(environ: Mapping[str, Any], worker: Any = None, *, limited: bo
     )
 
 
+def _is_main_thread() -> bool:
+    """Tell whether this request is handled where the server waits for others, whatever it says of its threads."""
+    return not is_patched() and threading.current_thread() is threading.main_thread()
+
+
 def _is_test_client(environ: Mapping[str, Any]) -> bool:
     """Tell whether the request comes from Flask's test client or its like: from no server, with a body in memory.
 
@@ -93,14 +101,19 @@ def _is_patched_by_eventlet() -> bool:
 
 
 def room_for_streams(worker: Any) -> tuple[int, int | None]:
-    """Return the default limit of streams for a gunicorn worker, and the number of streams that occupies it completely.
+    """Return the default limit of streams for this process, and the number of streams that occupies it completely.
+
+    `worker` is gunicorn's worker, if it is one.
 
     A stream holds a connection and, under gthread, a thread. The default leaves some of them for other requests. The
     second number is None if it is not known.
     """
     if worker is None:
-        return _STREAMS, None
-    holds, threads = gunicorn.connections_of(worker), gunicorn.threads_of(worker)
+        threads, holds = uwsgi.threads(), uwsgi.greenlets() or uwsgi.threads()
+        if holds is None:
+            return _STREAMS, None
+    else:
+        holds, threads = gunicorn.connections_of(worker), gunicorn.threads_of(worker)
     if threads is not None:
         holds = min(holds, threads)
         return max(1, holds - 1), holds

@@ -25,6 +25,9 @@ SERVERS = {
     "a2wsgi": "-m uvicorn --host 127.0.0.1 --port {port} tests.support.apps.in_asgi:by_a2wsgi",
     "uWSGI": f"-c 'import pyuwsgi; pyuwsgi.run()' --http-socket 127.0.0.1:{{port}} --threads 4 --module {APP}",
 }
+UNCOUNTED = [
+    pytest.param(name, marks=() if name == "waitress" else pytest.mark.slow) for name in SERVERS if name != "uWSGI"
+]
 ALL = [pytest.param(name, marks=() if name == "waitress" else pytest.mark.slow) for name in SERVERS]
 
 
@@ -40,7 +43,7 @@ def refused(server: WebServer) -> str:
     return text
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", UNCOUNTED)
 def test_streams_are_refused_in_words_and_other_routes_are_answered(
     database_url: str, start_server: Start, name: str
 ) -> None:
@@ -66,12 +69,51 @@ def test_with_a_limit_that_is_set_by_hand_streams_are_served_and_the_rest_of_the
         assert one.event().data == other.event().data == "x"
 
 
+UWSGI = "-c 'import pyuwsgi; pyuwsgi.run()' --http-socket 127.0.0.1:{{port}} {options} --module {app}"
+
+
 @pytest.mark.slow
-def test_a_limit_does_not_help_where_one_request_is_handled_at_a_time(database_url: str, start_server: Start) -> None:
-    """uWSGI without threads, which gives no name: its requests look like those of Flask's test client."""
-    one_at_a_time = SERVERS["uWSGI"].replace("--threads 4 ", "")
-    server = start_server(database_url, command=run(one_at_a_time), FLASK_SSE_MAX_STREAMS="2")
-    assert "one request at a time" in refused(server)
+@pytest.mark.parametrize("options", ["", "--threads 1", "--enable-threads", "--processes 2", "--async 4", "--gevent 4"])
+def test_uwsgi_refuses_streams_where_a_process_handles_one_request_at_a_time(
+    database_url: str, start_server: Start, options: str
+) -> None:
+    """Whatever the limit, and whatever it says of itself."""
+    app = "tests.support.apps.says_threads:app"
+    command = run(UWSGI.format(options=options, app=app))
+    server = start_server(database_url, command=command, FLASK_SSE_MAX_STREAMS="2")
+    for _ in range(4):
+        assert "one request at a time" in refused(server) and "--threads" in refused(server)
+    server.post("/notify/orders", b'{"data": "x"}')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [("--threads 4", 3), ("--processes 2 --threads 2", 1), ("--gevent 10 --gevent-monkey-patch", 9)],
+)
+def test_uwsgi_says_how_many_streams_it_can_hold(
+    database_url: str, start_server: Start, options: str, most: int
+) -> None:
+    server = start_server(database_url, command=run(UWSGI.format(options=options, app=APP)))
+    with contextlib.ExitStack() as opened:
+        streams = [opened.enter_context(open_stream(server.port, "orders")) for _ in range(most)]
+        if "--processes" not in options:  # of two, either may get a request
+            for _ in range(3):
+                with request(server.port, "/sse?channel=orders") as one_more:
+                    assert one_more.event().json == {"reason": "capacity"}
+        server.post("/notify/orders", b'{"data": "x"}')
+        assert [stream.event().data for stream in streams] == ["x"] * most
+        assert server.get("/ping") == "pong"
+    assert "Traceback" not in server.log()
+
+
+@pytest.mark.slow
+def test_a_server_that_claims_threads_and_has_none_refuses_streams(database_url: str, start_server: Start) -> None:
+    command = run("-m tests.support.apps.says_threads {port}")
+    server = start_server(database_url, command=command, FLASK_SSE_MAX_STREAMS="2")
+    for _ in range(3):
+        assert "one request at a time" in refused(server)
+    assert server.get("/ping") == "pong"
 
 
 @pytest.mark.slow
