@@ -16,6 +16,7 @@ from ..errors import PgSSEError
 from ..web.api import LONGEST, notify, sse_url
 from ..web.blueprint import sse_bp
 from . import drop as _drop  # noqa: F401  # these have commands of their own
+from . import erase as _erase  # noqa: F401
 from . import status as _status  # noqa: F401
 from . import tables as _tables  # noqa: F401
 from .database import database, settings

@@ -92,8 +92,16 @@ class Disconnect:
     channel: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """Events were erased from the log: none after the id `through`, and all on `channel` if it is not None."""
+
+    through: int
+    channel: str | None
+
+
 # The messages between processes, besides events. Each kind has its own type.
-ControlMessage = Disconnect
+ControlMessage = Disconnect | Erased
 
 
 class Ticket(Protocol):
@@ -131,6 +139,14 @@ class Sink(Protocol):
 
     def control(self, message: ControlMessage) -> None:
         """Obey a message of another process. It arrives once, and before every event that was sent after it."""
+
+
+class Bus(Protocol):
+    """The methods of an engine that the hub calls."""
+
+    def subscribe(self, channels: Iterable[str], client: Hashable) -> Ticket: ...
+
+    def unsubscribe(self, channels: Iterable[str]) -> None: ...
 
 
 class Engine(Protocol):
@@ -181,7 +197,7 @@ class Engine(Protocol):
     def last(self, uptos: Mapping[str, int], max_bytes: int) -> Sequence[Tail]:
         """Return the last events of each channel up to the id given for it, at most `max_bytes` for each channel."""
 
-    def control(self, message: ControlMessage) -> None:
+    def control(self, message: Disconnect) -> None:
         """Send a message to every process, including this one. If there is a log, it goes there and none misses it."""
 
     def now(self) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..concurrency.locks import Lock
 from ..event import Event, encode
-from .base import ControlMessage, Item, Look, Page, Readiness, Sink, Status, Tail
+from .base import Disconnect, Item, Look, Page, Readiness, Sink, Status, Tail
 from .transactions import Outcome, follow
 
 # At most this many bytes of events are kept.
@@ -156,7 +156,7 @@ class MemoryEngine:
         wanted = set(channels)
         return [item for _, item in list(self._kept) if item[0] in wanted and after < item[2] <= upto]
 
-    def control(self, message: ControlMessage) -> None:
+    def control(self, message: Disconnect) -> None:
         with self._turn:
             if self._sink is not None:
                 self._sink.control(message)

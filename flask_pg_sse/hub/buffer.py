@@ -82,6 +82,10 @@ class Buffer:
         """Drop the blocks that are not in flight."""
         self._blocks.clear()
 
+    def holds(self, through: int) -> bool:
+        """Tell whether a block that is not in flight has an event with a log id up to `through`."""
+        return any(block.first <= through for block in self._blocks[:])
+
     def next_piece(self) -> tuple[bytes, int] | None:
         """Return the next piece, at most 16 kB of what waits, or None if nothing waits.
 

@@ -15,12 +15,11 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Hashable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Collection, Iterable, Sequence
 
 from .. import event, stats
 from ..concurrency.locks import Lock
-from ..engine.base import ControlMessage, Disconnect, Item, Readiness, Tail, Ticket, TooManyChannels
+from ..engine.base import Bus, ControlMessage, Disconnect, Item, Readiness, Tail, TooManyChannels
 from ..server.hangups import Hangups
 from ..server.stall import ENOUGH_BYTES
 from ..stats import Stats
@@ -40,14 +39,6 @@ END_TIMEOUT = 1.0
 # client takes nothing.
 _CHECKS = 4
 _TOO_MANY_CHANNELS = "this worker listens to as many channels as it can. Start more workers"
-
-
-class Bus(Protocol):
-    """The methods of an engine that the hub calls."""
-
-    def subscribe(self, channels: Iterable[str], client: Hashable) -> Ticket: ...
-
-    def unsubscribe(self, channels: Iterable[str]) -> None: ...
 
 
 class Hub:
@@ -382,7 +373,16 @@ class Hub:
 
     def control(self, message: ControlMessage) -> None:
         """Obey a message that another process, or this one, has sent to all."""
-        self.disconnect(message)
+        if isinstance(message, Disconnect):
+            self.disconnect(message)
+            return
+        with self._dispatch:
+            # All that is remembered goes: a ring may be filled later with what was read of the log before.
+            self._history.forget(max(message.through, self.position + 1))
+            for _, streams in self._sets.portions_of_streams():
+                for subscription in streams:
+                    if subscription.live and subscription.holds(message):
+                        self._fall_behind(subscription)  # and read the log, without what was erased
 
     def disconnect(self, command: Disconnect) -> None:
         """End the streams that the command applies to, and drop what waits for them: their clients must not get it."""

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..concurrency.parking import ParkingSpot, new_parking_spot
-from ..engine.base import Ticket
+from ..engine.base import Erased, Ticket
 from ..server.direct_write import NOW, write
 from .block import Block, Position
 from .buffer import Buffer
@@ -238,6 +238,12 @@ class Subscription:
         self._way = None
         self._torn = rest
         self._wake()
+
+    def holds(self, erased: Erased) -> bool:
+        """Tell whether what waits to be sent may have erased events in it."""
+        buffer = self._buffer  # read once, as in `_drop()`
+        concerned = erased.channel is None or erased.channel in self.channels
+        return concerned and buffer is not None and buffer.holds(erased.through)
 
     def fall_behind(self) -> None:
         """Drop what waits. The stream then reads the log, from `sent` on."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from flask import Flask
 
-from ..engine.base import ControlMessage, Disconnect
+from ..engine.base import Disconnect
 from ..engine.memory import MemoryEngine
 from ..engine.postgres.codec import to_payload
 from ..engine.transactions import Outcome
@@ -100,9 +100,8 @@ class _CapturingEngine(MemoryEngine):
                 last = len(self.events) - 1 - self.events[::-1].index(one)
                 del self.events[last]
 
-    def control(self, message: ControlMessage) -> None:
-        if isinstance(message, Disconnect):
-            self.events.disconnected.append(Disconnected(message.subject, message.channel))
+    def control(self, message: Disconnect) -> None:
+        self.events.disconnected.append(Disconnected(message.subject, message.channel))
         super().control(message)
 
 

@@ -123,6 +123,15 @@ def test_publishing_from_sql(log_url: str) -> None:
     assert (one.fields["event"], one.data) == ("created", '{"id": 7}')
 
 
+def test_erasing(log_url: str) -> None:
+    for channel, data in (("orders", "tea"), ("lunch", "soup"), ("lunch", "pie")):
+        execute(log_url, NOTIFY, (channel, data))
+    first, second = [part for part in example("erase").split(";") if part.strip()]
+    assert execute(log_url, first) == [(1,)]
+    assert execute(log_url, second) == [(1,)]
+    assert [row[3] for row in logged(log_url) if row[1] == "lunch"] == ["pie"]
+
+
 def test_a_role_that_only_publishes(database_url: str, shop_role: str) -> None:
     execute(database_url, schema_sql())
     url = database_url.replace("postgres@", f"{shop_role}:hush-hush@")

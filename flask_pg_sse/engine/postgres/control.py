@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ...channels import RESERVED_PREFIX
 from ...tokens import Keys, read_disconnect
-from ..base import Disconnect
+from ..base import ControlMessage, Disconnect, Erased
 from . import codec
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class DisconnectCommands:
     clock decides: a worker may be frozen, and clocks may be set.
     """
 
-    def __init__(self, keys: Callable[[], Keys], obeyed: Callable[[Disconnect], None]) -> None:
+    def __init__(self, keys: Callable[[], Keys], obeyed: Callable[[ControlMessage], None]) -> None:
         self._keys = keys
         self._obeyed = obeyed
         self._came = Snapshot()  # the transactions whose commands have come, or were sent before we listened
@@ -83,6 +83,11 @@ class DisconnectCommands:
 
     def obey(self, text: str, *, logged: bool) -> None:
         """Obey a command if it is valid. `logged` says that it is from the log, and new."""
+        erased = _read_erased(text) if logged else None
+        if erased is not None:
+            codec.head_of.cache_clear()
+            self._obeyed(erased)
+            return
         command = read_disconnect(self._keys(), text)
         if command is None:
             self._ignored("it is not signed with this app's key")
@@ -105,6 +110,16 @@ class DisconnectCommands:
         if time.monotonic() - self._warned_at >= 60:
             self._warned_at = time.monotonic()
             logger.warning("Ignored a command to end streams: %s.", why)
+
+
+def _read_erased(text: str) -> Erased | None:
+    """Return what erase() of sql/schema_1.sql says. The log has signed it, so its sender may use the log."""
+    if not text.startswith("{"):
+        return None
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        content = json.loads(text)
+        return Erased(int(content["erased"]), content["channel"])
+    return None
 
 
 class Control:

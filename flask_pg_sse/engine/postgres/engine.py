@@ -16,7 +16,7 @@ from ...concurrency.locks import Lock
 from ...errors import DatabaseNotConfigured, DatabaseUnavailable, PayloadTooLarge
 from ...event import Event
 from ...tokens import Keys, sign_disconnect
-from ..base import LOG_READERS, ControlMessage, Look, Page, Sink, Tail
+from ..base import LOG_READERS, Disconnect, Look, Page, Sink, Tail
 from ..listener import Listening
 from . import control
 from .codec import pg_name, to_payload, to_row
@@ -180,7 +180,7 @@ class PostgresEngine(Listening):
             raise self._alone  # whether the app uses a log is not known
         return log
 
-    def control(self, message: ControlMessage) -> None:
+    def control(self, message: Disconnect) -> None:
         through = self._own.sending
 
         def query(log: Installation | None, transaction: int) -> tuple[str, Sequence[Any]]:

@@ -13,7 +13,7 @@ import redis
 
 from ...errors import ConfigurationError, EventLogMissing
 from ...event import Event
-from ..base import ControlMessage, Look, Page, Sink, Tail
+from ..base import Disconnect, Look, Page, Sink, Tail
 from ..broker import Broker
 from ..listener import Listening
 from .codec import to_payload
@@ -68,7 +68,7 @@ class RedisEngine(Listening):
                     transaction.execute()
         return None
 
-    def control(self, message: ControlMessage) -> None:
+    def control(self, message: Disconnect) -> None:
         raise ConfigurationError(
             "disconnect() needs PostgreSQL: over Redis' pub/sub a worker could miss the command, and anybody could "
             f"repeat it. Set DATABASE_URL and no {self._broker.source}, or end streams by SSE_MAX_AGE."

@@ -14,7 +14,7 @@ from flask import Flask
 from itsdangerous import URLSafeSerializer
 
 from flask_pg_sse import disconnect, notify, schema_sql, sse_url
-from flask_pg_sse.engine.base import Disconnect
+from flask_pg_sse.engine.base import ControlMessage, Disconnect
 from flask_pg_sse.engine.postgres.control import DisconnectCommands, Snapshot
 from flask_pg_sse.engine.postgres.dsn import to_dsn
 from flask_pg_sse.engine.postgres.engine import PostgresEngine
@@ -300,7 +300,7 @@ def test_a_beat_looks_at_no_command_twice() -> None:
             looked_at.append(transaction)
             return super().__contains__(transaction)
 
-    obeyed: list[Disconnect] = []
+    obeyed: list[ControlMessage] = []
     commands = DisconnectCommands(lambda: ["a key"], obeyed.append)
     texts = {number: sign_disconnect(["a key"], f"user-{number}", None, number) for number in range(1, 301)}
     for text in texts.values():

@@ -35,8 +35,8 @@ SECURITY = Document("docs/security.md")  # there the database is `shop`
 
 SENDER_MAY = {"notify"}
 APP_MAY = {
-    "beat_v1", "draw_v1", "enqueue_v1", "examine_v1", "head_v1", "holders_v1", "holding_v1", "installed_v1", "look_v1",
-    "notify", "number_v1", "page_v1", "prune_v1", "publish_v1", "tail_v1", "version_v1", "wait_v1",
+    "beat_v1", "draw_v1", "enqueue_v1", "erase", "examine_v1", "head_v1", "holders_v1", "holding_v1", "installed_v1",
+    "look_v1", "notify", "number_v1", "page_v1", "prune_v1", "publish_v1", "tail_v1", "version_v1", "wait_v1",
 }  # fmt: skip
 TRIGGER_FUNCTIONS = {"one_row_v1", "publish_pending_v1", "replicated_v1"}
 

@@ -681,6 +681,7 @@ WHAT_AN_APP_DOES = [
     "SELECT flask_pg_sse.beat_v1('x')",
     "SELECT * FROM flask_pg_sse.installed_v1()",
     "SELECT flask_pg_sse.prune_v1(interval '1 h', 10)",
+    "SELECT flask_pg_sse.erase('no such channel')",
 ]
 
 

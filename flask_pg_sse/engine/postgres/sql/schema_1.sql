@@ -705,3 +705,35 @@ BEGIN
                 SELECT e.channel FROM flask_pg_sse.event e ORDER BY e.id DESC LIMIT 1000
             ) AS e WHERE NOT starts_with(e.channel, 'flask_pg_sse'));
 END $function$;
+
+-- Erase events before their time: those of a channel, those with some ids, or those of the ids that are the channel's.
+-- Return how many. The rows and their ids stay, because a client may stand on each of them: see look_v1(). What they said
+-- goes: channel, fields and data. Commands of the control channel stay.
+--
+-- Workers keep recent events in memory, so they are told, by an event of the control channel. It has a signature and an id,
+-- so no other role can send it, and workers that are away read it from the log later. The plan is made each time, because
+-- what is not asked for is not looked at.
+CREATE FUNCTION flask_pg_sse.erase(channel text DEFAULT NULL, ids bigint[] DEFAULT NULL) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan AS $function$
+#variable_conflict use_variable
+DECLARE
+    number bigint;
+    last bigint;
+BEGIN
+    IF channel IS NULL AND ids IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = 'Name a channel, ids of events, or both.';
+    END IF;
+    LOCK TABLE flask_pg_sse.pending IN ROW EXCLUSIVE MODE;  -- before `event`, as publishers do: see prune_v1()
+    WITH erased AS (
+        UPDATE flask_pg_sse.event e SET channel = '', fields = '{}', data = NULL
+        WHERE (channel IS NULL OR e.channel = channel) AND (ids IS NULL OR e.id = ANY (ids))
+            AND e.channel NOT IN ('', 'flask_pg_sse')
+        RETURNING e.id
+    )
+    SELECT count(*), max(e.id) INTO number, last FROM erased e;
+    IF number > 0 THEN
+        INSERT INTO flask_pg_sse.pending (channel, fields, data) VALUES ('flask_pg_sse', ARRAY['{}'::json],
+            ARRAY[json_build_object('erased', last, 'channel', channel)::text]);
+    END IF;
+    RETURN number;
+END $function$;
