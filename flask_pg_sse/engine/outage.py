@@ -48,8 +48,17 @@ class Outage:
             )
         return delay
 
-    def over(self) -> None:
-        """Note that the listener works. Log how long it did not, if a failure was logged."""
+    def over(self, *, brought: bool = False) -> None:
+        """Note that the listener works. Log how long it did not, if a failure was logged.
+
+        `brought` tells whether the events of the time between have been read.
+        """
         self._backoff.reset()
         if ended := self._repeats.over(time.monotonic()):
-            logger.warning("Listening to %s works again after %s, at attempt %d.", self._server, ended, ended.messages)
+            logger.warning(
+                "Listening to %s works again after %s, at attempt %d%s.",
+                self._server,
+                ended,
+                ended.messages,
+                "; the missed events have been read from the event log" if brought else "",
+            )

@@ -205,10 +205,10 @@ class PostgresListener(Listener):
             confirmed.append((names, self._listen(connection, names)))
         # After every LISTEN, so from here on nothing is missed. Before any event that has arrived meanwhile: it would
         # seem to follow directly on the position.
-        self._recover(connection)
+        brought = self._recover(connection)
         for names, heard in confirmed:
             self._listens.confirm(names, heard)
-        self._outage.over()
+        self._outage.over(brought=brought)
 
         self._wakeup.watch(connection.fileno())
         while self._goes_on:
@@ -308,10 +308,11 @@ class PostgresListener(Listener):
             if not more and (left <= 0 or not poller.poll(left * 1000)):
                 raise _Deaf(DEAF)
 
-    def _recover(self, connection: Any) -> None:
-        earlier = None if self._was_ready else self._receiver.begin(connection)
+    def _recover(self, connection: Any) -> bool:
+        again = self._was_ready
+        earlier = None if again else self._receiver.begin(connection)
         self._ready(Readiness.READY, earlier=earlier)  # commands are heard from here on, or read from the log
-        self._receiver.recover(connection)
+        return self._receiver.recover(connection) and again
 
     def _poll_log(self, connection: Any) -> None:
         """Serve without LISTEN: read the log once a second, and at once for channels that are new."""
@@ -319,9 +320,9 @@ class PostgresListener(Listener):
         self._control.reads_only_the_log()
         self._listens.restart()
         begun = self._listens.due(sys.maxsize)[1]
-        self._recover(connection)
+        brought = self._recover(connection)
         self._listens.confirm(begun, set(begun))
-        self._outage.over()
+        self._outage.over(brought=brought)
         read_at = time.monotonic()
         while self._goes_on:
             self._wakeup.wait(max(0.0, read_at + _POLL_EVERY - time.monotonic()))

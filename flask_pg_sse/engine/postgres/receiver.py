@@ -145,15 +145,17 @@ class Receiver:
         self.position = self.confirmed = page.head
         return self.control.read(texts) if page.upto >= page.head else None
 
-    def recover(self, connection: Any) -> None:
-        """Read from the log the events that came while no LISTEN was active, or report that they may be lost."""
+    def recover(self, connection: Any) -> bool:
+        """Read from the log the events that came while no LISTEN was active, or report that they may be lost.
+
+        Return whether they have been read.
+        """
         lost_one, self._lost_one = self._lost_one, False
         self._behind = False
         if not lost_one:
             logger.info("Listening to PostgreSQL at %s.", self._dsn)
         if self.log_is_on and self.position:
-            self.catch_up(connection)
-            return
+            return self.catch_up(connection)
         self.position = self._read(connection, [], 0).head if self.log_is_on else 0
         self.confirmed = self.position
         if lost_one:
@@ -161,9 +163,10 @@ class Receiver:
             self._sink.gap("reconnected", self.position)
         elif self.position:
             self._sink.deliver((), self.position)
+        return False
 
-    def catch_up(self, connection: Any) -> None:
-        """Read the log from the position to its head, and hand over the events."""
+    def catch_up(self, connection: Any) -> bool:
+        """Read the log from the position to its head, and hand over the events. Return whether it had them all."""
         while not self.stopping:
             # Drop the arrived events of the log: the next pages have them too, and after a long absence there are too
             # many to keep.
@@ -173,12 +176,13 @@ class Receiver:
             page = self._read(connection, [*self._listens.channels(), control.CHANNEL], self.position)
             if page.refusal is not None:
                 self._restart(page)
-                return
+                return False
             self.position = page.upto
             self._sink.deliver(page.items, page.upto)
             if page.upto >= page.head:
-                return
+                return True
             checkpoint(PAUSE)
+        return False
 
     def poll(self, connection: Any) -> None:
         """Read the log if it has changed. This costs one look at its head, however many channels there are."""
