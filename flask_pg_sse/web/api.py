@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -24,6 +24,12 @@ from .state import current_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+# Bytes of a URL from which a token has the names alone, and the most that a URL has. gunicorn refuses a request whose
+# first line has more than 4,094.
+_LONG_URL = 2000
+_LONGEST_URL = 4000
 
 
 class CurrentApp:
@@ -174,6 +180,9 @@ class CurrentApp:
         external: return an absolute URL, not a path. If `SSE_SERVER_URL` is set, the URL is always absolute and begins
                   with that.
 
+        Each channel's name is in the URL. If a signed URL has more than 2,000 bytes, its token alone has the names,
+        compressed. More than 4,000 bytes are an error, because web servers refuse such a URL.
+
         Raises `InvalidChannel`, TypeError and ValueError for arguments that no stream can have, `ConfigurationError` if
         the URL must be signed and there is no secret key, and RuntimeError outside a request without `SSE_SERVER_URL`
         or `SERVER_NAME`.
@@ -184,27 +193,42 @@ class CurrentApp:
         pairs = [("channel", check_channel(name)) for name in names]
         if cursor is not None:
             pairs.append(("last_event_id", str(cursor)))
-        if sign or expires is not None or subject is not None:
+        signed = sign or expires is not None or subject is not None
+        if signed:
             token = Token(
                 frozenset(name for _, name in pairs[: len(names)]),
                 None if expires is None else time.time() + _positive_seconds(expires),
                 None if subject is None else to_subject(subject),
             )
             pairs.append(("token", sign_token(self._runtime().signing_keys("sse_url() that signs"), token)))
-        query = urlencode(pairs)
         settings = self._runtime().settings
-        if settings.server_url is not None:  # that server has its own limits
-            return f"{settings.server_url}/?{query}"
-        if (count := len(set(names))) > settings.max_channels:
+        if settings.server_url is not None:
+            base = f"{settings.server_url}/"
+        elif (count := len(set(names))) > settings.max_channels:  # that of another server may be higher
             raise ValueError(f"sse_url() got {count} channels, and one stream has at most {settings.max_channels}.")
-        path = _url_of_the_streams("sse_url()", external=external)
-        return f"{path}{'&' if '?' in path else '?'}{query}"  # the path may have a query from the app's url_defaults
+        else:
+            base = _url_of_the_streams("sse_url()", external=external)
+        url = _with_query(base, pairs)
+        if len(url) > _LONG_URL and signed:
+            url = _with_query(base, pairs[len(names) :])  # the token has the names too, compressed
+        if len(url) > _LONGEST_URL:
+            remedy = "Use" if signed else "Sign it (sign=True), which compresses the names; or use"
+            raise ValueError(
+                f"sse_url() got {len(names)} channels, whose URL has {len(url)} bytes, and web servers refuse more "
+                f"than {_LONGEST_URL}. {remedy} fewer or shorter names, or several streams."
+            )
+        return url
 
 
 # Python names a function so where a call does not fit it: "notify() got an unexpected keyword argument".
 for _function in vars(CurrentApp).values():
     if callable(_function):
         _function.__qualname__ = _function.__name__
+
+
+def _with_query(url: str, pairs: Sequence[tuple[str, str]]) -> str:
+    # The URL may have a query from the app's url_defaults.
+    return f"{url}{'&' if '?' in url else '?'}{urlencode(pairs)}"
 
 
 def _url_of_the_streams(what: str, *, external: bool = False) -> str:

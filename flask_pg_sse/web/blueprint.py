@@ -201,11 +201,20 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
         return _cannot_serve(state, reason)
     try:
         query = parse_query(current.query_string, settings.max_channels)
-        channels = tuple(dict.fromkeys(check_channel(name) for name in names + query.get("channel", [])))
+        names = names + query.get("channel", [])
+        signed = query.get("token", [""])[0]
+        token = read_token(runtime.keys(), signed) if signed else None
+        if not names and token is not None:  # a long URL has the names in its token alone
+            names = sorted(token.channels)
+        channels = tuple(dict.fromkeys(map(check_channel, names)))
     except InvalidChannel as error:
         return _wrong_request(state, 400, str(error))
     except ValueError as error:
         return _wrong_request(state, 414, str(error))
+    if not channels and signed:
+        return _wrong_request(
+            state, 403, "The URL's token, which has the channels, is not this site's, or was cut off."
+        )
     if not channels:
         return _wrong_request(state, 400, "The URL names no channel: add ?channel=NAME, once for each channel.")
     if len(channels) > settings.max_channels:
@@ -217,7 +226,7 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
 
     last_event_id = position_of(environ.get("HTTP_LAST_EVENT_ID", ""), query)
     connection = Connection(environ)
-    permission = _permission(state, channels, query.get("token", [""])[0])
+    permission = _permission(state, channels, token, bad_token=bool(signed) and token is None)
     private = permission.asks
     try:
         if is_copy() and connection.fileno() >= 0:
@@ -280,8 +289,7 @@ class _Permission:
         return self.subject is not None or (self.authorizer is not None and bool(self.to_ask))
 
 
-def _permission(state: State, channels: Collection[str], signed: str) -> _Permission:
-    token = read_token(state.runtime.keys(), signed) if signed else None
+def _permission(state: State, channels: Collection[str], token: Token | None, *, bad_token: bool) -> _Permission:
     opened = token.channels if token is not None else frozenset[str]()
     authorizer = state.authorize or sse_bp.default_authorize
     patterns = ["*"] if state.open_to_all(authorizer) else state.runtime.settings.channels
@@ -291,7 +299,7 @@ def _permission(state: State, channels: Collection[str], signed: str) -> _Permis
     closed = [name for name in (*channels, *also) if not authorize.is_public(name, patterns)]
     return _Permission(
         token,
-        bad_token=bool(signed) and token is None,
+        bad_token=bad_token,
         authorizer=authorizer,
         subject=state.subject or sse_bp.default_subject,
         unquoted=also,
