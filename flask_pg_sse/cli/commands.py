@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
+from typing import Any
 
 import click
 import psycopg2
@@ -93,12 +95,17 @@ def _prune(max_age: float | None) -> None:
     "--expires", type=float, metavar="SECONDS", help="How long the URL is valid. Default: as long as the secret key."
 )
 @click.option("--subject", help="The client that the URL is for: disconnect() finds it, and streams count for it.")
-def _sign(channels: tuple[str, ...], expires: float | None, subject: str | None) -> None:
+@click.option(
+    "--external", is_flag=True, help="Print the whole URL, with the site's name: SERVER_NAME or SSE_SERVER_URL."
+)
+def _sign(channels: tuple[str, ...], expires: float | None, subject: str | None, external: bool) -> None:
     """Print a URL that opens the channels, and no others, to everybody who has it."""
+    # Building a path needs a request, and does not need the site's name; with a request the name would be localhost.
+    context: Any = nullcontext() if external else current_app.test_request_context()
     try:
-        with current_app.test_request_context():  # building a path does not need the site's host name
-            click.echo(sse_url(channels, sign=True, expires=expires, subject=subject))
-    except (PgSSEError, ValueError, BuildError) as error:
+        with context:
+            click.echo(sse_url(channels, sign=True, expires=expires, subject=subject, external=external))
+    except (PgSSEError, ValueError, BuildError, RuntimeError) as error:
         raise click.ClickException(f"The URL was not signed: {error}") from None
 
 

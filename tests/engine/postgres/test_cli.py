@@ -294,3 +294,19 @@ def test_a_role_may_publish_from_sql_alone(database_url: str, make_app: MakeApp,
     for denied in ("SELECT flask_pg_sse.head_v1()", "SELECT * FROM flask_pg_sse.event"):
         with pytest.raises(psycopg2.errors.InsufficientPrivilege):
             execute(theirs, denied)
+
+
+# --- sign
+
+
+def test_sign_prints_a_path_or_the_whole_url(make_app: MakeApp) -> None:
+    key = {"SECRET_KEY": "k" * 16}
+    path = ok(make_app(**key), "sign", "orders")
+    assert path.startswith("/sse?channel=orders&token=")
+    named = make_app(**key, SERVER_NAME="shop.example", PREFERRED_URL_SCHEME="https")
+    assert ok(named, "sign", "orders", "--external").startswith("https://shop.example/sse?channel=orders&token=")
+    assert ok(named, "sign", "orders").startswith("/sse?")
+    elsewhere = make_app(**key, SSE_SERVER_URL="https://sse.example")
+    assert ok(elsewhere, "sign", "orders", "--external").startswith("https://sse.example/?channel=orders&token=")
+    line = failure(make_app(**key), "sign", "orders", "--external")
+    assert line.startswith("Error: The URL was not signed: ") and "SERVER_NAME" in line

@@ -835,8 +835,10 @@ def test_an_installed_wheel_has_the_sql(tmp_path: Path) -> None:
         "--target",
         str(target),
     ]
+    before = {path.name for path in source.iterdir()}
     done = subprocess.run([*pip, "."], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert {path.name for path in source.iterdir()} == before  # no build/, no egg-info
     code = "import flask_pg_sse; print(flask_pg_sse.__file__); print(flask_pg_sse.schema_sql(), end='')"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(target)}, capture_output=True, text=True
