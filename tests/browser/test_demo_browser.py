@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, e
 from tests.support.client import request
 from tests.support.link import Link
 from tests.support.postgres import execute
+from tests.support.proxies import Proxies, without_an_answer_of_its_own
 from tests.support.servers import WebServer, free_port, gunicorn
 
 
@@ -47,10 +48,10 @@ class Demo:
         self.server = WebServer(command, self.port, log, {"DATABASE_URL": self.database_url}, ready="/")
         self.server.wait_ready()
 
-    def tab(self, width: int = 1280, height: int = 800, *, port: int | None = None, **options: Any) -> Page:
+    def tab(self, width: int = 1280, height: int = 800, *, url: str | None = None, **options: Any) -> Page:
         """Open the demo in a window of its own, and wait until it is live."""
         page = self.window(width, height, **options)
-        page.goto(self.url if port is None else f"http://127.0.0.1:{port}")
+        page.goto(url or self.url)
         expect(light(page)).to_have_text("Live")
         return page
 
@@ -175,6 +176,25 @@ def test_the_light_tells_of_a_server_that_is_away_and_nothing_is_missing_when_it
     assert loads() == 0, "by the stream, and not by fetching the board"
 
 
+@pytest.mark.slow
+def test_a_proxy_that_answers_502_while_the_server_is_away_doubles_nothing(demo: Demo, proxies: Proxies) -> None:
+    proxy = proxies.start("nginx", demo.server, without_an_answer_of_its_own, ready="/")
+    page = demo.tab(url=f"https://127.0.0.1:{proxy.port}", ignore_https_errors=True)
+    loads = count_loads(page)
+    place(page, "Ada")
+    expect(ticket(page, "new", "Ada")).to_have_count(1)
+    with page.expect_response(lambda response: "/sse" in response.url and response.status == 502, timeout=30_000):
+        demo.server.stop()
+    with demo.another_host() as elsewhere:
+        elsewhere.order("Grace")
+    demo.start()
+    expect(light(page)).to_have_text("Live", timeout=30_000)
+    place(page, "Mary")
+    expect(ticket(page, "new", "Mary")).to_have_count(1)
+    assert lines(page) == ["Ada", "Grace", "Mary"]
+    assert loads() == 0
+
+
 HIDE = """hidden => {
     Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
     document.dispatchEvent(new Event("visibilitychange"));
@@ -206,7 +226,7 @@ def test_a_hidden_tab_has_missed_nothing_when_it_is_shown_again(demo: Demo) -> N
 @pytest.mark.slow
 def test_a_network_that_was_cut_and_restored_has_cost_nothing(demo: Demo) -> None:
     with Link(demo.port) as link:
-        page, other = demo.tab(port=link.port), demo.tab()
+        page, other = demo.tab(url=f"http://127.0.0.1:{link.port}"), demo.tab()
         loads = count_loads(page)
         place(other, "Before")
         expect(ticket(page, "new", "Before")).to_have_count(1)

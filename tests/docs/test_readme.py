@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy
-from flask import Flask
+from flask import Flask, render_template_string
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, scoped_session, sessionmaker
 
 import flask_pg_sse
@@ -88,10 +88,14 @@ def received(app: Flask, count: int, act: Callable[[], None]) -> list[tuple[str,
 
 
 def test_publishing(app: Flask) -> None:
-    names = {"notify": notify, "notify_many": notify_many}
+    order = SimpleNamespace(dish="Two <b>soups</b>")
+    names = {
+        "notify": notify, "notify_many": notify_many, "order": order,
+        "render_template": lambda name, order: render_template_string("<li>{{ order.dish }}</li>", order=order),
+    }  # fmt: skip
     assert received(app, 4, lambda: exec(example("publish"), names)) == [
         ("message", '{"id": 7, "total": "12.50"}'),
-        ("created", "<li>Two soups</li>"),
+        ("created", "<li>Two &lt;b&gt;soups&lt;/b&gt;</li>"),
         ("message", '{"id": 7}'),
         ("message", '{"id": 8}'),
     ]

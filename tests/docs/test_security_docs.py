@@ -25,6 +25,7 @@ def test_examples_and_links() -> None:
         "engine/postgres/test_credentials.py",
         "engine/postgres/test_roles.py",
         "engine/postgres/test_trust.py",
+        "browser/test_escaping_browser.py",
     )
     SECURITY.assert_links_lead_somewhere()
 

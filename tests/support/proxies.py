@@ -32,6 +32,11 @@ PROGRAMS = {
 Edit = Callable[[str], str]
 
 
+def without_an_answer_of_its_own(nginx: str) -> str:
+    """Return the README's nginx as most sites have it: it answers 502 while the app is away, to streams too."""
+    return re.sub(r" error_page 502 [^;]*;", "", nginx)
+
+
 class Proxies:
     """Starts the documented proxies in front of an app: on another port, and with a certificate of their own."""
 
@@ -47,7 +52,7 @@ class Proxies:
         self.trusted = ssl.create_default_context()
         authority.configure_trust(self.trusted)
 
-    def start(self, name: str, app: WebServer, edit: Edit = str) -> WebServer:
+    def start(self, name: str, app: WebServer, edit: Edit = str, *, ready: str = "/ping") -> WebServer:
         """Start a proxy, with its example's text as `edit` changes it. Skips the test where it is not installed."""
         program, package = PROGRAMS[name]
         path = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
@@ -63,8 +68,9 @@ class Proxies:
         tls = None if name in ("varnish", "lighttpd") else self.trusted
         home = str(self.folder)
         return self._start(
-            "", command=lambda _: command, port=port, tls=tls, HOME=home, XDG_DATA_HOME=home, XDG_CONFIG_HOME=home
-        )
+            "", command=lambda _: command, port=port, tls=tls, ready=ready,
+            HOME=home, XDG_DATA_HOME=home, XDG_CONFIG_HOME=home,
+        )  # fmt: skip
 
     def _write(self, name: str, text: str) -> str:
         (self.folder / name).write_text(text)

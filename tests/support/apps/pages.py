@@ -19,6 +19,21 @@ def page() -> ResponseReturnValue:
     )
 
 
+dishes: list[str] = []
+
+
+@app.post("/dish/<name>")
+def add_dish(name: str) -> ResponseReturnValue:
+    dishes.append(name)
+    return ""
+
+
+@app.get("/rows")
+def rows() -> ResponseReturnValue:
+    """The dishes of this worker, as HTML."""
+    return render_template_string("{% for dish in dishes %}<li>{{ dish }}</li>{% endfor %}", dishes=dishes)
+
+
 @app.get("/htmx/<path:name>")
 def htmx(name: str) -> ResponseReturnValue:
     files = find_htmx().parent.parent
