@@ -12,11 +12,13 @@ import pytest
 from tests.support.client import eventually, open_stream, request
 from tests.support.documents import Document
 from tests.support.postgres import execute
-from tests.support.proxies import PROGRAMS, Page, Proxies
+from tests.support.proxies import PROGRAMS, Page, Proxies, without_an_answer_of_its_own
+from tests.support.publishers import Counting
 from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]
 DEPLOY = Document("docs/deploy.md")
+example = DEPLOY.example
 APP = "tests.support.apps.basic:app"
 
 EACH = pytest.mark.parametrize(
@@ -25,7 +27,9 @@ EACH = pytest.mark.parametrize(
 
 
 def test_examples_and_links() -> None:
-    DEPLOY.assert_every_example_is_run("support/proxies.py", "browser/test_deploy_browser.py")
+    DEPLOY.assert_every_example_is_run(
+        "support/proxies.py", "browser/test_deploy_browser.py", "docs/test_deploy_docs.py", "docs/test_deployment.py"
+    )
     DEPLOY.assert_links_lead_somewhere()
 
 
@@ -119,3 +123,44 @@ def test_other_paths_keep_their_error_status(
     app.stop()
     with request(proxy.port, "/state", tls=proxy.tls, timeout=20) as response:
         assert response.status in (502, 503, 504)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("safe", [True, False], ids=["max_fails=0", "nginx's own checks"])
+def test_a_rolling_restart_of_two_servers(logged_url: str, start_server: Start, proxies: Proxies, safe: bool) -> None:
+    """Events go on meanwhile. Each page has all of them in order; with nginx's own checks, some pages are dead.
+
+    Nginx answers 502 here where it has no server: a page that is never told so has not seen one.
+    """
+    options = {"app": APP, "FLASK_SSE_RETRY": "200"}
+    servers = [start_server(logged_url, **options) for _ in range(2)]
+
+    def edit(text: str) -> str:
+        upstream = example("nginx-upstream").replace("8001", str(servers[1].port))
+        if not safe:  # their default is 10 s, which a busy machine may need to start a server
+            upstream = upstream.replace("max_fails=0", "fail_timeout=60s")
+        return upstream + without_an_answer_of_its_own(text).replace(
+            "proxy_pass http://127.0.0.1:8000", "proxy_pass http://app"
+        )
+
+    proxy = proxies.start("nginx", servers[0], edit)
+    pages = [Page(proxy, "orders") for _ in range(10)]
+    for page in pages:
+        page.start()
+    with Counting(logged_url, "orders") as publisher:
+        eventually(lambda: all(page.heard for page in pages))
+        assert all(int(server.get("/held")) for server in servers), "both serve streams"
+        for at, server in enumerate(servers):
+            server.terminate()
+            server.process.wait(20)
+            # The pages are on the other one now.
+            eventually(lambda: int(servers[1 - at].get("/held")) >= sum(not page.ended_by for page in pages), 30)  # noqa: B023
+            servers[at] = start_server(logged_url, port=server.port, **options)
+    eventually(lambda: all(page.ended_by or page.heard[-1:] == publisher.sent[-1:] for page in pages), 30)
+    for page in pages:
+        page.leave()
+    if safe:
+        assert [page.ended_by for page in pages] == [None] * len(pages)
+        assert all(page.heard == publisher.sent[-len(page.heard) :] for page in pages)
+    else:
+        assert any((page.ended_by or "").startswith("502") for page in pages)

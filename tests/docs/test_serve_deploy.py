@@ -18,7 +18,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from tests.support.client import eventually, open_stream
-from tests.support.servers import WebServer
+from tests.support.servers import WebServer, activated
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ["--", "-c", "python:tests.support.apps.gunicorn_conf"]
@@ -128,10 +128,9 @@ def test_the_unit_is_ready_reloaded_and_stopped(database_url: str, tmp_path: Pat
         told.bind(str(tmp_path / "notify"))
         told.settimeout(30)
         line = [sys.executable, "-m", "flask_pg_sse.cli.main", *words, *OPTIONS]
-        activated = ["bash", "-c", f'LISTEN_PID=$$ exec "$@" 3<&{listening.fileno()}', "bash", *line]
-        env = {"LISTEN_FDS": "1", "NOTIFY_SOCKET": str(tmp_path / "notify")}
-        port = listening.getsockname()[1]
-        server = WebServer(activated, port, tmp_path / "log", env, "/livez", listeners=[listening], cwd=tmp_path)
+        env = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        port, command = listening.getsockname()[1], activated(listening, line)
+        server = WebServer(command, port, tmp_path / "log", env, "/livez", listeners=[listening], cwd=tmp_path)
         try:
             assert b"READY=1" in told.recv(1000)
             server.wait_ready()

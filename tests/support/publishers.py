@@ -156,3 +156,33 @@ class Publisher(threading.Thread):
             notify_many(self._channel(), [self._text() for _ in range(5)], connection=connection)
         else:
             notify(self._channel(), self._text(), id=self._id(), connection=connection)
+
+
+class Counting(threading.Thread):
+    """Sends 0, 1, 2 … on a channel through the log, twenty a second, while its block runs. `sent` has all of them."""
+
+    def __init__(self, url: str, channel: str) -> None:
+        super().__init__(name=f"counting on {channel}")
+        self.sent: list[str] = []
+        self._url = url
+        self._channel = channel
+        self._stop_asked = threading.Event()
+
+    def run(self) -> None:
+        connection = connect(self._url)
+        try:
+            with connection.cursor() as cursor:
+                while not self._stop_asked.wait(0.05):
+                    number = str(len(self.sent))
+                    cursor.execute("SELECT flask_pg_sse.notify(%s, %s)", (self._channel, number))
+                    self.sent.append(number)
+        finally:
+            connection.close()
+
+    def __enter__(self) -> Counting:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop_asked.set()
+        self.join()

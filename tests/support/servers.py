@@ -126,6 +126,11 @@ def gunicorn(app: str, port: int, *options: str) -> list[str]:
     ]  # fmt: skip
 
 
+def activated(listener: socket.socket, command: Sequence[str]) -> list[str]:
+    """Return the command line that starts a server as systemd does, with its socket open already (LISTEN_FDS=1)."""
+    return ["bash", "-c", f'LISTEN_FDS=1 LISTEN_PID=$$ exec "$@" 3<&{listener.fileno()}', "bash", *command]
+
+
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[Callable[..., WebServer]]:
     """Start web servers (by default gunicorn -k gevent with tests.support.apps.basic) that end with the test."""
