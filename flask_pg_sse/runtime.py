@@ -32,7 +32,7 @@ from .engine.postgres.engine import PostgresEngine
 from .errors import ConfigurationError, DatabaseNotConfigured
 from .event import make_event
 from .hub.admission import Admission, TryLater, stream_limiter
-from .hub.figures import figures
+from .hub.figures import figures, listened
 from .hub.hub import Hub
 from .hub.replay import Replay
 from .hub.ticker import Ticker
@@ -376,7 +376,7 @@ class Worker:
     def answer(self, question: Question) -> Answer:
         """Answer a question of this host: the figures of this worker."""
         hub = self._streams[0] if self._streams is not None else None
-        return figures(self.engine, hub, self.stats, draining=self.draining)
+        return figures(self.engine, hub, self.stats, draining=self.draining) | listened(hub, question)
 
     @property
     def draining(self) -> bool:

@@ -42,11 +42,11 @@ def _status(as_json: bool, watch: bool) -> None:
     except ConfigurationError as error:
         raise click.ClickException(f"It is not known which workers to look for: {error}") from None
     if not watch:
-        click.echo(_shown(_look(app_id), as_json))
+        click.echo(_shown(look(app_id), as_json))
         return
     try:
         while True:
-            shown = _shown(_look(app_id), as_json)
+            shown = _shown(look(app_id), as_json)
             if not as_json and sys.stdout.isatty():
                 click.clear()
             click.echo(shown)
@@ -55,10 +55,10 @@ def _status(as_json: bool, watch: bool) -> None:
         raise SystemExit(130) from None
 
 
-def _look(app_id: str) -> list[Worker]:
+def look(app_id: str, **question: Any) -> list[Worker]:
     """Return the workers of this host: those that answer, those that do not, and those that have not been used."""
     try:
-        asked = siblings.ask_all(app_id, {})
+        asked = siblings.ask_all(app_id, question)
     except OSError as error:
         raise click.ClickException(f"The workers of this host cannot be found: {error}.") from None
     here = socket.gethostname()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 from .. import stats
@@ -35,3 +36,11 @@ def figures(engine: Engine, hub: Hub | None, counted: Stats, *, draining: bool) 
         "listener": status.readiness.value if hub is not None else "not started",
         "arbiter": None if worker is None else gunicorn.arbiter_of(worker),
     }
+
+
+def listened(hub: Hub | None, question: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the names of the channels that streams listen to, at most a thousand, if the question wants `names`."""
+    if not question.get("names"):
+        return {}
+    names = {name for stream in (hub.streams() if hub is not None else ()) for name in stream.channels}
+    return {"names": sorted(filter(str.isprintable, names))[:1000]}

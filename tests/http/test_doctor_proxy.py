@@ -108,9 +108,7 @@ def test_a_proxy_that_buffers(site: Site) -> None:
 @pytest.mark.slow
 def test_a_proxy_that_cuts_quiet_streams(site: Site) -> None:
     nginx = site.proxy("nginx", ("proxy_read_timeout 60s;", "proxy_read_timeout 2s;"))
-    line = found(
-        site.ask(nginx, seconds=6), "proxy cuts", "fault", "cut a stream that was quiet for", "Server: nginx"
-    )
+    line = found(site.ask(nginx, seconds=6), "proxy cuts", "fault", "cut a stream that was quiet for", "Server: nginx")
     assert "proxy_read_timeout 60s" in line["remedy"] and "less than 2 s" in line["remedy"], line
     nginx.stop()
     assert site.ask(site.proxy("nginx"), seconds=6).status == 0

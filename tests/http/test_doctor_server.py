@@ -142,20 +142,38 @@ def test_psycopg2_under_gevent(site: Path, logged_url: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_listener_that_is_deaf(logged_url: str, start_server: StartServer, site: Path) -> None:
-    """Its worker is stopped."""
+def test_a_worker_and_listener_that_are_deaf(logged_url: str, start_server: StartServer, site: Path) -> None:
+    """The worker is stopped."""
     options = ("-k", "gevent", "--timeout", "300")
     server = run(start_server, site, logged_url, *options, FLASK_SSE_HEARTBEAT="0.5")
     with open_stream(server.port, "orders"):
         [pid] = [int(one.name) for one in Path("/proc").glob("[0-9]*") if _parent(one) == server.process.pid]
         os.kill(pid, signal.SIGSTOP)
         try:
+            line = found(ask(site, logged_url), "workers", "fault", f"1 of 1 workers of this host do not answer: {pid}")
+            assert "kill -CONT" in line["remedy"]
             eventually(lambda: ask(site, logged_url).of("listeners")[0]["state"] == "fault", 60)
             line = found(ask(site, logged_url), "listeners", "fault", "1 of 1 listeners are deaf")
             assert "restart that worker" in line["remedy"]
         finally:
             os.kill(pid, signal.SIGCONT)
-        eventually(lambda: ask(site, logged_url).status == 0, 20)
+        eventually(lambda: ask(site, logged_url).status == 0, 30)
+    server.stop()
+
+
+def test_events_for_a_channel_in_another_case(logged_url: str, start_server: StartServer, site: Path) -> None:
+    environ = {"FLASK_SSE_CHANNELS": "stock"}
+    server = run(start_server, site, logged_url, "-k", "gevent", **environ)
+    with open_stream(server.port, "stock") as stream:
+        execute(logged_url, "SELECT flask_pg_sse.notify('Stock', '7')")
+        answer = ask(site, logged_url, **environ)
+        found(answer, "workers", "ok", "1 workers of this host serve 1 streams")
+        line = found(answer, "channel names", "warning", "sent to channel 'Stock'", "streams listen to 'stock'")
+        assert line["remedy"].startswith("Send to 'stock'")
+        execute(logged_url, "SELECT flask_pg_sse.notify('stock', '8')")
+        assert stream.event().data == "8"
+        assert ask(site, logged_url, **environ).status == 0
+    server.stop()
 
 
 def _parent(process: Path) -> int:

@@ -150,7 +150,9 @@ def synchronous_standby(setup: Setup) -> Result | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Examined:
+class Examined:
+    """What the log's function examine_v1() says."""
+
     installations: int
     retentions: int
     oldest: float | None
@@ -161,19 +163,19 @@ class _Examined:
     channels: list[str]
 
 
-def _examined(setup: Setup) -> _Examined:
+def examined(setup: Setup) -> Examined:
     """Return what the log's own function says of its tables. Raises `NotLookedAt` if there is no log."""
     log = setup.usable_log()
     try:
         [row] = setup.execute(log.guarded(_EXAMINE))
     except psycopg2.errors.UndefinedFunction:  # an installation of a version that was never released
         raise NotLookedAt from None
-    return _Examined(*row)
+    return Examined(*row)
 
 
 def tables(setup: Setup) -> Iterator[Result]:
     """The log's tables and triggers are as the installation makes them."""
-    found = _examined(setup)
+    found = examined(setup)
     if (found.installations, found.retentions) != (1, 1):
         yield fault(
             f"The tables of one row have {found.installations} (installation) and {found.retentions} (retention) rows.",
@@ -201,7 +203,7 @@ def tables(setup: Setup) -> Iterator[Result]:
 
 def pruning(setup: Setup) -> Result:
     """Events older than SSE_RETENTION are deleted."""
-    found, retention = _examined(setup), setup.settings.retention
+    found, retention = examined(setup), setup.settings.retention
     if found.oldest is None:
         return ok("The log is empty.")
     text = f"The oldest event is {duration(found.oldest)} old, and SSE_RETENTION is {duration(retention)}."

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import click
 from flask import Flask
 
 from ...engine.postgres.connect import connect, execute
 from ...engine.postgres.dsn import Dsn
 from ...engine.postgres.installation import Installation, look_up
-from ...errors import ConfigurationError, DatabaseUnavailable
+from ...errors import ConfigurationError, DatabaseUnavailable, PgSSEError
 from ...settings import Settings
 from ...web.state import State, state_of
+from ..status import look
 
 # Seconds in which a host must accept a connection, and a statement must be answered.
 _CONNECT_WITHIN = 4
@@ -61,6 +63,14 @@ class Setup:
             return self.state.runtime.settings
         except ConfigurationError:
             raise NotLookedAt from None
+
+    @functools.cached_property
+    def workers(self) -> Sequence[Mapping[str, Any]]:
+        """The workers of this host that serve this app, as `flask sse status` knows them, with their channels."""
+        try:
+            return look(self.state.runtime.app_id(), names=True)
+        except (PgSSEError, click.ClickException):
+            return []
 
     @property
     def seconds(self) -> float:

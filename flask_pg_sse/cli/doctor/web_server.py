@@ -147,18 +147,20 @@ def _some(setup: Setup) -> Sequence[Gunicorn]:
 
 def _gunicorns(setup: Setup) -> Sequence[Gunicorn]:
     if setup.servers is None:
-        setup.servers = [*_running()] or [*_configured()]
+        setup.servers = [*_running(setup)] or [*_configured()]
     return setup.servers
 
 
-def _running() -> Iterator[Gunicorn]:
-    """Yield the gunicorns that run in this directory, as this user's, with their own arguments and environment."""
-    here = os.getcwd()
+def _running(setup: Setup) -> Iterator[Gunicorn]:
+    """Yield the gunicorns that serve this app or run in this directory, with their own arguments and environment."""
+    here, arbiters = os.getcwd(), {str(one.get("arbiter")) for one in setup.workers}
     for process in sorted(Path("/proc").glob("[0-9]*")):
         try:
             arguments = process.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
             at = next((number for number, word in enumerate(arguments[:4]) if Path(word).name == "gunicorn"), None)
-            if at is None or os.readlink(process / "cwd") != here or _parent_is_gunicorn(process):
+            if at is None or _parent_is_gunicorn(process):
+                continue
+            if process.name not in arbiters and os.readlink(process / "cwd") != here:
                 continue
             environ = _environ(process)
             workers = [path for path in Path("/proc").glob("[0-9]*") if _parent(path) == process.name]
@@ -166,7 +168,7 @@ def _running() -> Iterator[Gunicorn]:
         except OSError:  # it has ended, or is another user's
             continue
         limit = int(limits[1]) if limits and limits[1] != "unlimited" else None
-        one = _read(f"gunicorn {process.name}", arguments[at + 1 :], environ, limit)
+        one = _read(f"gunicorn {process.name}", arguments[at + 1 :], environ, limit, os.readlink(process / "cwd"))
         if one is not None:
             yield one
 
@@ -184,13 +186,16 @@ def _configured() -> Iterator[Gunicorn]:
         yield one
 
 
-def _read(source: str, arguments: Sequence[str], environ: Mapping[str, str], open_files: int | None) -> Gunicorn | None:
+def _read(
+    source: str, arguments: Sequence[str], environ: Mapping[str, str], open_files: int | None, cwd: str = "."
+) -> Gunicorn | None:
     """Have gunicorn itself read its configuration, in a process of its own."""
     paths = os.pathsep.join(path for path in sys.path if path)
     try:
         said = subprocess.run(
             [sys.executable, "-c", _PRINT, *arguments],
             env={**environ, "PYTHONPATH": paths},
+            cwd=cwd,
             capture_output=True,
             stdin=subprocess.DEVNULL,
             text=True,

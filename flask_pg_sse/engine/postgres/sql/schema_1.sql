@@ -681,7 +681,8 @@ END $function$;
 
 -- What `flask sse doctor` looks at, for roles that cannot read the tables: the rows of the tables of one row, the age of
 -- the oldest event in seconds, committed rows of `pending` (where the trigger did not fire), the last id that was drawn and
--- the highest one, triggers that are not as repair.sql sets them, and the channels of the last thousand events.
+-- the highest one, triggers that are not as repair.sql sets them, and the channels of the last thousand events,
+-- in the order of each one's last event.
 CREATE FUNCTION flask_pg_sse.examine_v1()
 RETURNS TABLE (installations bigint, retentions bigint, oldest double precision, pending bigint, drawn bigint,
     highest bigint, triggers text, channels text[])
@@ -701,9 +702,9 @@ BEGIN
             ) AS m (relation, name, state)
             LEFT JOIN pg_trigger t ON t.tgrelid = to_regclass('flask_pg_sse.' || m.relation) AND t.tgname = m.name
             WHERE t.tgenabled::text IS DISTINCT FROM m.state),
-        ARRAY(SELECT DISTINCT e.channel FROM (
-                SELECT e.channel FROM flask_pg_sse.event e ORDER BY e.id DESC LIMIT 1000
-            ) AS e WHERE NOT starts_with(e.channel, 'flask_pg_sse'));
+        ARRAY(SELECT e.channel FROM (
+                SELECT e.id, e.channel FROM flask_pg_sse.event e ORDER BY e.id DESC LIMIT 1000
+            ) AS e WHERE NOT starts_with(e.channel, 'flask_pg_sse') GROUP BY e.channel ORDER BY max(e.id));
 END $function$;
 
 -- Erase events before their time: those of a channel, those with some ids, or those of the ids that are the channel's.
