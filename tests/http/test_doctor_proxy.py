@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,24 @@ def test_a_proxy_that_compresses(site: Site) -> None:
 def test_an_answer_from_a_cache(site: Site) -> None:
     answer = site.ask(site.proxy("nginx", in_the_location("add_header Age 30;")))
     assert "cache pass the streams" in found(answer, "proxy headers", "fault", "from a cache")["remedy"]
+
+
+@pytest.mark.slow
+def test_a_proxy_that_closes_head(site: Site) -> None:
+    answer = site.ask(site.proxy("nginx", in_the_location("if ($request_method = HEAD) { return 444; }")))
+    assert "pass HEAD on" in found(answer, "proxy head", "warning", "A HEAD request for a stream fails")["remedy"]
+
+
+@pytest.mark.slow
+def test_a_front_that_answers_http_1_0(logged_url: str, site: Site, start_server: StartServer) -> None:
+    environ = {"FLASK_SECRET_KEY": KEY, "FLASK_SSE_CHANNELS": "orders"}
+
+    def command(port: int) -> list[str]:
+        return [sys.executable, "-m", "tests.support.apps.http10", str(port)]
+
+    old = start_server(logged_url, command=command, **environ)
+    assert "HTTP/1.1" in found(site.ask(old), "proxy headers", "warning", "answers with HTTP/1.0")["remedy"]
+    old.stop()
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from tests.docs.test_readme import example
 from tests.support.client import eventually, open_stream
 from tests.support.doctor import Answer, doctor_command, found
 from tests.support.postgres import execute
-from tests.support.servers import ROOT, WebServer
+from tests.support.redis import RedisServer
+from tests.support.servers import ROOT, WebServer, free_port
 
 StartServer = Callable[..., WebServer]
 APP = """
@@ -181,6 +182,21 @@ def _parent(process: Path) -> int:
         return int(process.joinpath("stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return 0
+
+
+@pytest.mark.slow
+def test_redis_is_lossy_and_one_that_is_away(redis_server: RedisServer, site: Path) -> None:
+    environ = {**os.environ, "REDIS_URL": redis_server.url, "SSE_CHANNELS": "orders", "SSE_SECRET_KEY": "s3cret-key"}
+    environ["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-m", "flask_pg_sse.cli.main", "doctor", "--json"]
+    done = subprocess.run(command, cwd=site, env=environ, capture_output=True, text=True)
+    [line] = [one for one in json.loads(done.stdout)["checks"] if one["name"] == "broker"]
+    assert (done.returncode, line["state"]) == (1, "warning") and "keeps nothing" in line["text"], done.stdout
+    environ["REDIS_URL"] = f"redis://:hush-hush@127.0.0.1:{free_port()}"
+    done = subprocess.run(command, cwd=site, env=environ, capture_output=True, text=True)
+    [line] = [one for one in json.loads(done.stdout)["checks"] if one["name"] == "broker"]
+    assert (done.returncode, line["state"]) == (2, "fault") and "cannot be reached" in line["text"], done.stdout
+    assert "hush-hush" not in done.stdout + done.stderr
 
 
 def test_the_script_without_an_app(site: Path, logged_url: str) -> None:
