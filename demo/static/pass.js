@@ -101,17 +101,19 @@ function say(text) {
 
 // --- The light -------------------------------------------------------------------------------------------------
 
-const words = { connecting: "Connecting…", live: "Live", reconnecting: "Reconnecting…" };
+const words = { connecting: "Connecting…", live: "Live", reconnecting: "Reconnecting…", away: "Database away…" };
+const news = { live: "Stream open", reconnecting: "Stream lost, trying again", away: "The server has lost its database" };
 
 function light(state) {
   if (stream.dataset.state === state) return;
   stream.dataset.state = state;
   stream.firstElementChild.textContent = words[state];
-  say(state === "live" ? "Stream open" : "Stream lost, trying again");
+  say(news[state]);
 }
 
 let connection;
 stream.addEventListener("sse-open", () => light("live"));
+stream.addEventListener("sse-status", ({ detail }) => light(JSON.parse(detail.data).live ? "live" : "away"));
 stream.addEventListener("htmx:sse:before:connection", ({ detail }) => {
   connection = detail.connection;
   if (connection.attempt > 0) light("reconnecting"); // the stream has ended; htmx waits a little and opens a new one

@@ -100,6 +100,8 @@ class Erased:
     channel: str | None
 
 
+# Commands from before a process heard them; None if they are not all known.
+Earlier = Collection[Disconnect] | None
 # The messages between processes, besides events. Each kind has its own type.
 ControlMessage = Disconnect | Erased
 
@@ -130,12 +132,15 @@ class Sink(Protocol):
     def pruned(self, through: int) -> None:
         """Note that the events up to the id `through` have been pruned from the log."""
 
-    def ready(self, readiness: Readiness, *, why: str = "", earlier: Collection[Disconnect] | None = None) -> None:
+    def ready(self, readiness: Readiness, *, why: str = "", silent_for: float = 0.0, earlier: Earlier = None) -> None:
         """Note a change of readiness. From `READY` on every control message arrives, unless `gap()` says otherwise.
 
-        `why` says why the engine is not `READY`. With the first `READY` come the commands that were sent before, so far
-        as they are kept; None if there may be others.
+        `why` says why the engine is not `READY`, and `silent_for` for how many seconds it has had no answer. With the
+        first `READY` come the commands that were sent before.
         """
+
+    def caught_up(self) -> None:
+        """Note that all that came while the engine was not `READY` has been handed over, or `gap()` has told of it."""
 
     def control(self, message: ControlMessage) -> None:
         """Obey a message of another process. It arrives once, and before every event that was sent after it."""

@@ -8,17 +8,19 @@ of the sink run in it.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 from ..concurrency.background import BackgroundThread
 from ..errors import EventLogMissing, PgSSEError
-from .base import Disconnect, Readiness, Sink, Status, Ticket
+from .base import Earlier, Readiness, Sink, Status, Ticket
 from .listens import ListenTable
 from .outage import Outage
 
 # Seconds from a channel's last stream to UNLISTEN, so a page that reloads costs no round-trip.
 LINGER = 10.0
+# Seconds in which the bus must answer a question. If it does not, the connection is given up.
+ANSWER_WITHIN = 5.0
 # Channels in one command or statement. A long one delays events that have arrived.
 BATCH = 500
 # Limits of one turn. A flood is handed over in pieces, and other threads or greenlets run between them.
@@ -101,17 +103,19 @@ class Listener(BackgroundThread):
                     connection.close()
             if failure is not None and not self._stopping:
                 missing = isinstance(failure, EventLogMissing)
-                self._ready(Readiness.LOG_MISSING if missing else Readiness.AWAY, why=str(failure))
+                silent_for = ANSWER_WITHIN if isinstance(failure, TimeoutError) else 0.0
+                away = Readiness.LOG_MISSING if missing else Readiness.AWAY
+                self._ready(away, why=str(failure), silent_for=silent_for)
                 if missing:  # after ready(): a stream that comes in between learns it there
                     self._listens.cancel()
                 self._pause(what, failure)
 
-    def _ready(self, readiness: Readiness, *, why: str = "", earlier: Collection[Disconnect] | None = None) -> None:
+    def _ready(self, readiness: Readiness, *, why: str = "", silent_for: float = 0.0, earlier: Earlier = None) -> None:
         """Tell the sink of a change (see `Sink.ready()`)."""
         if readiness is not self._readiness:
             self._readiness = readiness
             self._was_ready = self._was_ready or readiness is Readiness.READY
-            self._sink.ready(readiness, why=why, earlier=earlier)
+            self._sink.ready(readiness, why=why, silent_for=silent_for, earlier=earlier)
 
     def _pause(self, what: str, error: Exception) -> None:
         delay = self._outage.failed(what, error)

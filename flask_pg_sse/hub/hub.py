@@ -19,14 +19,15 @@ from collections.abc import Collection, Iterable, Sequence
 
 from .. import event, stats
 from ..concurrency.locks import Lock
-from ..engine.base import Bus, ControlMessage, Disconnect, Item, Readiness, Tail, TooManyChannels
+from ..engine.base import Bus, ControlMessage, Disconnect, Earlier, Item, Readiness, Tail, TooManyChannels
 from ..server.hangups import Hangups
 from ..server.stall import ENOUGH_BYTES
 from ..stats import Stats
 from .admission import OPEN_TIMEOUT, Admission, StreamLimiter, TryLater, concerns
-from .block import HEARTBEAT, Block, Position
+from .block import Block, Position
 from .fanout import SubscriberSets, blocks_of, in_portions
 from .history import History
+from .liveness import Liveness
 from .subscription import Subscription, offer_to_all
 from .timers import Heartbeats, Watchlist
 
@@ -76,6 +77,7 @@ class Hub:
         self._heartbeats = Heartbeats(heartbeat)
         self._watchlist = Watchlist()
         self._look_at = 0.0  # monotonic time until which no stream needs a check
+        self.liveness = Liveness()
 
     # -- streams begin and end
 
@@ -155,7 +157,10 @@ class Hub:
             missed.settle()
             self.stats.delivered(0, len(items), len(missed.data))
             self._sets.goes_live(subscription).scattered = True
-            subscription.go_live(subscription.sent, missed, time.monotonic())
+            now = time.monotonic()
+            subscription.go_live(subscription.sent, missed, now)
+            if not self.liveness.tell(subscription, now):
+                self._fall_behind(subscription)
             return True
 
     @property
@@ -304,6 +309,8 @@ class Hub:
         self.sweep()
         self.admission.limiter.sweep()
         now = time.monotonic()
+        if self.liveness.must_tell(now):
+            self._tell_status(away=True)
         if now < self._look_at:
             return
         with self._dispatch:
@@ -313,26 +320,9 @@ class Hub:
                 for subscription in portion:
                     self._check(subscription, now)
             self._look_at = min(self._look_at, self._watchlist.next_end)
-            self._send_heartbeats(now)
-
-    def _send_heartbeats(self, now: float) -> None:
-        cursor = Block(event.control_block("cursor", {}, id=self.position), last=self.position)
-        work = [(way, subscribers.streams) for way, subscribers in self._heartbeats.take(now, cursor)]
-        self._look_at = min(self._look_at, self._heartbeats.next_at)
-        for (before, block, after), portion in in_portions(work):
-            together = []
-            for subscription in portion:
-                if subscription.position is before:
-                    together.append(subscription)
-                    continue
-                # Slightly early, together with the others. No heartbeat is needed where something waits to be sent.
-                own = subscription.position.heartbeat_block(now, cursor)
-                if own is HEARTBEAT and (block is None or subscription.waiting):
-                    continue
-                if own is not None and not subscription.offer(own, now, after):
-                    self._fall_behind(subscription)
-            if block is not None:
-                offer_to_all(together, block, block, before, after)  # none is too slow: nothing waits for them
+            for slow in self._heartbeats.send(now, self.position):
+                self._fall_behind(slow)
+            self._look_at = min(self._look_at, self._heartbeats.next_at)
 
     def _check(self, subscription: Subscription, now: float) -> None:
         connection = subscription.connection
@@ -366,10 +356,21 @@ class Hub:
                 for subscription in subscribers.streams:
                     subscription.end(self.end_block(reason), reason=reason, cut_at=cut_at)
 
-    def ready(self, readiness: Readiness, *, why: str = "", earlier: Collection[Disconnect] | None = None) -> None:
+    def ready(self, readiness: Readiness, *, why: str = "", silent_for: float = 0.0, earlier: Earlier = None) -> None:
         """Record the engine's state, for streams that wait to begin."""
+        self.liveness.engine_is(readiness, time.monotonic() - silent_for)
         if self.admission.engine_is(readiness, why, earlier):
             self.stats.count(stats.RECONNECTED)
+
+    def caught_up(self) -> None:
+        """Tell the streams that they are live again, if they have been told that they are not."""
+        if self.liveness.caught_up():
+            self._tell_status(away=False)
+
+    def _tell_status(self, *, away: bool) -> None:
+        with self._dispatch:
+            for slow in self.liveness.tell_all(away, self._sets, time.monotonic()):
+                self._fall_behind(slow)
 
     def control(self, message: ControlMessage) -> None:
         """Obey a message that another process, or this one, has sent to all."""

@@ -134,6 +134,8 @@ class Replay:
                     raise
                 if subscription.ended:
                     return
+                if status := self._hub.liveness.tell_behind(subscription):
+                    yield status
                 if time.monotonic() >= heartbeat_at:
                     heartbeat_at = time.monotonic() + self._heartbeat
                     yield event.HEARTBEAT

@@ -105,6 +105,7 @@ class Subscription:
         "reason",
         "terms",
         "ticket",
+        "told_away",
         "waits_for",
         "watched_as",
     )
@@ -126,6 +127,7 @@ class Subscription:
         self.watched_as = -1  # the number of its socket while `Hangups` watches that; -1: it does not
         # Monotonic time at which the stream must end. After `end()`: at which its connection is cut, if still open.
         self.due = terms.ends_at
+        self.told_away = False  # whether its client has been told that the bus is away, and nothing since
         self.ticket: Ticket | None = None  # while the stream is in the hub's tables
         self.waits_for: Ticket | None = None  # while its generator waits in `wait_for()`
         self._buffer: Buffer | None = None  # made when something has to wait, which for most streams never happens

@@ -9,10 +9,12 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
+from collections.abc import Iterator
 
-from .block import Block, Position
-from .fanout import SubscriberSet
-from .subscription import Subscription
+from .. import event
+from .block import HEARTBEAT, Block, Position
+from .fanout import SubscriberSet, in_portions
+from .subscription import Subscription, offer_to_all
 
 
 class Heartbeats:
@@ -44,6 +46,25 @@ class Heartbeats:
     def next_at(self) -> float:
         """The monotonic time of the next check."""
         return self._foreseen[0][0] if self._foreseen else math.inf
+
+    def send(self, now: float, position: int) -> Iterator[Subscription]:
+        """Send what is due by `now`. Yield the streams that are too slow for it. `position` is the log's."""
+        cursor = Block(event.control_block("cursor", {}, id=position), last=position)
+        work = [(way, subscribers.streams) for way, subscribers in self.take(now, cursor)]
+        for (before, block, after), portion in in_portions(work):
+            together = []
+            for subscription in portion:
+                if subscription.position is before:
+                    together.append(subscription)
+                    continue
+                # Slightly early, together with the others. No heartbeat is needed where something waits to be sent.
+                own = subscription.position.heartbeat_block(now, cursor)
+                if own is HEARTBEAT and (block is None or subscription.waiting):
+                    continue
+                if own is not None and not subscription.offer(own, now, after):
+                    yield subscription
+            if block is not None:
+                offer_to_all(together, block, block, before, after)  # none is too slow: nothing waits for them
 
     def take(self, now: float, cursor: Block) -> list[tuple[tuple[Position, Block | None, Position], SubscriberSet]]:
         """Return each set that needs something, after its common position, the block due there, and the position then.

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, expect
 
 from tests.support.client import request
-from tests.support.link import Link
+from tests.support.link import Link, through
 from tests.support.postgres import execute
 from tests.support.proxies import Proxies, without_an_answer_of_its_own
 from tests.support.servers import WebServer, free_port, gunicorn
@@ -221,6 +221,28 @@ def test_a_hidden_tab_has_missed_nothing_when_it_is_shown_again(demo: Demo) -> N
     expect(page.locator("#log li:not(.say)", has_text="Before")).to_have_count(0)  # six lines are kept
     assert loads() == 0
     assert demo.complaints == []
+
+
+@pytest.mark.slow
+def test_the_light_tells_of_a_database_that_is_away(demo: Demo, tmp_path: Path) -> None:
+    port = free_port()
+    with Link(urlsplit(demo.database_url).port or 0) as line:
+        env = {"DATABASE_URL": through(line, demo.database_url)}
+        server = WebServer(gunicorn("demo.app:app", port), port, tmp_path / "cut-off.log", env, ready="/")
+        try:
+            server.wait_ready()
+            page = demo.tab(port=port)
+            loads = count_loads(page)
+            line.cut()
+            expect(light(page)).to_have_text("Database away…", timeout=15_000)
+            with demo.another_host() as elsewhere:
+                elsewhere.order("Grace")
+            line.restore()
+            expect(light(page)).to_have_text("Live", timeout=15_000)
+            expect(ticket(page, "new", "Grace")).to_have_count(1, timeout=1000)
+            assert loads() == 0
+        finally:
+            server.kill()
 
 
 @pytest.mark.slow

@@ -129,6 +129,19 @@ def test_after_a_restart_of_redis_streams_are_told_and_go_on(run_redis: RunRedis
 
 
 @pytest.mark.slow
+def test_streams_are_told_that_redis_is_away(run_redis: RunRedis, serve: Serve, listen: Listen) -> None:
+    redis = run_redis()
+    events = listen(redis, "a")
+    redis.stop()
+    away = next(events)
+    assert (away.event, away.json) == ("sse-status", {"live": False})
+    redis.start()
+    assert [next(events).event for _ in range(2)] == ["sse-reset", "sse-status"]
+    redis.publish("a", "again")
+    assert next(events).data == "again"
+
+
+@pytest.mark.slow
 def test_the_older_relays_notify_works_unchanged(redis_server: RedisServer, listen: Listen) -> None:
     call = """
 import json

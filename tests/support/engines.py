@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from redis._parsers import _RESP3Parser
 
-from flask_pg_sse.engine.base import ControlMessage, Disconnect, Engine, Item, Readiness
+from flask_pg_sse.engine.base import ControlMessage, Engine, Item, Readiness
 from flask_pg_sse.engine.broker import to_broker
 from flask_pg_sse.engine.memory import MemoryEngine
 from flask_pg_sse.engine.postgres.dsn import to_dsn
@@ -116,8 +116,11 @@ class Recorder:
     def pruned(self, through: int) -> None:
         self.told.append(("pruned", through))
 
-    def ready(self, readiness: Readiness, *, why: str = "", earlier: Collection[Disconnect] | None = None) -> None:
+    def ready(self, readiness: Readiness, **about: Any) -> None:
         self.told.append(("ready", readiness))
+
+    def caught_up(self) -> None:
+        self.told.append(("caught up", None))
 
     def control(self, message: ControlMessage) -> None:
         self.told.append(("control", message))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from flask_pg_sse.engine.base import ControlMessage, Disconnect, Item, Look, Page, Readiness, Tail
+from flask_pg_sse.engine.base import ControlMessage, Item, Look, Page, Readiness, Tail
 from flask_pg_sse.errors import DatabaseUnavailable
 from flask_pg_sse.event import control_block
 from flask_pg_sse.hub.hub import Hub
@@ -65,7 +65,9 @@ class IdleSink:
 
     def pruned(self, through: int) -> None: ...
 
-    def ready(self, readiness: Readiness, *, why: str = "", earlier: Collection[Disconnect] | None = None) -> None: ...
+    def ready(self, readiness: Readiness, **about: Any) -> None: ...
+
+    def caught_up(self) -> None: ...
 
     def control(self, message: ControlMessage) -> None: ...
 

@@ -20,7 +20,7 @@ import psycopg2
 from ...concurrency.greenlets import poll, sleep
 from ...errors import DatabaseUnavailable
 from ..base import Readiness, Sink, Status, Ticket, TooManyChannels
-from ..listener import BATCH, LINGER, Listener
+from ..listener import ANSWER_WITHIN, BATCH, LINGER, Listener
 from ..listens import ListenTable
 from ..outage import Outage
 from . import control
@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two beats. Only a beat detects a server that vanished silently (a dropped NAT entry, a power failure).
 BEAT_EVERY = 10.0
-# Seconds in which the server must answer a statement, and a beat must come back.
-_ANSWER_WITHIN = 5.0
 # Seconds that a beat may wait for the lock of NOTIFY, when nothing is received, and after which it is tried again.
 _BEAT_PATIENCE = 1.0
 _BEAT_AGAIN = 1.0
@@ -265,7 +263,7 @@ class PostgresListener(Listener):
 
     def _execute(self, connection: Any, query: str, args: Sequence[Any] = (), patience: float | None = None) -> Any:
         try:
-            return execute(connection, query, tuple(args), timeout=_ANSWER_WITHIN, patience=patience)
+            return execute(connection, query, tuple(args), timeout=ANSWER_WITHIN, patience=patience)
         except TimeoutError:
             self._on_silence()
             raise
@@ -294,7 +292,7 @@ class PostgresListener(Listener):
             # Restored in place. The position may be that of a newer event, so the id that is gone takes its place.
             self._receiver.position = known
             raise DatabaseUnavailable("The event log has lost events that it had: it was restored")
-        deadline = time.monotonic() + _ANSWER_WITHIN
+        deadline = time.monotonic() + ANSWER_WITHIN
         poller = poll()
         poller.register(connection.fileno(), select.POLLIN)
         while True:
@@ -312,7 +310,9 @@ class PostgresListener(Listener):
         again = self._was_ready
         earlier = None if again else self._receiver.begin(connection)
         self._ready(Readiness.READY, earlier=earlier)  # commands are heard from here on, or read from the log
-        return self._receiver.recover(connection) and again
+        after_an_outage = self._receiver.recover(connection) and again
+        self._sink.caught_up()
+        return after_an_outage
 
     def _poll_log(self, connection: Any) -> None:
         """Serve without LISTEN: read the log once a second, and at once for channels that are new."""
@@ -339,5 +339,5 @@ class PostgresListener(Listener):
             self._listens.confirm(begun, set(begun))
 
 
-class _Deaf(DatabaseUnavailable):
+class _Deaf(DatabaseUnavailable, TimeoutError):
     """The connection accepts LISTEN but receives no notifications."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...concurrency.greenlets import checkpoint
 from ..base import Disconnect, Item, Page, Sink
-from ..listener import PAUSE, TURN_BYTES, TURN_EVENTS
+from ..listener import ANSWER_WITHIN, PAUSE, TURN_BYTES, TURN_EVENTS
 from ..listens import ListenTable
 from . import codec, control
 from .codec import Decoder
@@ -187,7 +187,7 @@ class Receiver:
     def poll(self, connection: Any) -> None:
         """Read the log if it has changed. This costs one look at its head, however many channels there are."""
         self._left, connection.notifies = [], []  # without LISTEN the log alone has the events whole and in order
-        [(head,)] = self._run(connection, HEAD)
+        [(head,)] = self._run(connection, HEAD, within=ANSWER_WITHIN)
         if head != self.position:
             self.catch_up(connection)
 
@@ -207,9 +207,9 @@ class Receiver:
         )
         self._sink.gap("undone", page.head)
 
-    def _run(self, connection: Any, query: str, args: Sequence[Any] = ()) -> Any:
+    def _run(self, connection: Any, query: str, args: Sequence[Any] = (), *, within: float = _READ_WITHIN) -> Any:
         guarded = query if self.log is None else self.log.guarded(query)
-        return execute(connection, guarded, tuple(args), timeout=_READ_WITHIN, limit=LONGEST_READ)
+        return execute(connection, guarded, tuple(args), timeout=within, limit=LONGEST_READ)
 
     def _read(
         self,

@@ -95,6 +95,7 @@ class RedisListener(Listener):
             self._sink.gap("reconnected", 0)
         else:
             logger.info("Listening to Redis at %s.", self._broker)
+        self._sink.caught_up()
         self._listens.confirm(self._begun, set(self._begun))
         self._begun = []
 

@@ -89,7 +89,7 @@ def test_without_the_log_a_deaf_stream_is_refused_and_not_kept_waiting_for_nothi
     through_pgbouncer: str, make_app: MakeApp, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flask_pg_sse.hub.hub.OPEN_TIMEOUT", 0.5)
-    monkeypatch.setattr("flask_pg_sse.engine.postgres.listener._ANSWER_WITHIN", 0.5)
+    monkeypatch.setattr("flask_pg_sse.engine.postgres.listener.ANSWER_WITHIN", 0.5)
     app = make_app(through_pgbouncer)
     first, _ = opened(app)
     assert (first.event, first.json) == ("sse-end", {"reason": "unavailable"})

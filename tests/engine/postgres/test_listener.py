@@ -255,7 +255,7 @@ def test_the_listener_notices_that_the_server_does_not_answer(
     database_url: str, make_listener: Make, monkeypatch: pytest.MonkeyPatch, reloading: bool
 ) -> None:
     """A half-open connection: the server's process is stopped, so that nothing comes and nothing breaks."""
-    monkeypatch.setattr("flask_pg_sse.engine.postgres.listener._ANSWER_WITHIN", 0.3)
+    monkeypatch.setattr("flask_pg_sse.engine.postgres.listener.ANSWER_WITHIN", 0.3)
     listener, turns, gaps = make_listener(database_url, beat_every=0.1)
     assert listener.subscribe(["orders"]).wait(10)
     pid = listener_pid(database_url)
