@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from psycopg2.extensions import parse_dsn
 
 from tests.support.client import Response, eventually, open_stream
 from tests.support.postgres import connect
-from tests.support.servers import WebServer
+from tests.support.redis import RedisServer
+from tests.support.servers import ROOT, WebServer
 
 Start = Callable[..., WebServer]
 APP = "tests.support.apps.forking:app"
@@ -34,6 +37,13 @@ def sockets(pid: int) -> set[str]:
         if name.startswith("socket:") and name[8:-1] not in listening:
             found.add(name)
     return found
+
+
+def at_postgres(url: str) -> set[str]:
+    """Return the sockets of all processes that are connected to a database's server."""
+    port = f":{int(parse_dsn(url)['port']):04X}"
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {f"socket:[{line[9]}]" for line in lines if line[2].endswith(port)}
 
 
 def parent_of(pid: int) -> int:
@@ -160,3 +170,113 @@ def test_a_child_hears_streams_of_its_own(database_url: str, start_server: Start
         (tmp_path / "go").touch()
         assert jobs.event().data == "ended"
     assert not any(word in server.log() for word in WRONG), server.log()
+
+
+@pytest.mark.slow
+def test_celerys_pool_of_processes(database_url: str, start_server: Start, tmp_path: Path) -> None:
+    """The process that forks it has used the app, and has a stream open."""
+    (tmp_path / "control").mkdir()
+    server = start_server(database_url)
+    env = {**os.environ, "DATABASE_URL": database_url, "CELERY_FOLDER": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "celery", "-A", "tests.support.apps.celery_jobs", "worker"]
+    options = ["--pool", "prefork", "--concurrency", "2", "--without-gossip", "--without-mingle", "--loglevel", "INFO"]
+    log = tmp_path / "worker.log"
+    with log.open("wb") as output, open_stream(server.port, "orders", timeout=30) as orders:
+        worker = subprocess.Popen([*command, *options], env=env, cwd=ROOT, stdout=output, stderr=output)
+        try:
+            assert orders.event().data == "loaded"
+            eventually(lambda: " ready." in log.read_text() or worker.poll() is not None, 60, "Celery is ready")
+            sender = "from tests.support.apps.celery_jobs import send\nfor number in range(40): send.delay(number)"
+            subprocess.run([sys.executable, "-c", sender], env={**env, "ONLY_SENDS": "1"}, cwd=ROOT, check=True)
+            found = [orders.event().json for _ in range(40)]
+            assert sorted(one["number"] for one in found) == list(range(40))
+            for pid in {one["pid"] for one in found}:
+                assert pid != worker.pid
+                assert not sockets(pid) & sockets(worker.pid) & at_postgres(database_url)
+        finally:
+            worker.terminate()
+            worker.wait(20)
+    assert not any(word in log.read_text() for word in WRONG), log.read_text()
+
+
+# One process, because what gevent has patched stays patched.
+OTHER_ENGINES = """
+import faulthandler; faulthandler.dump_traceback_later(60, exit=True)
+import sys
+url, patched = sys.argv[1], sys.argv[2] == "gevent"
+if patched:
+    import gevent.monkey; gevent.monkey.patch_all()
+import json, multiprocessing, os, time
+from flask import Flask
+from flask_pg_sse import notify, sse_bp
+from flask_pg_sse.serve import create_app
+from flask_pg_sse.testing import stream
+
+def sockets():
+    numbers = set()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            numbers.add(os.readlink(f"/proc/self/fd/{number}"))
+        except OSError:
+            pass
+    return {name for name in numbers if name.startswith("socket:")}
+
+if url.startswith("redis"):
+    app = create_app({"REDIS_URL": url})
+    where = "/?channel=orders"
+else:
+    app = Flask("tests")
+    app.config.update(SSE_CHANNELS=["*"], SSE_BROKER_URL=url)
+    app.register_blueprint(sse_bp)
+    where = "/sse/orders"
+
+def job(theirs):
+    with app.app_context():
+        notify("orders", "the child's")
+        time.sleep(0.3)  # under gevent the copies of greenlets could run
+        events = stream(app.test_client(), where, timeout=10)
+        next(events)
+        notify("orders", "own")
+        result = json.dumps([next(events).data, sorted(sockets() & theirs)])
+        with open(f"{sys.argv[3]}/new", "w") as file:
+            file.write(result)
+        os.rename(file.name, f"{sys.argv[3]}/result")
+        events.close()
+
+events = stream(app.test_client(), where, timeout=10)
+assert next(events).event == "sse-open"
+with app.app_context():
+    notify("orders", "before")
+    assert next(events).data == "before"
+    child = multiprocessing.get_context("fork").Process(target=job, args=(sockets(),))
+    child.start()
+    for number in range(20):
+        notify("orders", number)
+    while not os.path.exists(f"{sys.argv[3]}/result"):
+        time.sleep(0.01)
+    own, shared = json.load(open(f"{sys.argv[3]}/result"))
+    notify("orders", "end")
+    heard = []
+    while (data := next(events).data) != "end":
+        heard.append(data)
+assert own == "own", own
+assert not shared, shared
+expected = ["the child's", "own"] if url.startswith("redis") else []
+assert [one for one in heard if not one.isdigit()] == expected, heard
+assert [int(one) for one in heard if one.isdigit()] == list(range(20)), heard
+events.close()
+app.extensions["pg_sse"].close()
+print("fine")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gevent", "threads"])
+@pytest.mark.parametrize("engine", ["memory", "Redis"])
+def test_on_another_engine(redis_server: RedisServer, tmp_path: Path, engine: str, kind: str) -> None:
+    url = redis_server.url if engine == "Redis" else "memory://"
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_ENGINES, url, kind, tmp_path], capture_output=True, text=True, timeout=90, cwd=ROOT
+    )
+    assert done.stdout == "fine\n", done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
