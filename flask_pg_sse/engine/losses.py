@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,16 +25,21 @@ _PACKAGE = __name__.partition(".")[0]
 
 @dataclass(slots=True)
 class _Call:
-    """One call of `notify()` or `notify_many()`: its channel, how many events it sent, and its file and line."""
+    """A call of `notify()` or `notify_many()`: its channel, the number of events, its file and line.
+
+    `several` tells whether it stands for calls with other channels too.
+    """
 
     channel: str
     events: int
     where: str
+    several: bool = False
+    pid: int = field(default_factory=os.getpid)
 
 
 @dataclass(slots=True)
 class Work:
-    """A request, or what else runs in one context of an app, and its calls that were lost and sent.
+    """A request, or what else runs in one context of an app, and its calls that were lost.
 
     What is lost in it is told at its end, because only then one knows whether it failed. `endpoint` is the request's.
     """
@@ -42,7 +48,6 @@ class Work:
     failed: bool = False
     over: bool = False
     lost: list[_Call] = field(default_factory=list)
-    sent: set[str] = field(default_factory=set)
 
 
 class Losses:
@@ -61,8 +66,10 @@ class Losses:
         follow(connection, functools.partial(self._ended, call, self.work()), used=used)
 
     def _ended(self, call: _Call, work: Work | None, outcome: Outcome) -> None:
+        if call.pid != os.getpid():  # a child that was forked meanwhile ends its copy of the session
+            return
         if outcome is Outcome.COMMITTED and work is not None:
-            work.sent.add(call.where)
+            work.lost = [lost for lost in work.lost if lost.where != call.where]  # it was tried again
         elif outcome is Outcome.LOST:
             if work is None or work.over:
                 self._tell(call, None)
@@ -70,29 +77,30 @@ class Losses:
                 work.lost.append(call)
 
     def end(self, work: Work) -> None:
-        """Tell what a work has lost. Nothing is told if it failed, or if the same call sent its events later."""
+        """Tell what a work has lost, unless it failed."""
         work.over = True
         calls: dict[str, _Call] = {}
         for call in work.lost:
-            if call.where in calls:
-                calls[call.where].events += call.events
-            elif not work.failed and call.where not in work.sent:
-                calls[call.where] = call
-        for call in calls.values():
+            first = calls.setdefault(call.where, call)
+            if first is not call:
+                first.events += call.events
+                first.several = first.several or first.channel != call.channel
+        for call in calls.values() if not work.failed else ():
             self._tell(call, work.endpoint)
 
     def _tell(self, call: _Call, endpoint: str | None) -> None:
         if not (number := self._repeats.count(call.where, time.monotonic())):
             return
-        several = call.events != 1
+        one = call.events == 1
         logger.warning(
-            "%d event%s for %r went with %s transaction, which ended without a commit, so no browser gets %s: "
+            "%d event%s for %r%s went with %s transaction, which ended without a commit, so no browser gets %s: "
             "notify(connection=…) at %s%s. Remedy: call notify() before the commit%s.",
             call.events,
-            "s" if several else "",
+            "" if one else "s",
             call.channel,
-            "their" if several else "its",
-            "them" if several else "it",
+            " and other channels" if call.several else "",
+            "its" if one else "their",
+            "it" if one else "them",
             call.where,
             f", endpoint {endpoint!r}" if endpoint else "",
             times(number),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -179,6 +181,20 @@ def test_what_is_committed_or_given_up_on_purpose_is_not_told(shop: Shop) -> Non
     assert shop.request(committed_by_the_apps_teardown) == []
 
 
+def test_one_place_that_is_called_often(shop: Shop) -> None:
+    """One warning, also where the first calls were right."""
+
+    def view() -> str:
+        for number in range(5):
+            notify(f"user-{number}", "x", connection=shop.db.session)
+            if number == 1:
+                shop.db.session.commit()
+        return ""
+
+    [line] = shop.request(view)
+    assert line.startswith("3 events for 'user-2' and other channels went with their transaction"), line
+
+
 def test_a_session_that_the_app_closes_after_the_package_was_told(shop: Shop) -> None:
     """Committed in another place: by a job that has got the session."""
     kept: list[Session] = []
@@ -212,6 +228,28 @@ def test_without_an_app(database_url: str, caplog: pytest.LogCaptureFixture) -> 
     assert record.getMessage().startswith(LOST)
     engine.dispose()
     sse.close()
+
+
+def test_a_forked_child_knows_nothing_of_its_parents_transactions(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app()
+    engine = create_engine("sqlite://")
+    with capture(app) as events, app.app_context(), Session(engine) as session:
+        notify("stock", "x", connection=session)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, as pytest-xdist has
+            child = os.fork()
+        if child == 0:
+            try:
+                session.close()
+                os._exit(len(caplog.records))
+            finally:
+                os._exit(99)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        session.commit()
+    assert [event.data for event in events] == ["x"] and not caplog.records
+    engine.dispose()
 
 
 def test_in_capture_too(make_app: MakeApp, caplog: pytest.LogCaptureFixture) -> None:
