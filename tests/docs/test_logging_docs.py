@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from tests.support.client import eventually, request
 from tests.support.documents import Document
@@ -61,9 +64,15 @@ def test_gunicorn_without_configuration(start_server: Start, tmp_path: Path) -> 
     ), away
 
 
-def test_gunicorn_with_the_configuration_of_the_page(start_server: Start, tmp_path: Path) -> None:
-    (tmp_path / "gunicorn.conf.py").write_text(example("gunicorn.conf.py"))
-    lines = log_of_an_outage(start_server, tmp_path, "-c", str(tmp_path / "gunicorn.conf.py"))
+@pytest.mark.parametrize("option", ["-c", pytest.param("--log-config-json", marks=pytest.mark.slow)])
+def test_gunicorn_with_the_configuration_of_the_page(start_server: Start, tmp_path: Path, option: str) -> None:
+    config = example("gunicorn.conf.py")
+    if option == "--log-config-json":
+        names: dict[str, object] = {}
+        exec(config, names)
+        config = json.dumps(names["logconfig_dict"])
+    (tmp_path / "config.py").write_text(config)
+    lines = log_of_an_outage(start_server, tmp_path, option, str(tmp_path / "config.py"))
     for line in lines:
         assert re.match(r"[\d-]+ [\d:,]+ \d+ (INFO|WARNING|ERROR) flask_pg_sse\.[\w.]+: ", line), line
     assert len([line for line in lines if " INFO " in line and "Using PostgreSQL at localhost" in line]) == 1
