@@ -34,6 +34,7 @@ from . import after_response, authorize, work
 from .api import ServerUrl, sse_cursor, sse_url
 from .authorize import Authorizer, SubjectOf, check_hook, name_of
 from .cors import cross_origin_headers, why_other_site
+from .hosts import add_host, match_hosts
 from .request import parse_query, position_of
 from .response import Blocks, ended, refusal, stream_response
 from .state import EXTENSION, State, current_state
@@ -109,6 +110,7 @@ def _set_up(registration: BlueprintSetupState) -> None:
     unknown = registration.options.keys() - _BLUEPRINT_OPTIONS
     if unknown:
         raise TypeError(f"register_blueprint(sse_bp) has unknown options: {', '.join(sorted(unknown))}.")
+    match_hosts(registration)
     if EXTENSION not in app.extensions:
         name = f"{registration.name_prefix}.{registration.name}".lstrip(".")
         app.extensions[EXTENSION] = State(app, name)
@@ -125,8 +127,11 @@ def _set_up(registration: BlueprintSetupState) -> None:
 
 # Flask's options and the package's own. Any other option is refused: a misspelt hook must not go unnoticed.
 _BLUEPRINT_OPTIONS = frozenset(
-    {"url_prefix", "subdomain", "url_defaults", "name", "name_prefix", "cli_group", "authorize", "subject"}
+    {"url_prefix", "host", "subdomain", "url_defaults", "name", "name_prefix", "cli_group", "authorize", "subject"}
 )
+
+
+sse_bp.url_defaults(add_host)
 
 
 @sse_bp.app_url_value_preprocessor
@@ -201,16 +206,17 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
         return _cannot_serve(state, reason)
     try:
         query = parse_query(current.query_string, settings.max_channels)
-        names = names + query.get("channel", [])
-        signed = query.get("token", [""])[0]
-        token = read_token(runtime.keys(), signed) if signed else None
-        if not names and token is not None:  # a long URL has the names in its token alone
-            names = sorted(token.channels)
+    except ValueError as error:
+        return _wrong_request(state, 414, str(error))
+    signed = query.get("token", [""])[0]
+    token = read_token(runtime.keys(), signed) if signed else None
+    names = names + query.get("channel", [])
+    if not names and token is not None:  # a long URL has the names in its token alone
+        names = sorted(token.channels)
+    try:
         channels = tuple(dict.fromkeys(map(check_channel, names)))
     except InvalidChannel as error:
         return _wrong_request(state, 400, str(error))
-    except ValueError as error:
-        return _wrong_request(state, 414, str(error))
     if not channels and signed:
         return _wrong_request(
             state, 403, "The URL's token, which has the channels, is not this site's, or was cut off."
