@@ -24,6 +24,7 @@ from .errors import (
 from .web.api import disconnect, notify, notify_many, postgres_notify, sse_cursor, sse_url
 from .web.blueprint import sse_bp
 from .web.extension import PgSSE
+from .web.ops import ops_bp
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "include_name",
     "notify",
     "notify_many",
+    "ops_bp",
     "postgres_notify",
     "schema_sql",
     "sse_bp",

@@ -6,7 +6,6 @@ URLs and the variables of sse_relay_server and sse_server_postgres_listen_notify
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
@@ -15,15 +14,14 @@ from typing import Any
 
 from flask import Flask, abort
 from flask.helpers import get_load_dotenv
-from flask.typing import ResponseReturnValue
 
-from .engine.base import Readiness
 from .errors import ConfigurationError, DatabaseNotConfigured
-from .hub.admission import TryLater
 from .server.gunicorn import cannot_boot
 from .settings import ORIGINS, Settings, switch
 from .web.blueprint import sse_bp
-from .web.state import State, current_state, state_of
+from .web.health import HEALTH
+from .web.ops import ops_bp
+from .web.state import State, state_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +36,6 @@ _TRACE = 5
 # As gunicorn's own lines.
 _LOG_FORMAT = "[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s"
 _TIME_FORMAT = "%Y-%m-%d %H:%M:%S %z"
-
-_PLAIN = {"Content-Type": "text/plain; charset=utf-8"}
-_OK = "ok\n", 200, _PLAIN
-# Seconds that the first question waits for the database. Those who ask usually wait a second or two.
-_READY_WITHIN = 1.0
 
 # Every path is a channel. These are what browsers and scanners ask for by themselves: each would be a stream that
 # nobody reads, and a LISTEN.
@@ -82,33 +75,22 @@ def create_app(environ: Mapping[str, str]) -> Flask:
     for name, view in _HEALTH.items():
         app.add_url_rule(f"/{name}", name, view)
     app.register_blueprint(sse_bp, url_prefix="/")
+    names = set(_HEALTH)
+    if environ.get("SSE_OPS_TOKEN"):
+        app.register_blueprint(ops_bp)
+        names.add("metrics")
     state = state_of(app)
     if environ.get("REDIS_URL") and not _switch(environ, "RELAY_USE_PG"):
         state.runtime.use_redis(environ["REDIS_URL"], "REDIS_URL")
     state.open_unless_asked = "SSE_CHANNELS" not in environ and not state.runtime.keys()
     # Only PostgreSQL's senders fold names.
     state.hears_unquoted = state.runtime.settings.broker_url is None and state.runtime.redis is None
-    state.no_channels = frozenset(_HEALTH)
+    state.no_channels = frozenset(names)
     return app
 
 
-def _live() -> ResponseReturnValue:
-    """Answer while the process serves. A server whose database is away must not be restarted: its streams wait."""
-    return _OK
-
-
-def _ready() -> ResponseReturnValue:
-    """Answer 200 if PostgreSQL or Redis is heard, and 503 if it is not."""
-    worker = current_state().runtime.worker
-    with contextlib.suppress(TryLater):
-        _ = worker.streams  # starts to listen, if no stream has come yet
-        worker.admission.wait_for_answer(_READY_WITHIN)
-        if worker.engine.status().readiness is Readiness.READY:
-            return _OK
-    return "The database is not heard.\n", 503, _PLAIN
-
-
-_HEALTH = {"livez": _live, "healthz": _ready, "readyz": _ready}
+# `healthz` is what others call it.
+_HEALTH = {**HEALTH, "healthz": HEALTH["readyz"]}
 
 
 def check_database(app: Flask) -> None:

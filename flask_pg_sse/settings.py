@@ -226,6 +226,10 @@ class Settings:
         "true: write to gunicorn's idle streams directly; always: behind middleware too; false: through generators",
     )
 
+    ops_token: str | bytes | None = _key(
+        None, SECRET, "opens `/metrics` of `ops_bp` to requests with `Authorization: Bearer` and it (docs/operate.md)"
+    )
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Settings:
         """Read and check the keys of an app's config. None means not set.

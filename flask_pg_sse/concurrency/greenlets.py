@@ -96,7 +96,7 @@ def poll() -> Any:
 class _GreenletPoll:
     def __init__(self) -> None:
         self._poll = select.poll()
-        self.register = self._poll.register
+        self.register, self.unregister = self._poll.register, self._poll.unregister
 
     def poll(self, milliseconds: float) -> list[tuple[int, int]]:
         before = _forks

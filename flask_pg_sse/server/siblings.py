@@ -84,6 +84,11 @@ class Presence(BackgroundThread):
             logger.warning("flask sse status and the metrics do not know this worker: %s.", error)
             self._close()
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether others can find this worker."""
+        return self._directory is not None
+
     def fileno(self) -> int:
         return -1 if self._socket is None else self._socket.fileno()
 

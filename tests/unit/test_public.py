@@ -22,6 +22,7 @@ NAMES = [
     "include_name",
     "notify",
     "notify_many",
+    "ops_bp",
     "postgres_notify",
     "schema_sql",
     "sse_bp",
