@@ -337,9 +337,12 @@ def test_a_condition_sees_the_old_and_the_new_row(writer: Writer) -> None:
     assert [(event, data["id"]) for event, data in writer.heard()] == [("update", 1)]
 
 
-@pytest.mark.parametrize("when", ["NEW.statsu = 'x'", "NEW.status = ", "NEW.status", "true) OR (status = 'x'"])
+@pytest.mark.parametrize(
+    "when",
+    ["NEW.statsu = 'x'", "NEW.status = ", "NEW.status", "true) OR (status = 'x'", "NEW IS DISTINCT FROM OLD"],
+)
 def test_a_wrong_condition_is_an_error_when_it_is_installed(logged: Writer, when: str) -> None:
-    logged(ORDERS)
+    logged(ORDERS, "ALTER TABLE orders ADD document json")  # of which PostgreSQL cannot tell whether two are equal
     with pytest.raises(psycopg2.Error):
         logged(trigger_sql("orders", when=when))
     assert execute(logged.url, "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'flask_pg_sse%'") == [(0,)]
@@ -422,6 +425,22 @@ def test_no_other_role_can_use_the_function_on_a_table_of_its_own(logged: Writer
     assert definer and "search_path=pg_catalog, pg_temp" in settings
 
 
+def test_a_tables_owner_watches_it_once_the_log_is_granted(logged: Writer, shop: Callable[..., Writer]) -> None:
+    program = shop()
+    program("CREATE TABLE shop.orders (id integer PRIMARY KEY)")
+    with pytest.raises(psycopg2.errors.ObjectNotInPrerequisiteState) as refused:
+        program(trigger_sql("orders", schema="shop"))
+    assert refused.value.diag.message_primary == "the role shop may not send events through the event log"
+    assert "flask sse init --grant-to shop" in (refused.value.diag.message_hint or "")
+    execute(logged.url, schema_sql(["shop"]))
+    program(trigger_sql("orders", schema="shop"), "INSERT INTO shop.orders VALUES (1)")
+    assert logged.heard() == [("insert", {"id": 1})]
+    # Without the right, the events go on without the log, and that is said.
+    execute(logged.url, "REVOKE ALL ON ALL FUNCTIONS IN SCHEMA flask_pg_sse FROM shop")
+    (warning,) = program("INSERT INTO shop.orders VALUES (2)")
+    assert "may not use it or does not trust its owner" in warning
+
+
 ATTACK = """
     CREATE TABLE shop.seen (who text);
     CREATE TYPE shop.mood AS ENUM ('x');
@@ -464,6 +483,7 @@ def test_a_schema_of_a_stranger_is_not_used(log_server: postgres.Server) -> None
                 "CREATE FUNCTION flask_pg_sse.enqueue_v1(text, json[], text[]) RETURNS void "
                 "LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN RAISE EXCEPTION 'trapped'; END $$",
                 "ALTER FUNCTION flask_pg_sse.enqueue_v1 OWNER TO stranger",
+                "GRANT USAGE ON SCHEMA flask_pg_sse TO PUBLIC",
                 "CREATE ROLE app LOGIN",
             )
             [(function,)] = execute(

@@ -68,7 +68,8 @@ BEGIN
     END IF;
     IF condition IS NOT NULL THEN
         source := concat('(SELECT (NULL::', relation::regclass, ').*) AS ');
-        EXECUTE concat('SELECT FROM ', source, 'new, ', source, 'old WHERE (', condition, E'\n) LIMIT 0');
+        -- It is evaluated with rows of NULLs, as inserts and deletes have one: a type without "=" shows only then.
+        EXECUTE concat('SELECT FROM ', source, 'new, ', source, 'old WHERE (', condition, E'\n)');
     END IF;
     -- Otherwise the triggers would send past the log, by NOTIFY alone.
     IF EXISTS (SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
