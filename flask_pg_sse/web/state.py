@@ -58,10 +58,8 @@ def _engines_of(app: Flask | None) -> Sequence[Any]:
     if app is None:
         return ()
     extension: Any = app.extensions.get("sqlalchemy")
-    if not hasattr(extension, "engines"):
-        return ()
-    with app.app_context():
-        engine = extension.engines.get(None)
+    with app.app_context():  # Flask-SQLAlchemy's `engines` cannot even be looked for without it
+        engine = getattr(extension, "engines", {}).get(None)
     return () if engine is None else (engine,)
 
 

@@ -157,3 +157,17 @@ def test_an_engine_that_finds_its_password_is_warned_about(
     expected = [] if how == "neither" else [f"by {how}, which flask_pg_sse does not call. Set SSE_DATABASE_URL to a"]
     assert [text for text in expected if text in caplog.text] == expected
     assert bool(caplog.messages) == bool(expected)
+
+
+def test_the_engine_is_found_outside_a_request(database_url: str) -> None:
+    """As when a worker of gunicorn boots. Flask-SQLAlchemy's attribute raises an error there, even to hasattr()."""
+    from flask_sqlalchemy import SQLAlchemy
+
+    app = Flask("app")
+    app.config.update(SQLALCHEMY_DATABASE_URI=database_url)
+    PgSSE(app)
+    assert list(app.extensions["pg_sse"].runtime.engines()) == []
+    SQLAlchemy(app)
+    [engine] = app.extensions["pg_sse"].runtime.engines()
+    assert engine.url.database in database_url
+    engine.dispose()
