@@ -198,14 +198,14 @@ def control_block(name: str, data: Mapping[str, object], *, id: int | None = Non
     return "\n".join([*lines, f"data: {json.dumps(data)}\n\n"]).encode()
 
 
-def retry_line(retry: int) -> bytes:
-    """Return the first line of a stream's first block. `retry` is in milliseconds."""
-    return f"retry: {retry}\n".encode()
+def first_lines(retry: int, comment: str = "") -> bytes:
+    """Return the first line of a stream's first block, and a comment after it. `retry` is in milliseconds."""
+    return f"retry: {retry}\n{_lines('', comment) if comment else ''}".encode()
 
 
 @functools.lru_cache(maxsize=1)  # ten thousand streams may open at once, nearly all at one position
 def open_block(position: int | None) -> bytes:
-    """Return the rest of a stream's first block, after `retry_line()`."""
+    """Return the rest of a stream's first block, after `first_lines()`."""
     return control_block("open", {}, id=position)
 
 

@@ -7,6 +7,7 @@ The caller logs, and passes the time in seconds of the monotonic clock.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # The most kinds that are told apart. Further ones are counted together, as one kind.
@@ -60,6 +61,11 @@ class Repeats:
         known.unsaid, unsaid = 0, known.unsaid
         self._logged = True
         return unsaid
+
+    def log(self, log: Callable[..., None], kind: str, now: float, message: str, *args: object) -> None:
+        """Count a message, and log it if it must be, by a logger's method."""
+        if number := self.count(kind, now):
+            log(message + "%s", *args, times(number))
 
     def over(self, now: float) -> Ended | None:
         """Note that the trouble is over. Return None if there was none, or if nothing of it was logged.

@@ -157,12 +157,10 @@ class Runtime:
         self.worker.engine.control(command)
 
     def sender_for_later(self) -> Callable[[Disconnect, float], None] | None:
-        """Return a function that sends a command in some seconds, and tries until the database answers.
-
-        Returns None if the engine has no database to wait for. Raises `ConfigurationError`.
-        """
+        """Return what sends a command in some seconds; None if there is no database. Raises `ConfigurationError`."""
         self.signing_keys("disconnect()")
-        return self.worker.outbox.add if isinstance(self.worker.engine, PostgresEngine) and self.databases() else None
+        to_database = isinstance(self.worker.engine, PostgresEngine) and self._find_databases()
+        return self.worker.outbox.add if to_database else None
 
     def keys(self) -> Sequence[str | bytes]:
         """Return the keys for signatures, oldest first; no keys if none is set. Raises `ConfigurationError`."""

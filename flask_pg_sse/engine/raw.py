@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import InvalidEvent
 from ..event import FIELDS, RETRY_FROM, RETRY_TO, Event, make_event, refuse_constant
+from ..repeats import Repeats
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +70,10 @@ class Dropped:
 
     def __init__(self) -> None:
         self.count = 0
-        self._said_at = float("-inf")
+        self._repeats = Repeats(60.0, 60.0)
 
     def add(self, what: str, error: Exception) -> None:
         self.count += 1
-        now = time.monotonic()
-        if now - self._said_at >= 60:
-            self._said_at = now
+        if self._repeats.count("", time.monotonic()):
             reason = error if isinstance(error, InvalidEvent) else type(error).__name__
             logger.warning("Dropped %s (%d so far): %s", what, self.count, reason)

@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterable, Sequence
 from .. import event, stats
 from ..concurrency.locks import Lock
 from ..engine.base import Bus, ControlMessage, Disconnect, Earlier, Item, Readiness, Tail, TooManyChannels
+from ..repeats import Repeats
 from ..server.hangups import Hangups
 from ..server.stall import ENOUGH_BYTES
 from ..stats import Stats
@@ -78,6 +79,7 @@ class Hub:
         self._watchlist = Watchlist()
         self._look_at = 0.0  # monotonic time until which no stream needs a check
         self.liveness = Liveness()
+        self._slow = Repeats(60.0, 60.0)
 
     # -- streams begin and end
 
@@ -269,7 +271,7 @@ class Hub:
             subscription.fall_behind()
             self.stats.count(stats.FELL_BEHIND)
         else:
-            logger.info("A stream was ended: its client reads slower than events come.")
+            self._slow.log(logger.info, "behind", time.monotonic(), "A stream was ended: its client reads too slowly.")
             subscription.end(self.end_block("behind"), reason="behind", drop=True)
 
     def gap(self, reason: str, position: int) -> None:
@@ -327,7 +329,7 @@ class Hub:
     def _check(self, subscription: Subscription, now: float) -> None:
         connection = subscription.connection
         if connection is not None and connection.stalled(now, self._send_timeout):
-            logger.info("A stream was cut: its client took less than %d bytes in time.", ENOUGH_BYTES)
+            self._slow.log(logger.info, "cut", now, "A stream was cut: its client took under %d bytes.", ENOUGH_BYTES)
             subscription.end(b"", reason="stalled", drop=True, cut_at=now)
         if subscription.due <= now:
             if not subscription.ended:

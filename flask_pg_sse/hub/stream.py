@@ -25,11 +25,12 @@ def stream(
     last_event_id: str,
     connection: Connection,
     refused: Refused | None = None,
+    hint: str = "",
 ) -> Iterator[bytes]:
     """Yield the blocks of a stream until it ends.
 
     `last_event_id` is the position that the client gives; "" if it gives none. `refused` is called if the stream cannot
-    begin.
+    begin. `hint` is a comment for the developer.
 
     Nothing happens before the first `next()`. So a response that is dropped before the server iterates over it (HEAD,
     an error in `after_request`) leaves nothing to undo.
@@ -39,13 +40,13 @@ def stream(
     """
     try:
         connection.release_request()
-        for piece in _opening(hub, replay, subscription, last_event_id, refused):
+        for piece in _opening(hub, replay, subscription, last_event_id, refused, hint):
             connection.in_flight = len(piece)
             yield piece
             connection.bytes_sent += connection.in_flight
             connection.in_flight = 0
             connection.release_response()
-        refused = None
+        refused, hint = None, ""
         subscription.terms = _settled(subscription.terms)
         while (taken := subscription.take()) is not None:
             # An empty piece means that the stream has fallen behind.
@@ -72,7 +73,7 @@ def _settled(terms: Terms) -> Terms:
 
 
 def _opening(
-    hub: Hub, replay: Replay, subscription: Subscription, last_event_id: str, refused: Refused | None
+    hub: Hub, replay: Replay, subscription: Subscription, last_event_id: str, refused: Refused | None, hint: str
 ) -> Iterator[bytes]:
     """Yield the first block, and what the client has missed. A stream that cannot begin is ended here.
 
@@ -80,7 +81,7 @@ def _opening(
     """
     try:
         hub.open(subscription)
-        yield event.retry_line(hub.retry)
+        yield event.first_lines(hub.retry, hint)
         hub.wait_until_heard(subscription)
         first = _go_live(hub, subscription, last_event_id)
         missed = replay.read(subscription, opening=True)

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,6 +25,8 @@ _SUBJECT_BYTES = 255
 _ADDRESS = 64
 _NOBODY = frozenset[str]()  # one object for all streams without a subject
 
+# What `fnmatch` takes for a pattern.
+_PATTERN = re.compile(r"[*?]|\[.+\]")
 # As some gateways write an address into X-Forwarded-For. A new connection has a new port, so it must not count.
 _WITH_PORT = re.compile(r"([0-9.]+):\d+|\[(.+)\](?::\d+)?")
 
@@ -96,7 +98,9 @@ def may_listen(hook: Authorizer | None, channel: str, refusals: Refusals) -> boo
 def _call(hook: Callable[..., Any], name: str, refusals: Refusals, *args: str) -> Any:
     try:
         answer = hook(*args)
-    except HTTPException:
+    except HTTPException as answer:
+        status = answer.get_response().status
+        refusals.log(f"{name} answers", "A stream was refused: %s %s answered %s.", name, name_of(hook), status)
         raise
     except BaseException as error:  # also gevent.Timeout and SystemExit: after a 500 a browser never comes back
         text = "%s %s failed; the client is told to reconnect later."
@@ -127,6 +131,19 @@ def did_you_mean(channel: str, patterns: Sequence[str]) -> str:
     if "," in channel:
         several = "&".join(f"channel={name.strip()}" for name in channel.split(","))
         return f" Did you mean several channels? They are written as ?{several}."
+    return ""
+
+
+def hint_about(channels: Iterable[str]) -> str:
+    """Return why a stream may hear nothing, if one of its names looks like a pattern or like several names; else ""."""
+    for channel in channels:
+        if "," in channel:
+            return f"Channel {channel!r} is one channel with a comma in its name.{did_you_mean(channel, ())}"
+        if _PATTERN.search(channel):
+            return (
+                f"Channel {channel!r} is one channel of exactly that name. Patterns are for SSE_CHANNELS: a stream "
+                "names each of its channels."
+            )
     return ""
 
 

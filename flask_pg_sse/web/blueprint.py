@@ -228,7 +228,8 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
         return _wrong_request(state, 400, too_many)
 
     if not state.no_channels.isdisjoint(channels):
-        return refusal(404, f"These names are no channels here: {', '.join(sorted(state.no_channels))}.")
+        no_channels = f"These names are no channels here: {', '.join(sorted(state.no_channels))}."
+        return _wrong_request(state, 404, no_channels)
 
     last_event_id = position_of(environ.get("HTTP_LAST_EVENT_ID", ""), query)
     connection = Connection(environ)
@@ -249,7 +250,8 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
     if environ.get("SERVER_SOFTWARE", "").startswith("Werkzeug/") and len(hub) + 1 >= _TABS:
         state.refusals.log("tabs", _NO_MORE_TABS, _TABS)
     refused = functools.partial(state.refusals.later, channels[0])
-    body = stream(hub, replay, subscription, last_event_id, connection, refused)
+    hint = state.refusals.hint(authorize.hint_about(channels))
+    body = stream(hub, replay, subscription, last_event_id, connection, refused, hint)
     response = stream_response(body, connection, settings, private=private, direct_write=settings.direct_write)
     if "flask_pg_sse.testing" in environ:
         environ["flask_pg_sse.testing"].append(subscription)

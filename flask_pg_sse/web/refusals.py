@@ -27,6 +27,7 @@ class Refusals:
         self._app = app
         self._count = count
         self._repeats = Repeats(_EVERY, _EVERY)
+        self._hints = Repeats()
         self._failing_since: dict[str, float] = {}  # for each hook that fails, the monotonic time
 
     def log(
@@ -55,6 +56,12 @@ class Refusals:
         why = f": {later.why.rstrip('.')}" if later.why else ""
         self.log(f"{later.reason} {later.kind}", text, channel, later.reason, why, level=level)
         return later.why if self._app.debug else ""
+
+    def hint(self, text: str) -> str:
+        """Log why a stream that is open may hear nothing. Return what its client is told of it: in debug mode, all."""
+        if text:
+            self._hints.log(logger.warning, "", time.monotonic(), "%s", text)
+        return text if self._app.debug else ""
 
     def hook_failed(self, hook: str) -> float:
         """Note that the hook fails. Return for how many seconds it has done so, at most 60."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 
 import pytest
-from flask import Flask
+from flask import Flask, abort, redirect
 from flask import request as flask_request
 
 from flask_pg_sse import repeats
@@ -81,6 +81,44 @@ def test_in_debug_each_refusal_is_logged(make_app: MakeApp, caplog: pytest.LogCa
         ask(app, "/sse/Orders")
     assert len(caplog.records) == 3
     assert "Did you mean 'orders'?" in app.test_client().get("/sse/Orders").text
+
+
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("/sse?channel=orders,news", "Did you mean several channels? They are written as ?channel=orders&channel=news"),
+        ("/sse?channel=room-*", "Channel 'room-*' is one channel of exactly that name"),
+        ("/sse/room-[0-9]", "Channel 'room-[0-9]' is one channel of exactly that name"),
+    ],
+)
+def test_a_stream_that_may_hear_nothing_is_open_and_says_why(
+    database_url: str, make_app: MakeApp, caplog: pytest.LogCaptureFixture, debug: bool, url: str, words: str
+) -> None:
+    app = make_app(database_url, SSE_CHANNELS=["*"])
+    app.debug = debug
+    for _ in range(3):
+        with app.test_client().get(url) as answer:
+            pieces = answer.iter_encoded()
+            opening = (next(pieces) + next(pieces)).decode()
+        assert "event: sse-open" in opening
+        assert (f": {words}" in opening or f" {words}" in opening) == debug, opening
+    assert [record.levelname for record in caplog.records if words in record.getMessage()] == ["WARNING"]
+    caplog.clear()
+    with closing(stream(app.test_client(), "/sse/plain")) as events:
+        assert next(events).event == "sse-open"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_an_http_answer_of_a_hook_is_a_line_too(make_app: MakeApp, caplog: pytest.LogCaptureFixture) -> None:
+    def may_listen(channel: str) -> bool:
+        abort(redirect("/login") if channel == "redirects" else 401)
+
+    app = make_app(authorize=may_listen, SSE_CHANNELS=[], SSE_BROKER_URL="memory://")
+    for _ in range(3):
+        assert (ask(app, "/sse/a"), ask(app, "/sse/redirects")) == (401, 302)
+    [line] = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "may_listen() answered 401 UNAUTHORIZED" in line
 
 
 def test_names_that_clients_choose_make_no_lines_of_their_own(

@@ -10,12 +10,12 @@ import contextlib
 import heapq
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ...channels import RESERVED_PREFIX
+from ...repeats import Repeats
 from ...tokens import Keys, read_disconnect
 from ..base import ControlMessage, Disconnect, Erased
 from . import codec
@@ -66,7 +66,7 @@ class DisconnectCommands:
         self._came = Snapshot()  # the transactions whose commands have come, or were sent before we listened
         self._done: set[str] = set()  # nonces of obeyed commands
         self._transactions: list[tuple[int, str]] = []  # a heap: the transaction of each of them
-        self._warned_at = -math.inf
+        self._ignored_ones = Repeats(60.0, 60.0)
 
     def came(self, snapshot: Snapshot) -> None:
         """Note that no command of the transactions in `snapshot` can come any more, except from the log."""
@@ -107,9 +107,7 @@ class DisconnectCommands:
 
     def _ignored(self, why: str) -> None:
         """Log it at most once a minute, because any role can send any number of such messages."""
-        if time.monotonic() - self._warned_at >= 60:
-            self._warned_at = time.monotonic()
-            logger.warning("Ignored a command to end streams: %s.", why)
+        self._ignored_ones.log(logger.warning, "", time.monotonic(), "Ignored a command to end streams: %s.", why)
 
 
 def _read_erased(text: str) -> Erased | None:
