@@ -139,7 +139,7 @@ def _session_ended(session: Any, transaction: Any) -> None:
 
 
 class _Connection:
-    """What waits on one connection. Each has the number of the savepoint that it is in; 0 is the transaction itself."""
+    """What waits on one connection, each with the number of the savepoint that it was in (0: in none)."""
 
     def __init__(self) -> None:
         self.waiting = _Waiting()
@@ -178,7 +178,6 @@ def _listen_to_connections(engine: Any) -> None:
     listen(engine, "rollback", _connection_rolled_back)
     listen(engine, "rollback_twophase", _connection_rolled_back)
     listen(engine, "rollback_savepoint", _savepoint_rolled_back)
-    listen(engine, "release_savepoint", _savepoint_released)
     listen(engine, "handle_error", _connection_failed)
 
 
@@ -207,14 +206,9 @@ def _connection_rolled_back(connection: Any, *_: Any) -> None:
 
 
 def _savepoint_rolled_back(connection: Any, name: str, *_: Any) -> None:
+    # What is in savepoints with a larger number, released or not, is within this one.
     if (its := _connections.get(connection)) is not None:
         undone = [ended for number, ended in its.waiting if number >= _number(name)]
         its.waiting[:] = [(number, ended) for number, ended in its.waiting if number < _number(name)]
         for ended in undone:
             ended(Outcome.UNDONE)
-
-
-def _savepoint_released(connection: Any, name: str, *_: Any) -> None:
-    # Savepoints with a smaller number that still stand are around this one.
-    if (its := _connections.get(connection)) is not None:
-        its.waiting[:] = [(min(number, _number(name) - 1), ended) for number, ended in its.waiting]

@@ -235,8 +235,9 @@ def test_a_forked_child_knows_nothing_of_its_parents_transactions(
 ) -> None:
     app = make_app()
     engine = create_engine("sqlite://")
-    with capture(app) as events, app.app_context(), Session(engine) as session:
-        notify("stock", "x", connection=session)
+    with capture(app) as events, Session(engine) as session:
+        with app.app_context():
+            notify("stock", "x", connection=session)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, as pytest-xdist has
             child = os.fork()
