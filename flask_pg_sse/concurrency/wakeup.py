@@ -12,6 +12,9 @@ from typing import Any, Protocol
 from .forks import close_in_children
 from .greenlets import end_copy, forks, hub_here, poll
 
+# Seconds of one wait. A test that freezes the clock, as with freezegun, makes deadlines that are decades away.
+LONGEST = 3600.0
+
 
 class _End(_socket.socket):
     """One end of a pair of sockets: the system's, which gevent does not know, and which can be referred to weakly."""
@@ -63,7 +66,7 @@ class Wakeup:
         if self._waiting is None:
             descriptors = [self._number, self._watched] if self._watched >= 0 else [self._number]
             self._waiting = _ThreadWaiting(descriptors) if hub_here() is None else _GreenletWaiting(descriptors)
-        if self._number in self._waiting.wait(timeout):
+        if self._number in self._waiting.wait(min(timeout, LONGEST)):
             self.clear()
 
     def close(self) -> None:

@@ -28,6 +28,8 @@ for _ in range(3):
     begun = time.monotonic()
     wakeup.wait(0.01)
     assert time.monotonic() - begun < 5, "it kept to the time of the wait before"
+theirs.send(b"x")
+wakeup.wait(2e9)  # as where the clock was frozen in another century
 wakeup.watch(-1)
 wakeup.close()
 print("fine")
