@@ -169,6 +169,7 @@ def test_an_update_of_many_rows_pairs_each_row_with_its_old_values(writer: Write
         ("s" * 63, "t" * 63, "c" * 63),
         ("schéma", "täble", "ñ"),
         ("public", "select", "new"),
+        ("public", "new_rows", "r"),
     ],
 )
 def test_any_identifier(writer: Writer, schema: str, table: str, column: str) -> None:

@@ -76,29 +76,26 @@
             ', row_number() OVER () AS "row of flask_pg_sse" FROM ', old_rows,
             ') AS old USING ("row of flask_pg_sse")')
     END;
-    lines := concat('(SELECT row_to_json(r) FROM (SELECT ');  -- the beginning of every object
-    row_old := concat(lines, row_old, ') AS r)');
-    key_old := concat(key_old, CASE WHEN key_old <> '' THEN ', ' END);
-    lines := CASE operation
-        WHEN 'INSERT' THEN concat($$SELECT 'insert' AS event, $$, channel_new, ' AS channel, ', lines, row_new,
-            ') AS r) AS data, ', lines, key_new, ') AS r) AS key')
-        WHEN 'DELETE' THEN concat($$SELECT 'delete' AS event, $$, channel_old, ' AS channel, ', lines, key_old,
-            row_old, ' AS old) AS r) AS data, ', lines, key_old, lines, rtrim(key_old, ', '),
-            ') AS r) AS old) AS r) AS key')
-        ELSE concat($$SELECT 'update' AS event, $$, channel_new, ' AS channel, ', lines, row_new, ', ',
-            row_old, ' AS old) AS r) AS data, ', lines, key_new, CASE WHEN key_new <> '' THEN ', ' END, lines,
-            rtrim(key_old, ', '), ') AS r) AS old) AS r) AS key')
-    END;
+    -- JSON objects: of all that is sent, and of the key alone, for where the rest does not fit. The lists may be empty.
+    opening := '(SELECT row_to_json(flask_pg_sse) FROM (SELECT ';
+    closing := ') AS flask_pg_sse)';
+    row_old := concat(opening, row_old, closing, ' AS old');
+    old_key := concat(opening, key_old, closing, ' AS old');
+    inserted := concat(opening, row_new, closing, ' AS data, ', opening, key_new, closing, ' AS key');
+    updated := concat(opening, concat_ws(', ', row_new, row_old), closing, ' AS data, ',
+        opening, concat_ws(', ', nullif(key_new, ''), old_key), closing, ' AS key');
+    deleted := concat(opening, concat_ws(', ', nullif(key_old, ''), row_old), closing, ' AS data, ',
+        opening, concat_ws(', ', nullif(key_old, ''), old_key), closing, ' AS key');
+    inserted := concat($$SELECT 'insert' AS event, $$, channel_new, ' AS channel, ', inserted);
+    updated := concat($$SELECT 'update' AS event, $$, channel_new, ' AS channel, ', updated);
+    deleted := concat($$SELECT 'delete' AS event, $$, channel_old, ' AS channel, ', deleted);
+    lines := CASE operation WHEN 'INSERT' THEN inserted WHEN 'DELETE' THEN deleted ELSE updated END;
     IF operation = 'UPDATE' AND cardinality(channel) > 1 THEN
-        -- A row that moves from one channel to another one leaves the first, and appears in the second: who listens
-        -- to one of them must not read what is the other's.
-        lines := concat(lines, ' WHERE ', channel_new, ' = ', channel_old,
-            $$ UNION ALL SELECT 'delete', $$, channel_old, ', (SELECT row_to_json(r) FROM (SELECT ', key_old, row_old,
-            ' AS old) AS r), (SELECT row_to_json(r) FROM (SELECT ', rtrim(key_old, ', '), ') AS r) WHERE ', channel_old,
-            ' IS DISTINCT FROM ', channel_new,
-            $$ UNION ALL SELECT 'insert', $$, channel_new, ', (SELECT row_to_json(r) FROM (SELECT ', row_new,
-            ') AS r), (SELECT row_to_json(r) FROM (SELECT ', key_new, ') AS r) WHERE ', channel_old,
-            ' IS DISTINCT FROM ', channel_new);
+        -- A row that moves from one channel to another one leaves the first, and appears in the second: who listens to one
+        -- of them must not read what is the other's.
+        lines := concat(updated, ' WHERE ', channel_new, ' = ', channel_old,
+            ' UNION ALL ', deleted, ' WHERE ', channel_old, ' IS DISTINCT FROM ', channel_new,
+            ' UNION ALL ', inserted, ' WHERE ', channel_old, ' IS DISTINCT FROM ', channel_new);
     END IF;
     query := concat($$SELECT e.channel, array_agg(CAST(concat('{"event":"', e.event, '"}') AS json) ORDER BY e.n), $$,
         'array_agg(CAST(e.data AS text) ORDER BY e.n), array_agg(CAST(e.key AS text) ORDER BY e.n) FROM (SELECT ',

@@ -17,3 +17,9 @@
     old_rows pg_catalog.text;
     sources pg_catalog.text;
     lines pg_catalog.text;
+    opening pg_catalog.text;
+    closing pg_catalog.text;
+    old_key pg_catalog.text;
+    inserted pg_catalog.text;
+    updated pg_catalog.text;
+    deleted pg_catalog.text;
