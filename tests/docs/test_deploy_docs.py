@@ -153,6 +153,8 @@ def test_a_rolling_restart_of_two_servers(logged_url: str, start_server: Start, 
         for at, server in enumerate(servers):
             server.terminate()
             server.process.wait(20)
+            for _ in range(4):  # visitors, of whom nginx sends every other one to the server that is away
+                request(proxy.port, "/ping", tls=proxy.tls).close()
             # The pages are on the other one now.
             eventually(lambda: int(servers[1 - at].get("/held")) >= sum(not page.ended_by for page in pages), 30)  # noqa: B023
             servers[at] = start_server(logged_url, port=server.port, **options)
