@@ -21,6 +21,7 @@ from . import drop as _drop  # noqa: F401  # these have commands of their own
 from . import erase as _erase  # noqa: F401
 from . import status as _status  # noqa: F401
 from . import tables as _tables  # noqa: F401
+from . import tail as _tail  # noqa: F401
 from .database import database, settings
 
 # Seconds for one batch of events.

@@ -15,6 +15,9 @@ from ..server.siblings import resident_bytes
 from ..stats import Stats
 from .hub import Hub
 
+# The most channels, and streams, that an answer names.
+_MOST = 1000
+
 
 def figures(engine: Engine, hub: Hub | None, counted: Stats, *, draining: bool) -> dict[str, Any]:
     """Return what this worker does: numbers, bytes and seconds. Without a hub it has had no stream yet."""
@@ -39,8 +42,22 @@ def figures(engine: Engine, hub: Hub | None, counted: Stats, *, draining: bool) 
 
 
 def listened(hub: Hub | None, question: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the names of the channels that streams listen to, at most a thousand, if the question wants `names`."""
-    if not question.get("names"):
-        return {}
-    names = {name for stream in (hub.streams() if hub is not None else ()) for name in stream.channels}
-    return {"names": sorted(filter(str.isprintable, names))[:1000]}
+    """Return who listens to what, if the question wants it, at most a thousand of each.
+
+    `names`: the names of the channels that streams listen to. `channel`: the streams that listen to that channel.
+    """
+    found: dict[str, Any] = {}
+    if question.get("names"):
+        names = {name for stream in (hub.streams() if hub is not None else ()) for name in stream.channels}
+        found["names"] = sorted(filter(str.isprintable, names))[:_MOST]
+    if "channel" in question:
+        streams = hub.streams([question["channel"]]) if hub is not None else []
+        found["listeners"] = [
+            {
+                "subjects": sorted(stream.terms.subjects),
+                "client": next(iter(stream.terms.clients), None),
+                "behind": not stream.live,
+            }
+            for stream in streams[:_MOST]
+        ]
+    return found
