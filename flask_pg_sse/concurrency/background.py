@@ -69,5 +69,6 @@ class BackgroundThread:
     def _end_copy(self) -> None:
         """Have the copy end that a child has of this thread if it is a greenlet."""
         self._stopping = True
+        self._ended.set()  # nothing in the child waits for it
         if self._greenlet is not None and not self._greenlet.dead:
             become_copy()

@@ -28,10 +28,15 @@ class Descriptor(Protocol):
 _descriptors: set[weakref.ref[Descriptor]] = set()
 _stops: set[weakref.WeakMethod[Callable[[], None]]] = set()
 _resets: list[Callable[[], None]] = []
+# What children get in the place of each descriptor. Opened before there is a child, which may have no descriptor left.
+_ended: _socket.socket | None = None
 
 
 def close_in_children(one: Descriptor) -> None:
     """Have the descriptor closed in every child that is forked from now on. Only a weak reference to it is kept."""
+    global _ended
+    if _ended is None:
+        _ended = _ended_socket()
     _descriptors.add(weakref.ref(one, _descriptors.discard))
 
 
@@ -48,21 +53,20 @@ def reset_in_children(function: Callable[[], None]) -> None:
     _resets.append(function)
 
 
-def silence(one: Any) -> None:
-    """Take a descriptor away from an object of the parent's, in a child, without a word to the other side."""
+def _silence(one: Any, ended: int) -> None:
+    """Take a descriptor away from an object of the parent's, without a word to the other side."""
     with contextlib.suppress(Exception):  # each library has its own error for one that is closed
         number = one.fileno()
         if number >= 0:
             # Not close(): the object would later close the number again, and somebody else may have it by then. What
             # still uses the number finds the end of a connection, and ends too.
-            os.dup2(_ended.fileno(), number, inheritable=False)
+            os.dup2(ended, number, inheritable=False)
 
 
 def _begin_child() -> None:
-    global _ended
-    _ended = _ended_socket()
     for descriptor in tuple(_descriptors):
-        silence(descriptor())
+        if _ended is not None:
+            _silence(descriptor(), _ended.fileno())
     _descriptors.clear()
     for stop in tuple(_stops):
         method = stop()
@@ -80,5 +84,4 @@ def _ended_socket() -> _socket.socket:
     return this
 
 
-_ended: _socket.socket
 os.register_at_fork(after_in_child=_begin_child)

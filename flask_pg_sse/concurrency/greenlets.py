@@ -47,9 +47,7 @@ def hub_here() -> Any:
 
 def hub_of_thread() -> Any:
     """Return the hub of this thread; None if it has none. gevent is in use."""
-    from gevent import _hub_local
-
-    return _hub_local.get_hub_if_exists()
+    return sys.modules["gevent._hub_local"].get_hub_if_exists()
 
 
 def call_in(hub: Any, callback: Any) -> None:

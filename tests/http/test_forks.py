@@ -72,7 +72,7 @@ def started(server: WebServer, start: Callable[[], object], listener: Response) 
 
 
 def check(server: WebServer, url: str, folder: Path, how: str) -> None:
-    streams = [open_stream(server.port, "orders") for _ in range(8)]
+    streams = [open_stream(server.port, "orders") for _ in range(4)]
     jobs = open_stream(server.port, "jobs")
     publish(url, 3)
     exactly(streams, 3)
@@ -197,6 +197,19 @@ def test_celerys_pool_of_processes(database_url: str, start_server: Start, tmp_p
             worker.terminate()
             worker.wait(20)
     assert not any(word in log.read_text() for word in WRONG), log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gevent", "gevent preloaded"])
+def test_notify_lets_no_copy_of_a_greenlet_run(database_url: str, start_server: Start, name: str) -> None:
+    """That of gunicorn's main greenlet would end the child: "Parent changed, shutting down"."""
+    options = SERVERS[name]
+    assert not callable(options)
+    server = start_server(database_url, *options, app=APP)
+    with open_stream(server.port, "jobs") as jobs:
+        server.post("/fork/patient")
+        assert [jobs.event().data for _ in range(20)] == list(map(str, range(20)))
+    assert "Parent changed" not in server.log()
 
 
 # One process, because what gevent has patched stays patched.

@@ -113,3 +113,19 @@ def test_nothing_under_gevent_bypasses_its_patches() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and not node.level:
                 assert node.module not in patched, f"{name} imports from {node.module}"
+
+
+def test_locks_work_between_greenlets_and_threads_of_the_system() -> None:
+    """Those of `threading` do not, once gevent has patched it. Programs of one's own may use them."""
+    theirs = {"Lock", "RLock", "Condition", "Event", "Semaphore", "BoundedSemaphore", "Barrier"}
+    for name, path in modules().items():
+        if name.split(".")[0] in ("cli", "testing") or name == "stats":  # `stats` is given its lock
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "threading":
+                assert node.attr not in theirs, f"{name}: use Lock or Event of concurrency.locks"
+
+
+def test_one_module_knows_of_forks() -> None:
+    found = [name for name, path in modules().items() if "register_at_fork" in path.read_text()]
+    assert found == ["concurrency.forks"]

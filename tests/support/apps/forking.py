@@ -22,6 +22,7 @@ from flask import request
 from flask.typing import ResponseReturnValue
 
 from flask_pg_sse import notify
+from flask_pg_sse.concurrency.greenlets import original
 from flask_pg_sse.server import shutdown
 from flask_pg_sse.testing import stream
 from tests.support.apps.basic import app
@@ -39,6 +40,14 @@ def job(folder: str) -> None:
         notify("jobs", "ended")
 
 
+def patient_job() -> None:
+    """Notify for longer than a second, without a pause of the app's own in which greenlets run."""
+    with app.app_context():
+        for number in range(20):
+            notify("jobs", number)
+            original("time", "sleep")(0.1)
+
+
 def listening_job(folder: str) -> None:
     """Hear a stream of the child's own."""
     events = stream(app.test_client(), "/sse/jobs", timeout=10)
@@ -53,6 +62,11 @@ def listening_job(folder: str) -> None:
 @app.post("/fork/<how>")
 def fork(how: str) -> ResponseReturnValue:
     folder = request.args["folder"]
+    if how == "patient":
+        child = _fork.Process(target=patient_job)
+        child.start()
+        _held.append(child)
+        return ""
     worker = shutdown.gunicorn_worker()
     if worker is not None:  # the copy of its main greenlet ends a child that lets greenlets run for a second
         os.register_at_fork(after_in_child=lambda: setattr(worker, "notify", lambda: None))
