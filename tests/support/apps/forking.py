@@ -61,7 +61,7 @@ def listening_job(folder: str) -> None:
 
 @app.post("/fork/<how>")
 def fork(how: str) -> ResponseReturnValue:
-    folder = request.args["folder"]
+    folder = request.args.get("folder", "")
     if how == "patient":
         child = _fork.Process(target=patient_job)
         child.start()
