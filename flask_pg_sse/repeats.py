@@ -65,7 +65,7 @@ class Repeats:
     def log(self, log: Callable[..., None], kind: str, now: float, message: str, *args: object) -> None:
         """Count a message, and log it if it must be, by a logger's method."""
         if number := self.count(kind, now):
-            log(message + "%s", *args, times(number))
+            log(message + "%s", *args, times(number), stacklevel=2)
 
     def over(self, now: float) -> Ended | None:
         """Note that the trouble is over. Return None if there was none, or if nothing of it was logged.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import time
 import weakref
 from collections.abc import Callable
@@ -51,13 +52,20 @@ class Outbox:
         with self._lock:
             if command not in self._due and len(self._due) >= MOST:
                 del self._due[next(iter(self._due))]
-                logger.error("A disconnect() was dropped: %d others wait for the database.", MOST)
+                text = "A disconnect() was dropped: %d others wait for the database."
+                self._repeats.log(logger.error, text, time.monotonic(), text, MOST)
             self._due[command] = min(at, self._due.get(command, at))
             if self._sender is None:
                 _outboxes.add(self)
                 self._sender = _Sender(self)
                 self._sender.start()
             self._sender.look_again()
+
+    def ended(self, sender: _Sender) -> None:
+        """Note that a thread has ended."""
+        with self._lock:
+            if self._sender is sender:
+                self._sender = None
 
     def stop(self, timeout: float) -> None:
         """Try to send what is left, within `timeout` seconds."""
@@ -74,10 +82,12 @@ class Outbox:
             if not self._due:
                 self._sender = None
                 return None
-            command = min(self._due, key=self._due.__getitem__)
-            left = max(self._due[command], self._not_before) - time.monotonic()
-            if left > 0 and not stopping:
-                return left
+            now = math.inf if stopping else time.monotonic()
+            if now < self._not_before:
+                return self._not_before - now
+            command = next((one for one, at in self._due.items() if at <= now), None)
+            if command is None:
+                return min(self._due.values()) - now
             del self._due[command]
         try:
             self._obey(command)
@@ -122,9 +132,12 @@ class _Sender(BackgroundThread):
         self._wakeup.set()
 
     def _work(self) -> None:
-        while (left := self._outbox.send_next(stopping=self._stopping)) is not None:
-            if left > 0:
-                self._wakeup.wait(left)
+        try:
+            while (left := self._outbox.send_next(stopping=self._stopping)) is not None:
+                if left > 0:
+                    self._wakeup.wait(left)
+        finally:  # also if this greenlet was killed: the next command needs another one
+            self._outbox.ended(self)
 
 
 @atexit.register

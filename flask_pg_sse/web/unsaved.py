@@ -33,7 +33,8 @@ def save_no_session() -> None:
         return
     copy = _copy_class(interface.null_session_class)(session)
     # What extensions keep besides: Flask-Session has the session's id there.
-    copy.__dict__.update({name: value for name, value in vars(session).items() if name not in copy.__dict__})
+    kept = getattr(session, "__dict__", {})
+    copy.__dict__.update({name: value for name, value in kept.items() if name not in copy.__dict__})
     setattr(context, name, copy)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,10 +11,13 @@ from typing import Any
 import pytest
 from flask import Flask, Response, abort
 
-from flask_pg_sse import disconnect
+from flask_pg_sse import DatabaseUnavailable, disconnect
 from flask_pg_sse.engine.base import Disconnect
+from flask_pg_sse.engine.outbox import MOST, Outbox
 from flask_pg_sse.testing import capture, stream
 from tests.support.client import eventually
+from tests.support.postgres import execute
+from tests.support.servers import ROOT
 
 MakeApp = Callable[..., Flask]
 
@@ -85,6 +90,52 @@ def test_at_once_if_that_is_wanted_or_if_no_response_follows(app: Flask, sent: l
         assert sent == ["7", "8", "9"]
         with pytest.raises(RuntimeError, match="no response follows"):
             disconnect(subject=9, after_response=True)
+
+
+LAST_REQUEST = """
+import sys
+from flask import Flask
+from flask_pg_sse import disconnect, sse_bp
+
+app = Flask("app")
+app.config.update(SECRET_KEY="x", SSE_DATABASE_URL=sys.argv[1])
+app.register_blueprint(sse_bp)
+
+@app.post("/logout")
+def logout():
+    disconnect(subject=7)
+    return ""
+
+app.test_client().post("/logout").close()
+"""
+
+
+def test_a_process_that_ends_after_its_last_request_sends_it_first(logged_url: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LAST_REQUEST, logged_url], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert execute(logged_url, "SELECT count(*) FROM flask_pg_sse.event WHERE channel = 'flask_pg_sse'") == [(1,)]
+
+
+def test_commands_that_wait_are_bounded_and_each_is_one(caplog: pytest.LogCaptureFixture) -> None:
+    away = True
+    sent: list[Disconnect] = []
+
+    def send(command: Disconnect) -> None:
+        if away:
+            raise DatabaseUnavailable("PostgreSQL is away.")
+        sent.append(command)
+
+    ended: list[Disconnect] = []
+    outbox = Outbox(send, ended.append)
+    for number in range(MOST + 10):
+        outbox.add(Disconnect(f"{number % (MOST + 5)}", None))
+    eventually(lambda: ended)
+    assert MOST - 1 <= len(outbox) <= MOST + 1  # one may be on its way
+    assert caplog.text.count("A disconnect() was dropped") == 1 and "PostgreSQL is away. It is kept" in caplog.text
+    away = False
+    eventually(lambda: not len(outbox), 30)
+    eventually(lambda: outbox._sender is None)
+    assert len(sent) == len(set(sent)) and len(sent) >= MOST
 
 
 def test_in_a_streams_own_hook(database_url: str, make_app: MakeApp) -> None:
