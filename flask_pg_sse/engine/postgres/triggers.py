@@ -179,5 +179,8 @@ def _fill(name: str, **values: str) -> str:
     def value(found: re.Match[str]) -> str:
         return values[found[1]] if found[1] in values else _fill(f"watch_{found[1]}.sql").rstrip()
 
-    values.setdefault("cast_trusted", trusted("p.proowner", "current_user"))
+    values |= {
+        "cast_trusted": trusted("p.proowner", "current_user"),
+        "type_trusted": trusted("y.typowner", "current_user"),
+    }
     return _VALUE.sub(value, read_sql(name))

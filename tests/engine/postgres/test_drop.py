@@ -8,6 +8,7 @@ import pytest
 from flask import Flask
 
 from flask_pg_sse import drop_schema_sql, notify, schema_sql, trigger_sql
+from flask_pg_sse.cli.main import main
 from tests.support.postgres import execute
 
 MakeApp = Callable[..., Flask]
@@ -60,6 +61,10 @@ def test_nothing_is_asked_with_yes_and_nothing_is_said_of_the_logs_own(database_
     ]
     assert not is_there(database_url)
     assert sse(make_app(), "drop", "--sql") == (0, drop_schema_sql().splitlines())
+
+
+def test_the_commands_are_there_without_an_app() -> None:
+    assert {"drop", "erase", "unwatch", "watch"} <= main.commands.keys()
 
 
 def test_connected_apps_are_told_of(database_url: str, make_app: MakeApp) -> None:

@@ -66,11 +66,6 @@ BEGIN
             MESSAGE = 'a column is called "old", as the part of an event with the old values',
             HINT = 'Name the other columns (--columns), or watch inserts alone (--on insert).';
     END IF;
-    IF condition IS NOT NULL THEN
-        source := concat('(SELECT (NULL::', relation::regclass, ').*) AS ');
-        -- It is evaluated with rows of NULLs, as inserts and deletes have one: a type without "=" shows only then.
-        EXECUTE concat('SELECT FROM ', source, 'new, ', source, 'old WHERE (', condition, E'\n)');
-    END IF;
     -- Otherwise the triggers would send past the log, by NOTIFY alone.
     IF EXISTS (SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
         WHERE n.nspname = 'flask_pg_sse' AND p.proname = 'enqueue_v1'
@@ -93,6 +88,11 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state', MESSAGE = concat(
             'the condition might call functions of other roles with the rights of ', quote_ident(current_user), chr(58), ' ',
             casts), HINT = 'Watch the table as its owner, or without a condition.';
+    END IF;
+    IF condition IS NOT NULL THEN
+        source := concat('(SELECT (NULL::', relation::regclass, ').*) AS ');
+        -- It is evaluated with rows of NULLs, as inserts and deletes have one: a type without "=" shows only then.
+        EXECUTE concat('SELECT FROM ', source, 'new, ', source, 'old WHERE (', condition, E'\n)');
     END IF;
     FOR number IN 0 .. 99 LOOP  -- the name may be taken: a table was renamed, and another one has its name now
         name := concat('flask_pg_sse_watch_', left(encode(sha256(convert_to(concat(

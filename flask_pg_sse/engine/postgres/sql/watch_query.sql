@@ -26,8 +26,13 @@
                 ELSE concat('CASE WHEN old.', i.ident, ' IS NOT NULL THEN concat(old.', i.ident, ') END AS ', i.ident)
             END AS value_old,
             CASE WHEN NOT b.own AND condition IS NOT NULL THEN (
-                SELECT string_agg(p.oid::regprocedure::text, ', ') FROM pg_cast x JOIN pg_proc p ON p.oid = x.castfunc
-                WHERE x.castsource IN (t.oid, t.typelem, t.typbasetype) AND NOT @cast_trusted@)
+                SELECT string_agg(u.name, ', ') FROM (
+                    SELECT p.oid::regprocedure::text FROM pg_cast x JOIN pg_proc p ON p.oid = x.castfunc
+                    WHERE x.castsource IN (t.oid, t.typelem, t.typbasetype) AND NOT @cast_trusted@
+                    UNION ALL  -- the owner of a row type can give its columns other types
+                    SELECT y.oid::regtype::text FROM pg_type y
+                    WHERE y.oid IN (t.oid, t.typelem, t.typbasetype) AND y.typtype = 'c' AND NOT @type_trusted@
+                ) AS u (name))
             END AS cast_by
         FROM pg_attribute a
         JOIN pg_type t ON t.oid = a.atttypid
