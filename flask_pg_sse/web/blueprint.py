@@ -95,6 +95,13 @@ class _ChannelConverter(PathConverter):
     regex = ".+?"
     part_isolating = False  # it may contain slashes
 
+    def to_url(self, value: object) -> str:
+        if not {".", ".."}.isdisjoint(str(value).split("/")):
+            raise InvalidChannel(
+                f"The channel {value!r} cannot be a path: browsers take . and .. out. Use sse_url({value!r})."
+            )
+        return super().to_url(value)
+
 
 # The commands (`cli/commands.py`) are `flask sse …`, even if an app gives the blueprint another name.
 sse_bp = SSEBlueprint("sse", __name__, url_prefix="/sse", cli_group="sse")

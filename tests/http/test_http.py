@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -145,6 +146,14 @@ def test_channels_of_a_url(database_url: str, make_app: MakeApp, url: str, chann
             for channel in channels:
                 notify(channel, channel)
         assert [next(events).data for _ in channels] == channels
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/../b", "./a", "a/."])
+def test_a_name_that_browsers_would_change_in_a_path_is_refused_there(make_app: MakeApp, name: str) -> None:
+    with make_app("postgresql://127.0.0.1:1/x").test_request_context():
+        with pytest.raises(InvalidChannel, match=re.escape(f"Use sse_url({name!r})")):
+            url_for("sse.channel", channel=name)
+        assert sse_url(name) == f"/sse?channel={quote(name, safe='')}"
 
 
 def listened(app: Flask) -> list[str]:
