@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
@@ -14,6 +15,7 @@ from flask import Flask, abort
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from flask_pg_sse import PgSSE, notify, notify_many
@@ -251,6 +253,43 @@ def test_a_forked_child_knows_nothing_of_its_parents_transactions(
         session.commit()
     assert [event.data for event in events] == ["x"] and not caplog.records
     engine.dispose()
+
+
+def test_a_session_within_an_asynchronous_one(
+    database_url: str, make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app(database_url)
+
+    async def run(*, commits: bool) -> None:
+        engine = create_async_engine(database_url.replace("postgresql://", "postgresql+psycopg://"))
+        async with AsyncSession(engine) as session:
+            with app.app_context():
+                await session.run_sync(lambda inner: notify("stock", "x", connection=inner))
+            if commits:
+                await session.commit()
+        await engine.dispose()
+
+    asyncio.run(run(commits=True))
+    assert "transaction" not in caplog.text
+    asyncio.run(run(commits=False))
+    assert LOST in caplog.text
+
+
+def test_the_ways_to_begin(shop: Shop) -> None:
+    def view() -> str:
+        with shop.db.session.begin():
+            notify("stock", "x", connection=shop.db.session)
+        with shop.db.engine.begin() as connection:
+            notify("stock", "x", connection=connection)
+        with Session(shop.db.engine) as session, session.begin():
+            notify("stock", "x", connection=session)
+        with shop.db.engine.connect() as connection, Session(connection) as session:
+            notify("stock", "x", connection=session.connection())
+            session.commit()
+            connection.commit()
+        return ""
+
+    assert shop.request(view) == []
 
 
 def test_in_capture_too(make_app: MakeApp, caplog: pytest.LogCaptureFixture) -> None:
