@@ -38,8 +38,8 @@ _FOUND = (
 def _erase(channel: str | None, where: str | None) -> None:
     """Erase the events of CHANNEL, or those that a condition finds, or both together.
 
-    What they said goes, also from the workers' memory. Their ids stay, so browsers resume as before, and are told
-    nothing. What was sent already cannot be taken back.
+    Their text goes, also from the workers' memory. Their ids stay, so browsers resume as before, and are told nothing.
+    Events that were sent already cannot be taken back.
     """
     if channel is None and where is None:
         raise click.UsageError("Name a channel, or a condition with --where, or both.")

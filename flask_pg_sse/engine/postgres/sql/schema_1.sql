@@ -708,8 +708,8 @@ BEGIN
 END $function$;
 
 -- Erase events before their time: those of a channel, those with some ids, or those of the ids that are the channel's.
--- Return how many. The rows and their ids stay, because a client may stand on each of them: see look_v1(). What they said
--- goes: channel, fields and data. Commands of the control channel stay.
+-- Return how many. The rows and their ids stay, because a client may stand on each of them: see look_v1(). Channel, fields
+-- and data go. Commands of the control channel stay.
 --
 -- Workers keep recent events in memory, so they are told, by an event of the control channel. It has a signature and an id,
 -- so no other role can send it, and workers that are away read it from the log later. The plan is made each time, because

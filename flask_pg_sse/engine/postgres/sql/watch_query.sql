@@ -96,8 +96,8 @@
     deleted := concat($$SELECT 'delete' AS event, $$, channel_old, ' AS channel, ', deleted);
     lines := CASE operation WHEN 'INSERT' THEN inserted WHEN 'DELETE' THEN deleted ELSE updated END;
     IF operation = 'UPDATE' AND cardinality(channel) > 1 THEN
-        -- A row that moves from one channel to another one leaves the first, and appears in the second: who listens to one
-        -- of them must not read what is the other's.
+        -- A row that moves from one channel to another one leaves the first, and appears in the second: the listeners of
+        -- one channel must not read the other's values.
         lines := concat(updated, ' WHERE ', channel_new, ' = ', channel_old,
             ' UNION ALL ', deleted, ' WHERE ', channel_old, ' IS DISTINCT FROM ', channel_new,
             ' UNION ALL ', inserted, ' WHERE ', channel_old, ' IS DISTINCT FROM ', channel_new);
