@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 from flask import Flask
 
 from flask_pg_sse import sse_bp
+from flask_pg_sse.server import rundir
 from tests.support.client import eventually
 
 pytest_plugins = [
@@ -87,6 +89,8 @@ def make_app() -> Iterator[Callable[..., Flask]]:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """With NO_SKIPS=1, as in CI, a skipped test fails the run: it would be green without having looked."""
+    with contextlib.suppress(OSError):  # each test's database is an app of its own, of which a directory stays
+        rundir.forget_apps(unused_for=600)
     reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("NO_SKIPS") == "1" and reporter is not None and reporter.stats.get("skipped"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

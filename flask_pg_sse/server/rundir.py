@@ -203,8 +203,19 @@ def _enter(name: str, parent: int, uid: int, create: bool) -> int:
     return _open_private(name, parent, uid)
 
 
+def exists(pid: int) -> bool:
+    """Tell whether there is a process with this id; 0 is none."""
+    try:
+        os.kill(pid or 2**30, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        pass
+    return True
+
+
 def pid_of(worker: str) -> int:
-    """Return the process id in a worker's name."""
+    """Return the process id in a worker's name; 0 if it is none."""
     found = _WORKER.match(worker)
     return int(found[1]) if found else 0
 
@@ -219,8 +230,9 @@ def forget_apps(unused_for: float = _FORGET_AFTER) -> None:
             os.close(base)
         try:
             for app in os.listdir(users):
-                if time.time() - os.stat(app, dir_fd=users, follow_symlinks=False).st_mtime >= unused_for:
-                    _forget(app, users)
+                with contextlib.suppress(OSError):  # another process forgets it at this moment, or it is in use again
+                    if time.time() - os.stat(app, dir_fd=users, follow_symlinks=False).st_mtime >= unused_for:
+                        _forget(app, users)
         finally:
             os.close(users)
 
@@ -229,7 +241,8 @@ def _forget(app: str, users: int) -> None:
     directory = _open_private(app, users, os.geteuid())
     try:
         names = os.listdir(directory)
-        if not any(name.endswith((_SOCKET, _COUNTERS)) for name in names):
+        # Those of a container with process ids of its own may seem to be gone. They come back (`still_there()`).
+        if not any(exists(pid_of(name.partition(".")[0])) for name in names):
             for name in names:
                 os.unlink(name, dir_fd=directory)
             os.rmdir(app, dir_fd=users)

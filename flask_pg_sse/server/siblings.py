@@ -30,7 +30,7 @@ from ..concurrency.background import BackgroundThread
 from ..concurrency.forks import close_in_children
 from ..concurrency.greenlets import poll
 from ..stats import SIZE, Stats, Totals, added
-from .rundir import RunDirectory, forget_apps, pid_of, users
+from .rundir import RunDirectory, exists, forget_apps, pid_of, users
 
 logger = logging.getLogger(__name__)
 
@@ -307,22 +307,12 @@ def ask_all(app_id: str, question: Question, *, skip: str = "") -> Asked:
 def _tidy(directory: RunDirectory) -> None:
     """Remove what killed workers have left. Those that live are not disturbed."""
     for worker in directory.workers():
-        if not _exists(pid_of(worker)):
+        if not exists(pid_of(worker)):
             with contextlib.closing(_socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as trial:
                 trial.setblocking(False)
                 # A process of another container, which has processes of its own, may be there all the same.
                 if trial.connect_ex(directory.socket_of(worker)) == errno.ECONNREFUSED:
                     directory.remove(worker)
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def is_stopped(worker: str) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -198,6 +200,11 @@ def test_apps_without_workers_are_forgotten_after_a_day(base: Path, appear: Make
         (users / name).mkdir(mode=0o700)
         (users / name / "ended.json").write_text("{}")
         os.utime(users / name, (0, os.stat(users).st_mtime - age))
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    for end in ("socket", "counters"):
+        (users / "old" / f"{killed.pid}-0123abcd.{end}").touch()
+    os.utime(users / "old", (0, os.stat(users).st_mtime - 100_000))
     os.utime(users / APP, (0, 0))
     rundir.forget_apps()
     assert {path.name for path in users.iterdir()} == {"new", APP}

@@ -46,6 +46,11 @@ def test_a_turn_counts_an_event_once_for_each_stream_that_gets_it(hub: Hub) -> N
     assert of(hub.stats, stats.DELIVERED) == 2 + 2 + 3
     sizes = [len(data) for _, data, _ in turn]
     assert of(hub.stats, stats.DELIVERED_BYTES) == 3 * (sizes[0] + sizes[2]) + sizes[1]
+    hub.close(hub.streams(["a"])[0])
+    hub.sweep()
+    before = of(hub.stats, stats.DELIVERED)
+    hub.deliver([item("a", 3, 30)], 3)
+    assert of(hub.stats, stats.DELIVERED) == before + 2
 
 
 def test_streams_are_counted_as_they_begin_and_end_and_why(hub: Hub) -> None:
