@@ -37,7 +37,7 @@ def pytest_in(folder: Path, *options: str) -> tuple[str, int]:
     """Return the last line of a run, and its exit status. Warnings are errors there, ours and those of others."""
     command = [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     return done.stdout, done.returncode
 
 
@@ -47,6 +47,7 @@ def test_the_suite_passes_without_a_database(suite: Path, options: tuple[str, ..
     assert status == 0 and "7 passed" in said, said
 
 
+@pytest.mark.slow
 def test_the_suite_finds_a_notify_after_the_commit(suite: Path) -> None:
     code = example("shop.py")
     commit = "        db.session.commit()\n"
@@ -58,6 +59,7 @@ def test_the_suite_finds_a_notify_after_the_commit(suite: Path) -> None:
         assert f"FAILED test_shop.py::{name}" in said, said
 
 
+@pytest.mark.slow
 def test_the_fixture_may_be_imported(suite: Path) -> None:
     code = example("conftest.py").replace(
         'pytest_plugins = ["flask_pg_sse.testing.fixtures"]',
