@@ -341,7 +341,7 @@ class Worker:
             stats=self.stats,
         )
         every = min(heartbeat, settings.send_timeout, settings.max_age or heartbeat)
-        ticker = Ticker(hub, every, self._owner(), self._end_abandoned)
+        ticker = Ticker(hub, every, self._owner(), self._end_abandoned, self.outbox.obey_overdue)
         try:
             ticker.start()
             self.engine.start(hub)

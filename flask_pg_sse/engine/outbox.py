@@ -23,6 +23,9 @@ MOST = 10_000
 # Seconds between two attempts.
 _FIRST = 0.1
 _LONGEST = 5.0
+# Seconds after which a command that has not been sent is obeyed here. Sent, it comes back within milliseconds. Obeyed
+# twice, it could end streams that have come back since, with their right checked again.
+_PATIENCE = 0.5
 # Seconds that the end of the process waits for commands that are on their way.
 _AT_EXIT = 1.0
 
@@ -32,8 +35,8 @@ _outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()
 class Outbox:
     """The commands of one worker that have not been sent yet.
 
-    `send` sends one to every process. `obey` ends the streams of this process that it names; that needs no database, so
-    it comes first. A thread runs while there is anything to send.
+    `send` sends one to every process, this one too. If that fails or takes long, `obey` ends the streams of this
+    process that it names. A thread runs while there is anything to send.
     """
 
     def __init__(self, send: Callable[[Disconnect], None], obey: Callable[[Disconnect], None]) -> None:
@@ -41,6 +44,7 @@ class Outbox:
         self._obey = obey
         self._lock = Lock()
         self._due: dict[Disconnect, float] = {}  # the monotonic time at which each must be sent
+        self._on_its_way: tuple[Disconnect, float] | None = None  # with the monotonic time since when
         self._sender: _Sender | None = None
         self._backoff = Backoff(_FIRST, _LONGEST)
         self._not_before = 0.0  # monotonic time of the next attempt, after one has failed
@@ -89,9 +93,10 @@ class Outbox:
             if command is None:
                 return min(self._due.values()) - now
             del self._due[command]
+        self._on_its_way = command, time.monotonic()
         try:
-            self._obey(command)
             self._send(command)
+            self._on_its_way = None
         except Exception as error:  # the thread survives, or no further command would be sent
             self._failed(command, error, stopping=stopping)
         else:
@@ -101,7 +106,18 @@ class Outbox:
                 logger.warning("disconnect() reaches the other workers again, after %s.", duration(ended.seconds))
         return 0.0
 
+    def obey_overdue(self) -> None:
+        """Obey a command here that is on its way for too long. Call this about once a second."""
+        if self._on_its_way is not None and time.monotonic() - self._on_its_way[1] >= _PATIENCE:
+            self._obey_here()
+
+    def _obey_here(self) -> None:
+        command, self._on_its_way = self._on_its_way, None
+        if command is not None:
+            self._obey(command[0])
+
     def _failed(self, command: Disconnect, error: Exception, *, stopping: bool) -> None:
+        self._obey_here()
         with self._lock:
             self._due.setdefault(command, time.monotonic())
             kept = len(self._due)

@@ -21,16 +21,23 @@ _LAST_TICK = 0.1
 class Ticker(BackgroundThread):
     """Looks after a hub's streams from `start()` to `stop()`. `every` is the hub's shortest interval, in seconds.
 
-    Once `owner` has been garbage-collected, and the last stream has ended, it calls `finish()` and ends itself.
+    Once `owner` has been garbage-collected, and the last stream has ended, it calls `finish()` and ends itself. It
+    calls `also()` after each beat.
     """
 
     def __init__(
-        self, hub: Hub, every: float, owner: object | None = None, finish: Callable[[], None] = lambda: None
+        self,
+        hub: Hub,
+        every: float,
+        owner: object | None = None,
+        finish: Callable[[], None] = lambda: None,
+        also: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__("pg-sse-ticker")
         wakeup = self._wakeup
         self._owner = weakref.ref(owner or self, lambda _: wakeup.set())
         self._finish = finish
+        self._also = also
         self._hub = hub
         self._interval = min(_TICK, every / 4)
 
@@ -60,6 +67,7 @@ class Ticker(BackgroundThread):
                 if time.monotonic() >= next_beat:
                     next_beat = time.monotonic() + self._interval
                     self._hub.beat()
+                    self._also()
                 if self._owner() is None and not len(self._hub):
                     self._finish()
                     return

@@ -138,6 +138,24 @@ def test_commands_that_wait_are_bounded_and_each_is_one(caplog: pytest.LogCaptur
     assert len(sent) == len(set(sent)) and len(sent) >= MOST
 
 
+def test_a_page_that_is_back_with_its_right_is_not_ended_again(app: Flask, sent: list[str]) -> None:
+    """The command comes back to the worker that has sent it, and must not be obeyed there before that too."""
+    ended: list[Disconnect] = []
+    hub: Any = app.extensions["pg_sse"].runtime.worker.streams[0]
+    end_here = hub.disconnect
+
+    def end(command: Disconnect) -> None:
+        ended.append(command)
+        end_here(command)
+
+    hub.disconnect = end
+    for number in range(5):
+        app.test_client().post(f"/{number}/answers").close()
+        eventually(lambda: sent == [ended[-1].subject] if ended else False)
+        sent.clear()
+        assert len(ended) == number + 1
+
+
 def test_in_a_streams_own_hook(database_url: str, make_app: MakeApp) -> None:
     """Its response takes as long as the stream: a hook that ends the user's other streams does so at once."""
 
