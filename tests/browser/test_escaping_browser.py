@@ -63,14 +63,16 @@ def serve(start_server: Start, folder: Path, url: str, body: str) -> WebServer:
 SCRIPTS = (
     '<script src="/htmx/htmx-2/dist/htmx.min.js"></script><script src="/htmx/htmx-2-sse/dist/sse.min.js"></script>'
 )
+# A page that puts each event in as HTML, and trusts whoever has sent it.
+SWAPS = SCRIPTS + '<ul id="orders" hx-ext="sse" sse-connect="/sse?channel=orders" sse-swap="message"></ul>'
 
 
+@pytest.mark.slow
 def test_without_escaping_htmx_runs_what_was_typed(
     page: Page, database_url: str, start_server: Start, tmp_path: Path
 ) -> None:
     """So a page that shows it as text has done something for it."""
-    body = SCRIPTS + '<ul id="orders" hx-ext="sse" sse-connect="/sse?channel=orders" sse-swap="message"></ul>'
-    server = serve(start_server, tmp_path, database_url, body)
+    server = serve(start_server, tmp_path, database_url, SWAPS)
     open_page(page, server)
     execute(database_url, "SELECT pg_notify('orders', json_build_object('dish', %s)::text)", (HOSTILE,))
     page.wait_for_function("window.hacked")
@@ -88,8 +90,7 @@ def test_the_text_example(page: Page, database_url: str, start_server: Start, tm
 def test_the_html_example_sends_what_is_text(
     page: Page, database_url: str, start_server: Start, tmp_path: Path
 ) -> None:
-    body = SCRIPTS + '<ul id="orders" hx-ext="sse" sse-connect="/sse?channel=orders" sse-swap="message"></ul>'
-    server = serve(start_server, tmp_path, database_url, body)
+    server = serve(start_server, tmp_path, database_url, SWAPS)
     for number in range(2):
         open_page(page, server)
         execute(database_url, "SELECT pg_notify('orders', %s)", (sent_by(example("html"))[number],))
@@ -118,8 +119,7 @@ def test_the_readmes_html_and_its_pages(page: Page, database_url: str, start_ser
         code = README.example("publish").splitlines()[1]
         names = {"notify": lambda channel, data, event: sent.append(data), "render_template": render_template}
         exec(code, {**names, "order": SimpleNamespace(dish=HOSTILE)})
-    body = SCRIPTS + '<ul id="orders" hx-ext="sse" sse-connect="/sse?channel=orders" sse-swap="message"></ul>'
-    server = serve(start_server, tmp_path, database_url, body)
+    server = serve(start_server, tmp_path, database_url, SWAPS)
     open_page(page, server)
     execute(database_url, "SELECT pg_notify('orders', %s)", (sent[0],))
     shows_as_text(page)
@@ -130,9 +130,7 @@ def test_with_the_policy_nothing_runs_that_was_typed(
     page: Page, database_url: str, start_server: Start, tmp_path: Path
 ) -> None:
     """On a page that does not escape at all, and whose own scripts are files."""
-    (tmp_path / "page.html").write_text(
-        SCRIPTS + '<ul id="orders" hx-ext="sse" sse-connect="/sse?channel=orders" sse-swap="message"></ul>'
-    )
+    (tmp_path / "page.html").write_text(SWAPS)
     (tmp_path / "with_policy.py").write_text("from tests.support.apps.pages import app\n\n\n" + example("csp"))
     server = start_server(
         database_url,

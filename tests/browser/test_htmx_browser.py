@@ -73,7 +73,7 @@ def test_examples_and_links() -> None:
 
 
 class Shop:
-    """The page's app with one recipe. `front` serves the pages, and `other` takes the orders."""
+    """The page's app with one recipe. `front` serves the pages; `other`, perhaps the same, takes the orders."""
 
     def __init__(
         self,
@@ -106,8 +106,7 @@ class Shop:
         }  # fmt: skip
         for name, text in templates.items():
             (folder / "templates" / name).write_text(text)
-        self.other = self._start()
-        self.front = self._start()
+        self.front = self.other = self._start()
 
     def _start(self, port: int | None = None) -> WebServer:
         return self._start_server(
@@ -115,6 +114,9 @@ class Shop:
             command=lambda port: gunicorn("htmx_shop:app", port, "--pythonpath", str(self._folder)),
             port=port,
         )
+
+    def take_orders_elsewhere(self) -> None:
+        self.other = self._start()
 
     def front_is_back(self) -> None:
         self.front = self._start(self.front.port)
@@ -168,6 +170,7 @@ def answered(response: Response, status: int) -> bool:
 
 def restart_behind_nginx(page: Page, shop: Shop, proxies: Proxies) -> list[str]:
     """Return what the page shows after its stream was answered 502, and an order was placed meanwhile."""
+    shop.take_orders_elsewhere()
     proxy = proxies.start("nginx", shop.front, without_an_answer_of_its_own)
     open_page(page, f"https://127.0.0.1:{proxy.port}/")
     for dish in ("soup", "cake"):

@@ -183,6 +183,8 @@ def test_step_by_step(
 
     app.write("Step 1")
     assert app.run("flask", "sse", "init").returncode == 0
+    examined = app.run("flask", "sse", "doctor")
+    assert examined.returncode < 2 and "ok      event log" in examined.stdout, examined.stdout
     app.restart()
     add(anna, "Tea")
     anna.get_by_role("button", name="Done").nth(1).click()
