@@ -29,14 +29,15 @@ _descriptors: set[weakref.ref[Descriptor]] = set()
 _stops: set[weakref.WeakMethod[Callable[[], None]]] = set()
 _resets: list[Callable[[], None]] = []
 # What children get in the place of each descriptor. Opened before there is a child, which may have no descriptor left.
-_ended: _socket.socket | None = None
+_ended: dict[str, _socket.socket] = {}
 
 
 def close_in_children(one: Descriptor) -> None:
     """Have the descriptor closed in every child that is forked from now on. Only a weak reference to it is kept."""
-    global _ended
-    if _ended is None:
-        _ended = _ended_socket()
+    if not _ended:
+        made = _ended_socket()
+        if _ended.setdefault("socket", made) is not made:  # another thread was faster
+            made.close()
     _descriptors.add(weakref.ref(one, _descriptors.discard))
 
 
@@ -65,8 +66,8 @@ def _silence(one: Any, ended: int) -> None:
 
 def _begin_child() -> None:
     for descriptor in tuple(_descriptors):
-        if _ended is not None:
-            _silence(descriptor(), _ended.fileno())
+        if _ended:
+            _silence(descriptor(), _ended["socket"].fileno())
     _descriptors.clear()
     for stop in tuple(_stops):
         method = stop()
