@@ -13,8 +13,6 @@ from flask import Flask
 
 from tests.support.servers import ROOT
 
-# The longest that doctor took for each plant, for the table of a report: DOCTOR_TABLE=file.
-_TIMES: list[str] = []
 # What tests use as passwords, tokens and keys. No answer may have any of them.
 SECRETS = ("hush-hush", "s3cret-key", "s3cret-password", "token=")
 
