@@ -113,6 +113,7 @@ def _addresses(setup: Setup) -> list[Dsn]:
         return []
     try:
         dsn, listen = setup.databases
+        dsn, listen = dsn.current(), listen and listen.current()
     except PgSSEError:
         raise NotLookedAt from None  # the check of the database says it
     return [dsn] if listen is None or listen.source == dsn.source else [dsn, listen]

@@ -14,7 +14,7 @@ from flask import Flask
 
 from ...engine.postgres.connect import connect, execute
 from ...engine.postgres.dsn import Dsn
-from ...engine.postgres.installation import Installation, look_up
+from ...engine.postgres.installation import Installation, NotUsable, look_up
 from ...errors import ConfigurationError, DatabaseUnavailable, PgSSEError
 from ...settings import Settings
 from ...web.state import State, state_of
@@ -25,6 +25,8 @@ _CONNECT_WITHIN = 4
 ANSWER_WITHIN = 4.0
 # Seconds that a heartbeat may take to come through.
 _A_LITTLE = 5.0
+# The longest in seconds that a quiet stream is watched, unless the user asks for more.
+_LONGEST = 60.0
 
 Rows = Sequence[Sequence[Any]]
 
@@ -74,7 +76,12 @@ class Setup:
 
     @property
     def seconds(self) -> float:
-        return self._seconds or min(self.settings.heartbeat + _A_LITTLE, 60.0)
+        if self._seconds is not None:
+            return self._seconds
+        try:
+            return min(self.settings.heartbeat + _A_LITTLE, _LONGEST)
+        except NotLookedAt:
+            return _A_LITTLE
 
     @property
     def uses_postgres(self) -> bool:
@@ -132,8 +139,6 @@ class Setup:
 
     def usable_log(self) -> Installation:
         """Return the event log that the app uses. Raises `NotLookedAt` if there is none, and as `execute()`."""
-        from ...engine.postgres.installation import NotUsable
-
         try:
             log = None if self.settings.event_log is False else self.log()
         except NotUsable:
@@ -155,7 +160,10 @@ def _closing(dsn: Dsn) -> Iterator[Any]:
 
 
 def _impatient(dsn: Dsn) -> Dsn:
-    """Return the address with a shorter time for each host, unless the app's own is shorter."""
+    """Return the address with a shorter time for each host, unless the app's own is shorter or comes from a "
+    "function."""
+    if dsn.ask is not None:
+        return dsn
     dsn = dsn.current()
     own = dsn.params.get("connect_timeout", "")
     seconds = int(own) if own.isdigit() and 0 < int(own) < _CONNECT_WITHIN else _CONNECT_WITHIN

@@ -84,6 +84,12 @@ def test_a_value_that_cannot_be_read(logged_url: str, make_app: MakeApp) -> None
     assert not answer.of("database") and not answer.of("channels"), "they cannot be looked at"
 
 
+def test_a_value_that_cannot_be_read_and_a_proxy(logged_url: str, make_app: MakeApp) -> None:
+    app = make_app(logged_url, **HEALTHY)
+    app.config["SSE_HEARTBEAT"] = "often"
+    found(doctor(app, "--url", "http://127.0.0.1:1"), "settings", "fault", "SSE_HEARTBEAT is 'often'")
+
+
 def test_no_key(logged_url: str, make_app: MakeApp) -> None:
     app = make_app(logged_url, SSE_CHANNELS=["orders"])
     line = found(doctor(app), "secret key", "warning", "no secret key")
@@ -169,6 +175,19 @@ def test_several_hosts(logged_url: str, make_app: MakeApp) -> None:
     line = found(doctor(make_app(several, **HEALTHY)), "hosts", "warning", "SSE_DATABASE_URL names several hosts")
     assert "?target_session_attrs=primary" in line["remedy"]
     assert doctor(make_app(f"{several}?target_session_attrs=primary", **HEALTHY)).status == 0
+
+
+def test_a_url_that_a_function_returns(logged_url: str, make_app: MakeApp) -> None:
+    host = logged_url.partition("@")[2].partition("/")[0]
+    several = logged_url.replace(host, f"{host},{host}")
+    found(doctor(make_app(lambda: several, **HEALTHY)), "hosts", "warning", "names several hosts")
+    assert doctor(make_app(lambda: logged_url, **HEALTHY)).status == 0
+
+    def fails() -> str:
+        raise ValueError("s3cret-password")
+
+    line = found(doctor(make_app(fails, **HEALTHY)), "database", "fault", "function in SSE_DATABASE_URL failed")
+    assert line["remedy"]
 
 
 @pytest.mark.slow
