@@ -40,7 +40,7 @@ def listeners(setup: Setup) -> Result:
             "Find the process of that address and port (ss -tnp), and restart that worker; if its host is gone, end "
             "the session with pg_terminate_backend().",
         )
-    return ok(f"{len(rows)} workers listen, and all of them are awake.")
+    return ok(f"Listeners, of all hosts: {len(rows)}. All of them are awake.")
 
 
 def workers(setup: Setup) -> Result:
@@ -62,7 +62,7 @@ def workers(setup: Setup) -> Result:
             f"{len(away)} of {len(found)} workers of this host do not hear PostgreSQL: {', '.join(away)}.",
             "Look at the other faults, and at the log of these workers.",
         )
-    return ok(f"{len(found)} workers of this host serve {streams} streams.")
+    return ok(f"Workers of this host: {len(found)}. Streams: {streams}.")
 
 
 def names(setup: Setup) -> Iterator[Result]:

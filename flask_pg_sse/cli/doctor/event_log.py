@@ -185,7 +185,7 @@ def tables(setup: Setup) -> Iterator[Result]:
         yield fault(f"Triggers are not as flask sse init sets them, as after a restore: {found.triggers}.", _INIT)
     if found.pending:
         yield warning(
-            f"{found.pending} events stay in flask_pg_sse.pending and were never sent: they were written while "
+            f"Events stay in flask_pg_sse.pending and were never sent ({found.pending}): they were written while "
             "triggers did not fire (session_replication_role = replica, or a trigger that is off).",
             "Send them again if they matter, and DELETE FROM flask_pg_sse.pending. Pruning deletes them after an hour.",
         )
