@@ -95,6 +95,7 @@ def test_a_proxy_of_the_documentation(site: Site) -> None:
     found(answer, "proxy cuts", "ok", "stayed open for 2 s")
 
 
+@pytest.mark.slow
 def test_a_proxy_that_buffers(site: Site) -> None:
     nginx = site.proxy("nginx", in_the_location("proxy_ignore_headers X-Accel-Buffering;"))
     answer = site.ask(nginx)
@@ -236,8 +237,8 @@ def test_the_app_is_away(site: Site) -> None:
 
 
 @pytest.mark.parametrize("url", ["ftp://a", "http://user:hush-hush@a", "http://a?token=x", "http://[", "http://a:x"])
-def test_an_url_that_is_none(site: Site, url: str) -> None:
-    result = site.app.test_cli_runner().invoke(args=["sse", "doctor", "--url", url])
+def test_an_url_that_is_none(make_app: MakeApp, url: str) -> None:
+    result = make_app(None).test_cli_runner().invoke(args=["sse", "doctor", "--url", url])
     assert result.exit_code == 2 and "must be an http:// or https:// URL" in result.output
     assert "hush-hush" not in result.output
 

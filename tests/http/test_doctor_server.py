@@ -77,6 +77,7 @@ def test_the_readmes_own_setup_with_the_log_and_a_key_gives_no_warning(
         found(answer, "listeners", "ok", "Listeners, of all hosts: 1.")
 
 
+@pytest.mark.slow
 def test_a_sync_worker_that_runs(logged_url: str, start_server: StartServer, site: Path) -> None:
     server = run(start_server, site, logged_url)
     line = found(ask(site, logged_url), "worker class", "fault", f"gunicorn {server.process.pid}", "sync worker")
@@ -106,6 +107,7 @@ def test_a_gunicorn_that_is_configured(
     assert ask(site, logged_url).status == 0
 
 
+@pytest.mark.slow
 def test_few_open_files(logged_url: str, start_server: StartServer, site: Path) -> None:
     options = ("-k", "gevent", "--worker-connections", "1000")
     server = run(start_server, site, logged_url, *options, shell="ulimit -n 400")
@@ -162,6 +164,7 @@ def test_a_worker_and_listener_that_are_deaf(logged_url: str, start_server: Star
     server.stop()
 
 
+@pytest.mark.slow
 def test_events_for_a_channel_in_another_case(logged_url: str, start_server: StartServer, site: Path) -> None:
     environ = {"FLASK_SSE_CHANNELS": "stock"}
     server = run(start_server, site, logged_url, "-k", "gevent", **environ)
@@ -199,6 +202,7 @@ def test_redis_is_lossy_and_one_that_is_away(redis_server: RedisServer, site: Pa
     assert "hush-hush" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_script_without_an_app(site: Path, logged_url: str) -> None:
     environ = {**os.environ, "DATABASE_URL": logged_url, "SSE_CHANNELS": "orders", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "flask_pg_sse.cli.main", "doctor", "--json"]

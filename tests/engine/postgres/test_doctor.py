@@ -97,7 +97,7 @@ def test_no_key(logged_url: str, make_app: MakeApp) -> None:
     assert doctor(make_app(logged_url, **HEALTHY)).status == 0
 
 
-@pytest.mark.parametrize("pattern", ["*", "**", "?*"])
+@pytest.mark.parametrize("pattern", ["*", *(pytest.param(one, marks=pytest.mark.slow) for one in ("**", "?*"))])
 def test_channels_open_to_all(logged_url: str, make_app: MakeApp, pattern: str) -> None:
     app = make_app(logged_url, SECRET_KEY="s3cret-key", SSE_CHANNELS=[pattern])
     assert "SSE_CHANNELS" in found(doctor(app), "channels", "warning", "open to everybody")["remedy"]
@@ -335,6 +335,7 @@ def test_an_owner_that_is_not_trusted(database_url: str, make_app: MakeApp) -> N
         execute(database_url, f"DROP OWNED BY {migrator}, {app_role} CASCADE; DROP ROLE {migrator}, {app_role}")
 
 
+@pytest.mark.slow
 def test_a_transaction_that_blocks_publishers(logged_url: str, healthy: Flask) -> None:
     with connected(f"{logged_url}?application_name=nightly") as holder:
         run(holder, PUBLISH, ("orders", ["{}"], ["holds it"]))
