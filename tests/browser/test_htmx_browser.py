@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, Response, Route, expect
 
 from demo.htmx import find_htmx
 from flask_pg_sse import schema_sql
-from tests.support.client import request
+from tests.support.client import eventually, request
 from tests.support.documents import Document
 from tests.support.postgres import execute
 from tests.support.proxies import Proxies, without_an_answer_of_its_own
@@ -36,6 +36,11 @@ app.config["SECRET_KEY"] = "x"
 @app.get("/ping")
 def ping():
     return "pong"
+
+@app.get("/listened")
+def listened():
+    worker = app.extensions["pg_sse"].runtime._worker
+    return worker.engine._listener._listens.listened() if worker and worker._streams else []
 
 @app.post("/disconnect")
 def end_streams():
@@ -121,6 +126,10 @@ class Shop:
     def front_is_back(self) -> None:
         self.front = self._start(self.front.port)
 
+    def wait_for_listen(self) -> None:
+        """Wait until PostgreSQL has confirmed LISTEN for the page's stream, whose headers come before that."""
+        eventually(lambda: "orders" in self.front.get("/listened"))
+
     def post(self, path: str, dish: str = "") -> None:
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
         body = urlencode({"dish": dish}).encode()
@@ -173,6 +182,7 @@ def restart_behind_nginx(page: Page, shop: Shop, proxies: Proxies) -> list[str]:
     shop.take_orders_elsewhere()
     proxy = proxies.start("nginx", shop.front, without_an_answer_of_its_own)
     open_page(page, f"https://127.0.0.1:{proxy.port}/")
+    shop.wait_for_listen()
     for dish in ("soup", "cake"):
         shop.order(dish)
         expect(page.locator("#orders > li", has_text=dish)).to_have_count(1)
@@ -181,6 +191,7 @@ def restart_behind_nginx(page: Page, shop: Shop, proxies: Proxies) -> list[str]:
     shop.order("pie")
     with page.expect_response(lambda response: answered(response, 200), timeout=60_000):
         shop.front_is_back()
+    shop.wait_for_listen()
     shop.order("tea")
     expect(page.locator("#orders > li", has_text="tea")).not_to_have_count(0, timeout=20_000)
     return page.locator("#orders > li").all_inner_texts()
