@@ -108,6 +108,15 @@ def test_a_gunicorn_that_is_configured(
 
 
 @pytest.mark.slow
+def test_a_configuration_that_gunicorn_cannot_read(site: Path, logged_url: str) -> None:
+    (site / "gunicorn.conf.py").write_text("worker_class =")
+    line = found(ask(site, logged_url), "web server", "warning", "gunicorn.conf.py: gunicorn cannot read")
+    assert "gunicorn --print-config" in line["remedy"]
+    (site / "gunicorn.conf.py").write_text("worker_class = 'gevent'")
+    assert ask(site, logged_url).status == 0
+
+
+@pytest.mark.slow
 def test_few_open_files(logged_url: str, start_server: StartServer, site: Path) -> None:
     options = ("-k", "gevent", "--worker-connections", "1000")
     server = run(start_server, site, logged_url, *options, shell="ulimit -n 400")

@@ -51,6 +51,7 @@ class Setup:
         self._seconds = seconds
         self.reachable: bool | None = None  # the database; None before it was tried
         self.servers: Sequence[Any] | None = None  # what web_server.py has found
+        self.unread: list[str] = []  # the gunicorns whose configuration cannot be read
         self.trial: Any = None  # the stream of proxy.py
         self._connection: Any = None
 

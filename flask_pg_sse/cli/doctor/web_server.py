@@ -55,15 +55,21 @@ class Gunicorn:
         return min(self.worker_connections, self.threads) if self.worker_class == "gthread" else self.worker_connections
 
 
-def found(setup: Setup) -> Result:
+def found(setup: Setup) -> Iterator[Result]:
     """Which gunicorn the next checks look at."""
     servers = _gunicorns(setup)
-    if not servers:
-        return ok(
+    for source in setup.unread:
+        yield warning(
+            f"{source}: gunicorn cannot read this configuration, or not within {_READ_WITHIN:g} s.",
+            "Run gunicorn --print-config with the same arguments, which says what is wrong.",
+        )
+    if servers:
+        yield ok("; ".join(f"{one.source}: {one.workers} x {one.worker_class}" for one in servers) + ".")
+    elif not setup.unread:
+        yield ok(
             "No gunicorn runs in this directory, and none is configured here (GUNICORN_CMD_ARGS, gunicorn.conf.py): "
             "what serves the streams was not looked at. Run this in the server's directory, as its user."
         )
-    return ok("; ".join(f"{one.source}: {one.workers} x {one.worker_class}" for one in servers) + ".")
 
 
 def worker_class(setup: Setup) -> Iterator[Result]:
@@ -147,7 +153,7 @@ def _some(setup: Setup) -> Sequence[Gunicorn]:
 
 def _gunicorns(setup: Setup) -> Sequence[Gunicorn]:
     if setup.servers is None:
-        setup.servers = [*_running(setup)] or [*_configured()]
+        setup.servers = [*_running(setup)] or [*_configured(setup)]
     return setup.servers
 
 
@@ -168,12 +174,11 @@ def _running(setup: Setup) -> Iterator[Gunicorn]:
         except OSError:  # it has ended, or is another user's
             continue
         limit = int(limits[1]) if limits and limits[1] != "unlimited" else None
-        one = _read(f"gunicorn {process.name}", arguments[at + 1 :], environ, limit, os.readlink(process / "cwd"))
-        if one is not None:
-            yield one
+        cwd = os.readlink(process / "cwd")
+        yield from _read(setup, f"gunicorn {process.name}", arguments[at + 1 :], environ, limit, cwd)
 
 
-def _configured() -> Iterator[Gunicorn]:
+def _configured(setup: Setup) -> Iterator[Gunicorn]:
     """Yield the gunicorn that is configured for this directory, if any is."""
     if os.environ.get("GUNICORN_CMD_ARGS"):
         source = "GUNICORN_CMD_ARGS"
@@ -181,14 +186,12 @@ def _configured() -> Iterator[Gunicorn]:
         source = "gunicorn.conf.py"
     else:
         return
-    one = _read(source, [], os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    if one is not None:
-        yield one
+    yield from _read(setup, source, [], os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0], ".")
 
 
 def _read(
-    source: str, arguments: Sequence[str], environ: Mapping[str, str], open_files: int | None, cwd: str = "."
-) -> Gunicorn | None:
+    setup: Setup, source: str, arguments: Sequence[str], environ: Mapping[str, str], open_files: int | None, cwd: str
+) -> Iterator[Gunicorn]:
     """Have gunicorn itself read its configuration, in a process of its own."""
     paths = os.pathsep.join(path for path in sys.path if path)
     try:
@@ -203,8 +206,9 @@ def _read(
         )
         values = json.loads(said.stdout.splitlines()[-1])
     except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
-        return None
-    return Gunicorn(source, **values, open_files=open_files)
+        setup.unread.append(source)
+    else:
+        yield Gunicorn(source, **values, open_files=open_files)
 
 
 def _environ(process: Path) -> dict[str, str]:
