@@ -123,7 +123,7 @@ class CurrentApp:
         *,
         subject: str | int | uuid.UUID | None = None,
         channel: str | None = None,
-        after_response: bool | None = None,
+        after_response: bool = False,
     ) -> None:
         """End the streams of a subject or on a channel. With both arguments: of that subject on that channel.
 
@@ -134,25 +134,21 @@ class CurrentApp:
 
         after_response: whether to wait until the current request has been answered, for a second after its view at
                         most. By then the cookie is cleared and the transaction has ended, so that no browser comes back
-                        with the old right. If the database is away, the streams of this worker are ended, and the
-                        others' when it is back. True in a view, by default; False sends at once. Elsewhere, as in a
-                        job, it is always sent at once.
+                        with the old right. If the database is away, the view does not fail: the streams of this worker
+                        are ended, and the others' when it is back. By default it is sent at once, so that no event
+                        which the view sends after it arrives. Elsewhere, as in a job, it is always sent at once.
 
         Raises TypeError and ValueError for a value that cannot be a subject; `InvalidChannel`; `ConfigurationError`
-        without a secret key, because any role of the database could otherwise do the same; `DatabaseNotConfigured`; and
-        RuntimeError for `after_response=True` where no response follows. If it is sent at once, also
-        `DatabaseUnavailable`, and `EventLogMissing` as `sse_cursor()` does.
+        without a secret key, because any role of the database could otherwise do the same; `DatabaseNotConfigured`. If
+        it is sent at once, also `DatabaseUnavailable`, and `EventLogMissing` as `sse_cursor()` does.
         """
         if subject is None and channel is None:
             raise TypeError("disconnect() needs a subject, a channel, or both.")
         command = Disconnect(
             None if subject is None else to_subject(subject), None if channel is None else check_channel(channel)
         )
-        possible = is_possible()
-        if after_response and not possible:
-            raise RuntimeError("disconnect(after_response=True) was called where no response follows: not in a view.")
         runtime = self._runtime()
-        send = runtime.sender_for_later() if possible and after_response is not False else None
+        send = runtime.sender_for_later() if after_response and is_possible() else None
         if send is None:
             runtime.disconnect(command)
         else:

@@ -255,7 +255,7 @@ def test_its_own_tests(database_url: str, start_server: Start, tmp_path: Path) -
         "    db.session.add(task)\n    db.session.commit()\n    announce(task)\n",
     )
     everybody = code.replace('channel == f"team-{current_user.team}"', "True")
-    stays = re.sub(r"    disconnect\(subject=user_id\).*\n", "", code)
+    stays = re.sub(r"    disconnect\(subject=user_id, .*\n", "", code)
     for broken, failed in ((late, "announced"), (everybody, "nobody_else"), (stays, "logging_out")):
         assert broken != code
         (app.folder / "app.py").write_text(broken)

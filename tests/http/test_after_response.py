@@ -1,4 +1,4 @@
-"""disconnect() in a view: it is sent when the response has been closed, and wherever no response follows at once."""
+"""disconnect(after_response=True): it is sent when the response has been closed; where none follows, at once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def app(database_url: str, make_app: MakeApp, sent: list[str]) -> Flask:
 
     @app.post("/<subject>/<how>")
     def view(subject: str, how: str) -> Any:
-        disconnect(subject=subject, after_response=None if how != "now" else False)
+        disconnect(subject=subject, after_response=how != "now")
         assert sent == ([subject] if how == "now" else [])
         if how == "fails":
             abort(500)
@@ -81,15 +81,13 @@ def test_a_response_that_nobody_closes_or_that_takes_long(app: Flask, sent: list
     assert app.test_client().post("/8/streams").text == "begunended"
 
 
-def test_at_once_if_that_is_wanted_or_if_no_response_follows(app: Flask, sent: list[str]) -> None:
+def test_at_once_by_default_or_if_no_response_follows(app: Flask, sent: list[str]) -> None:
     assert app.test_client().post("/7/now").status_code == 200
     with app.app_context():
-        disconnect(subject=8)
+        disconnect(subject=8, after_response=True)
     with app.test_request_context():
-        disconnect(subject=9)
+        disconnect(subject=9, after_response=True)
         assert sent == ["7", "8", "9"]
-        with pytest.raises(RuntimeError, match="no response follows"):
-            disconnect(subject=9, after_response=True)
 
 
 LAST_REQUEST = """
@@ -103,7 +101,7 @@ app.register_blueprint(sse_bp)
 
 @app.post("/logout")
 def logout():
-    disconnect(subject=7)
+    disconnect(subject=7, after_response=True)
     return ""
 
 app.test_client().post("/logout").close()
@@ -161,7 +159,7 @@ def test_in_a_streams_own_hook(database_url: str, make_app: MakeApp) -> None:
 
     def may_listen(channel: str) -> bool:
         if channel == "newer":
-            disconnect(channel="older")
+            disconnect(channel="older", after_response=True)
         return True
 
     app = make_app(database_url, authorize=may_listen, SECRET_KEY="x", SSE_CHANNELS=[])
@@ -176,5 +174,5 @@ def test_in_a_streams_own_hook(database_url: str, make_app: MakeApp) -> None:
 def test_a_test_without_a_database_sees_it_at_once(app: Flask, sent: list[str]) -> None:
     with capture(app) as events:
         with app.test_request_context():
-            disconnect(subject=7)
+            disconnect(subject=7, after_response=True)
         assert events.disconnected == [("7", None)] and sent == []

@@ -81,7 +81,7 @@ def login() -> ResponseReturnValue:
 def logout() -> ResponseReturnValue:
     logout_user()
     session["name"] = "Bob"
-    disconnect(subject=User.id)
+    disconnect(subject=User.id, after_response=True)
     time.sleep(float(request.args.get("works_for", "0")))
     return "", 204
 
