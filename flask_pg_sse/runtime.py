@@ -37,7 +37,8 @@ from .hub.hub import Hub
 from .hub.replay import Replay
 from .hub.ticker import Ticker
 from .server import console, shutdown
-from .server.siblings import Answer, Presence, Question, app_id
+from .server.host import HostPresence
+from .server.siblings import Answer, Question, app_id
 from .settings import Settings, secret_keys, unknown_keys
 from .stats import Stats
 
@@ -284,7 +285,7 @@ class Worker:
         self.pid = os.getpid()
         self._owner = weakref.ref(owner)
         self.stats = Stats(Lock())
-        self.presence: Presence | None = None
+        self.presence: HostPresence | None = None
         shutdown.watch_here()  # before stream_limiter(), which looks up this worker
         self.engine = engine
         self.admission = Admission(stream_limiter(settings.max_streams, settings.max_streams_per_client))
@@ -341,15 +342,15 @@ class Worker:
             stats=self.stats,
         )
         every = min(heartbeat, settings.send_timeout, settings.max_age or heartbeat)
+        self._appear()
         ticker = Ticker(hub, every, self._owner(), self._end_abandoned, self.outbox.obey_overdue)
         try:
             ticker.start()
-            self.engine.start(hub)
+            self.engine.start(hub, None if self.presence is None else self.presence.asked)
         except BaseException:  # no thread can be started, or this greenlet was killed while it waited for one
             ticker.stop(0)
             raise
         self._ticker = ticker
-        self._appear()
         return hub, Replay(hub, self.engine, heartbeat=heartbeat)
 
     def _end_abandoned(self) -> None:
@@ -365,10 +366,8 @@ class Worker:
         owner = self._owner()
         if self.presence is not None or owner is None or isinstance(self.engine, MemoryEngine):
             return
-        with contextlib.suppress(
-            ConfigurationError
-        ):  # raised again where a stream or a notification needs the database
-            self.presence = Presence(owner.app_id(), self.stats, self.answer)
+        with contextlib.suppress(ConfigurationError):  # raised again by a stream or a notification
+            self.presence = HostPresence(owner.app_id(), self.stats, self.answer)
             self.presence.start()
 
     def answer(self, question: Question) -> Answer:

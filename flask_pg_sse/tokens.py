@@ -1,7 +1,7 @@
-"""Sign and read, with the app's secret key, tokens that open channels and commands that end streams. No I/O.
+"""Sign and read, with the app's secret key, tokens that open channels and messages between workers. No I/O.
 
-Tokens and commands have different salts. So neither can be used as the other, or as a session cookie or anything else
-signed with the same key. https://itsdangerous.palletsprojects.com/en/stable/concepts/#the-salt
+Each kind has a salt of its own. So none can be used as another, or as a session cookie or anything else signed with the
+same key. https://itsdangerous.palletsprojects.com/en/stable/concepts/#the-salt
 
 Keys come oldest first. The last key signs, and every key verifies, so a key can be replaced without an interruption.
 """
@@ -15,8 +15,8 @@ import json
 import operator
 import re
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from itsdangerous import BadData, URLSafeSerializer
@@ -25,9 +25,13 @@ Keys = Sequence[str | bytes]
 
 _STREAM = "flask_pg_sse: a stream's channels"
 _DISCONNECT = "flask_pg_sse: the end of streams"
+_QUESTION = "flask_pg_sse: a question to all hosts"
+_ANSWER = "flask_pg_sse: the answer of a host"
 _HIDDEN = "flask_pg_sse: what a command names"
-# A command's content is filled up to a multiple of this, so that its length tells nothing about a name.
+# A message's content is filled up to a multiple of this, so that its length tells nothing about a name.
 _HIDDEN_BYTES = 640
+# So many bytes of an answer fit into one NOTIFY (7,999 bytes) when they are hidden and signed.
+_ANSWER_BYTES = 6 * _HIDDEN_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,18 @@ class Disconnect:
     nonce: str
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question what the workers of all hosts do. The answers go to PostgreSQL's channel `channel`.
+
+    `transaction` is the number of PostgreSQL's transaction that sends it. `nonce` is unique to the question.
+    """
+
+    channel: str
+    transaction: int
+    nonce: str = field(default_factory=lambda: secrets.token_urlsafe(16))
+
+
 def sign_token(keys: Keys, token: Token) -> str:
     """Return a token as signed, URL-safe text."""
     content: dict[str, object] = {"c": sorted(token.channels)}
@@ -79,21 +95,65 @@ def sign_disconnect(keys: Keys, subject: str | None, channel: str | None, transa
 
     Every role of the database can hear it.
     """
-    nonce = secrets.token_urlsafe(16)
-    content = json.dumps([subject, channel, transaction], ensure_ascii=False).encode()
-    size = -(-len(content) // _HIDDEN_BYTES) * _HIDDEN_BYTES
-    hidden = _xor(keys[-1], nonce, content.ljust(size))  # spaces, which JSON ignores
-    return _sign(keys, _DISCONNECT, {"n": nonce, "h": base64.b64encode(hidden).decode()})
+    return _sign_hidden(keys, _DISCONNECT, secrets.token_urlsafe(16), [subject, channel, transaction])
 
 
 def read_disconnect(keys: Keys, text: str) -> Disconnect | None:
     """Return the command if its signature is valid, however old it is; otherwise None."""
+    found = _read_hidden(keys, _DISCONNECT, text)
+    if found is None:
+        return None
+    nonce, (subject, channel, transaction) = found
+    return Disconnect(subject, channel, transaction, nonce)
+
+
+def sign_question(keys: Keys, question: Question) -> str:
+    """Return a question as signed text, in which only the nonce can be read: not where the answers go."""
+    return _sign_hidden(keys, _QUESTION, question.nonce, [question.channel, question.transaction])
+
+
+def read_question(keys: Keys, text: str) -> Question | None:
+    """Return the question if its signature is valid, however old it is; otherwise None."""
+    found = _read_hidden(keys, _QUESTION, text)
+    if found is None:
+        return None
+    nonce, (channel, transaction) = found
+    return Question(channel, transaction, nonce)
+
+
+def sign_answers(keys: Keys, nonce: str, workers: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the answer to the question with this nonce, as signed texts that each fit into a NOTIFY.
+
+    Only their number and length can be read, which tell about how many workers there are.
+    """
+    parts: list[list[Mapping[str, Any]]] = [[]]
+    for worker in workers:
+        if len(json.dumps([nonce, [*parts[-1], worker]], ensure_ascii=False).encode()) > _ANSWER_BYTES:
+            parts.append([])
+        parts[-1].append(worker)
+    return [_sign_hidden(keys, _ANSWER, secrets.token_urlsafe(16), [nonce, part]) for part in parts]
+
+
+def read_answer(keys: Keys, text: str, nonce: str) -> list[dict[str, Any]]:
+    """Return the workers in an answer to the question with this nonce; none if it is no authentic answer to it."""
+    found = _read_hidden(keys, _ANSWER, text)
+    return found[1][1] if found is not None and found[1][0] == nonce else []
+
+
+def _sign_hidden(keys: Keys, salt: str, nonce: str, content: list[Any]) -> str:
+    data = json.dumps(content, ensure_ascii=False).encode()
+    size = -(-len(data) // _HIDDEN_BYTES) * _HIDDEN_BYTES
+    hidden = _xor(keys[-1], nonce, data.ljust(size))  # spaces, which JSON ignores
+    return _sign(keys, salt, {"n": nonce, "h": base64.b64encode(hidden).decode()})
+
+
+def _read_hidden(keys: Keys, salt: str, text: str) -> tuple[str, list[Any]] | None:
+    """Return the nonce and the content."""
     for key in reversed(keys):  # not all at once, because the key is needed again
-        content = _read([key], _DISCONNECT, text)
+        content = _read([key], salt, text)
         if content is not None:
             nonce = content["n"]
-            subject, channel, transaction = json.loads(_xor(key, nonce, base64.b64decode(content["h"])))
-            return Disconnect(subject, channel, transaction, nonce)
+            return nonce, json.loads(_xor(key, nonce, base64.b64decode(content["h"])))
     return None
 
 

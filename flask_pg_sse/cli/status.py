@@ -1,22 +1,21 @@
-"""`flask sse status`: the workers of this host that serve this app, and what they do. It needs no PostgreSQL."""
+"""`flask sse status`: the workers that serve this app, and what they do. Those of this host need no PostgreSQL."""
 
 from __future__ import annotations
 
 import json
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import ConfigurationError
-from ..server import siblings
-from ..server.rundir import pid_of
+from ..errors import ConfigurationError, PgSSEError
+from ..runtime import Runtime
+from ..server.host import Worker, workers_here
 from ..web.blueprint import sse_bp
 from ..web.state import current_state
+from .all_hosts import question_of, with_others
 
 # Seconds between two looks with --watch.
 _EVERY = 2.0
@@ -26,27 +25,23 @@ _NOBODY = (
     "other servers: once it has served a stream)."
 )
 
-Worker = dict[str, Any]
-
 
 @sse_bp.cli.command("status")
 @click.option("--json", "as_json", is_flag=True, help='Print one line of JSON: {"workers": [{"host", "pid", …}]}.')
 @click.option("--watch", is_flag=True, help="Look again every two seconds, until Ctrl-C.")
-def _status(as_json: bool, watch: bool) -> None:
+@click.option("--all-hosts", is_flag=True, help="Ask the workers of other hosts too, through PostgreSQL.")
+def _status(as_json: bool, watch: bool, all_hosts: bool) -> None:
     """Show the workers of this host that serve this app: their streams, what they deliver, and whether they answer.
 
-    PostgreSQL is not asked, so this works while it is away.
+    PostgreSQL is asked only with --all-hosts. The workers of this host are shown also while it is away.
     """
-    try:
-        app_id = current_state().runtime.app_id()
-    except ConfigurationError as error:
-        raise click.ClickException(f"It is not known which workers to look for: {error}") from None
+    looks = _Looks(current_state().runtime, everywhere=all_hosts)
     if not watch:
-        click.echo(_shown(look(app_id), as_json))
+        click.echo(looks(as_json))
         return
     try:
         while True:
-            shown = _shown(look(app_id), as_json)
+            shown = looks(as_json)
             if not as_json and sys.stdout.isatty():
                 click.clear()
             click.echo(shown)
@@ -56,35 +51,40 @@ def _status(as_json: bool, watch: bool) -> None:
 
 
 def look(app_id: str, **question: Any) -> list[Worker]:
-    """Return the workers of this host: those that answer, those that do not, and those that have not been used."""
+    """Return the workers of this host. Raises ClickException."""
     try:
-        asked = siblings.ask_all(app_id, question)
+        return workers_here(app_id, **question)
     except OSError as error:
         raise click.ClickException(f"The workers of this host cannot be found: {error}.") from None
-    here = socket.gethostname()
-    found = [answer for answer in asked.answers if answer]
-    for name in asked.silent:
-        state = "stopped" if siblings.is_stopped(name) else "not answering"
-        found.append({"host": here, "pid": pid_of(name), "state": state, "streams": None})
-    known = {worker.get("pid") for worker in found}
-    for arbiter in {worker["arbiter"] for worker in found if worker.get("arbiter")}:
-        idle = [pid for pid in _children(arbiter) if pid not in known]
-        found += [{"host": here, "pid": pid, "state": "not used yet", "streams": 0} for pid in idle]
-    return sorted(found, key=lambda worker: (str(worker.get("host")), worker.get("pid") or 0))
 
 
-def _children(process: int) -> list[int]:
-    """Return the processes that a process has started, where Linux tells. Under --preload they are all workers."""
+class _Looks:
+    """Looks at the workers, of all hosts if `everywhere`. Raises ClickException if it cannot be done at all."""
+
+    def __init__(self, runtime: Runtime, *, everywhere: bool) -> None:
+        self._app_id = _app_id(runtime)
+        self._ask = question_of(runtime) if everywhere else None
+
+    def __call__(self, as_json: bool) -> str:
+        found = look(self._app_id)
+        why = ""
+        if self._ask is not None:
+            try:
+                found = with_others(found, self._ask())
+            except PgSSEError as error:
+                why = f"Other hosts cannot be asked: {error}"
+        found = [{key: value for key, value in worker.items() if key != "name"} for worker in found]
+        if as_json:
+            return json.dumps({"workers": found, **({"other_hosts": why} if why else {})})
+        shown = _table(found) if found else _NOBODY
+        return f"{shown}\n{click.style(_printable(why), fg='red')}" if why else shown
+
+
+def _app_id(runtime: Runtime) -> str:
     try:
-        return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    except OSError:
-        return []
-
-
-def _shown(workers: Sequence[Worker], as_json: bool) -> str:
-    if as_json:
-        return json.dumps({"workers": workers})
-    return _table(workers) if workers else _NOBODY
+        return runtime.app_id()
+    except ConfigurationError as error:
+        raise click.ClickException(f"It is not known which workers to look for: {error}") from None
 
 
 def _bytes(number: float | None) -> str:

@@ -12,7 +12,7 @@ Only the engine knows how ids are made; the hub only compares them. 0 means that
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -104,6 +104,10 @@ class Erased:
 Earlier = Collection[Disconnect] | None
 # The messages between processes, besides events. Each kind has its own type.
 ControlMessage = Disconnect | Erased
+# What sends the answer to a question: figures of workers. It waits for the bus. Raises `DatabaseUnavailable`.
+Reply = Callable[[Sequence[Mapping[str, Any]]], None]
+# What is called for each question of `flask sse status --all-hosts`, with its nonce. It must not wait.
+Asked = Callable[[str, Reply], None]
 
 
 class Ticket(Protocol):
@@ -161,8 +165,11 @@ class Engine(Protocol):
     if the configuration requires a log and there is none.
     """
 
-    def start(self, sink: Sink) -> None:
-        """Start to receive, and hand everything to `sink`. Publishing and reading work without it."""
+    def start(self, sink: Sink, asked: Asked | None = None) -> None:
+        """Start to receive, and hand everything to `sink`. Publishing and reading work without it.
+
+        `asked` is called for questions of other processes, where the engine can carry them.
+        """
 
     def stop(self, timeout: float) -> None:
         """Stop what was started, within `timeout` seconds, and close all connections. Later calls open new ones."""

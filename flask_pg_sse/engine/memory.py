@@ -13,7 +13,7 @@ from typing import Any
 
 from ..concurrency.locks import Lock
 from ..event import Event, encode
-from .base import Disconnect, Item, Look, Page, Readiness, Sink, Status, Tail
+from .base import Asked, Disconnect, Item, Look, Page, Readiness, Sink, Status, Tail
 from .transactions import Outcome, follow
 
 # At most this many bytes of events are kept.
@@ -55,7 +55,7 @@ class MemoryEngine:
         self._sink: Sink | None = None
         self._turn = Lock()
 
-    def start(self, sink: Sink) -> None:
+    def start(self, sink: Sink, asked: Asked | None = None) -> None:
         with self._turn:
             self._sink = sink
             sink.ready(Readiness.READY, earlier=())

@@ -24,10 +24,13 @@ from ..stats import Totals, added, from_json, read_totals, to_json
 _NAME = "flask-pg-sse-"
 _MEMORY = "/dev/shm"
 _ENDED = "ended.json"  # the sum of the counters of workers that have ended
+_QUESTIONS = "questions.json"  # the last questions from other hosts
 _COUNTERS = ".counters"
 _SOCKET = ".socket"
 # A worker's name: its process id, and letters that no other process with that id has.
 _WORKER = re.compile(r"(\d+)-[0-9a-f]{8}\Z")
+# How many questions are remembered. A worker itself knows an older one that comes again.
+_MOST_QUESTIONS = 100
 # Seconds that another process may take to add the counters of workers that have ended.
 _PATIENCE = 0.2
 # Seconds after which the directory of an app is removed if no worker of it was there meanwhile.
@@ -132,6 +135,18 @@ class RunDirectory:
         for name in (worker + _COUNTERS, worker + _SOCKET):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self._fd)
+
+    def claim(self, nonce: str) -> bool:
+        """Tell whether the caller is the first here who claims the question with this nonce, and must answer it."""
+        with self._locked() as locked:
+            if not locked:  # the process that holds the lock claims it, or does what takes longer than an answer may
+                return False
+            known: list[str] = []
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                known = json.loads(self._read(_QUESTIONS))
+            if nonce not in known:
+                self._write(_QUESTIONS, json.dumps([*known[1 - _MOST_QUESTIONS :], nonce]).encode())
+            return nonce not in known
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:

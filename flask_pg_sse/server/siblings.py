@@ -177,7 +177,7 @@ class Presence(BackgroundThread):
                 return
         answering = self._answer()
         try:
-            answer = {} if answering is None else answering(json.loads(line))
+            answer = {} if answering is None else {"name": self.name} | answering(json.loads(line))
         except Exception:  # a bug in one figure must not end the thread
             logger.exception("This worker could not answer what it was asked.")
             return
@@ -285,7 +285,7 @@ def _wait_for(asked: Sequence[_Asking], deadline: float) -> None:
                 del waiting[number]
 
 
-def ask_all(app_id: str, question: Question, *, skip: str = "") -> Asked:
+def ask_all(app_id: str, question: Question, *, skip: str = "", within: float = ANSWER_WITHIN) -> Asked:
     """Ask the workers of an app on this host, but for the one named `skip`. All are in `totals`.
 
     Raises OSError if a directory cannot be used. One that is not there has no workers.
@@ -297,7 +297,7 @@ def ask_all(app_id: str, question: Question, *, skip: str = "") -> Asked:
         except FileNotFoundError:
             continue
         with contextlib.closing(directory):
-            answers, silent = ask(directory, question, skip=skip)
+            answers, silent = ask(directory, question, skip=skip, within=within)
             found.answers += answers
             found.silent += silent
             found.totals = added([found.totals, directory.totals()])

@@ -21,10 +21,15 @@ from itsdangerous import URLSafeSerializer, URLSafeTimedSerializer
 from flask_pg_sse import ConfigurationError, sse_bp, sse_url
 from flask_pg_sse.testing import stream
 from flask_pg_sse.tokens import (
+    Question,
     Token,
+    read_answer,
     read_disconnect,
+    read_question,
     read_token,
+    sign_answers,
     sign_disconnect,
+    sign_question,
     sign_token,
 )
 
@@ -332,6 +337,8 @@ def test_nothing_else_that_the_app_signs_is_a_token(app: Flask) -> None:
     others = [
         cookie,
         sign_disconnect([KEY], None, "a", 7),
+        sign_question([KEY], Question("a", 7)),
+        sign_answers([KEY], "a", [{"c": "a"}])[0],
         URLSafeSerializer(KEY).dumps(content),
         URLSafeTimedSerializer(KEY, salt="cookie-session").dumps(content),
         URLSafeSerializer(KEY, salt="flask_pg_sse").dumps(content),
@@ -340,6 +347,21 @@ def test_nothing_else_that_the_app_signs_is_a_token(app: Flask) -> None:
     for text in others:
         assert read_token([KEY], str(text)) is None, text
         assert_refused(app, f"/sse?channel=a&token={text}")
+
+
+def test_an_answer_fits_into_notifications_and_only_its_question_can_be_read_from_it() -> None:
+    worker = {"name": "4194304-0123abcd", "host": "é" * 64, "version": "10.10.10.dev1", "listener": "not started"}
+    counts = ("pid", "streams", "behind", "channels", "delivered", "bytes", "lag", "memory", "state")
+    workers = [{**worker, **dict.fromkeys(counts, 2**60 + number)} for number in range(64)]
+    texts = sign_answers([KEY, "new"], "nonce", workers)
+    assert len(texts) > 1 and all(len(text) < 8000 and text.isascii() for text in texts)
+    assert [one for text in texts for one in read_answer([KEY, "new"], text, "nonce")] == workers
+    for keys, nonce in (([KEY], "nonce"), ([KEY, "new"], "another"), ([], "nonce")):
+        assert read_answer(keys, texts[0], nonce) == []
+    question = Question("channel", 7)
+    assert read_question(["new", KEY], sign_question(["new"], question)) == question
+    others = [sign_disconnect([KEY], "channel", None, 7), *sign_answers([KEY], "channel", []), *texts, "x"]
+    assert [read_question([KEY, "new"], text) for text in others] == [None] * len(others)
 
 
 def test_a_token_is_nothing_else(app: Flask) -> None:

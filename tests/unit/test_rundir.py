@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from flask_pg_sse import stats
 from flask_pg_sse.server import rundir
+from flask_pg_sse.server.host import HostPresence
 from flask_pg_sse.server.rundir import RunDirectory
 from flask_pg_sse.server.siblings import Presence, app_id, ask, ask_all
 from flask_pg_sse.stats import Stats
@@ -75,7 +77,7 @@ def kill(presence: Presence) -> None:
 def test_workers_answer_each_other_and_nobody_else_can_look(base: Path, appear: Make) -> None:
     first, second = appear(), appear()
     asked = ask_all(APP, {"what": "figures"}, skip=first.name)
-    assert (asked.answers, asked.silent) == ([{"asked": {"what": "figures"}}], [])
+    assert (asked.answers, asked.silent) == ([{"name": second.name, "asked": {"what": "figures"}}], [])
     [users] = base.iterdir()
     assert users.name == f"flask-pg-sse-{os.geteuid()}"
     for path in (users, users / APP):
@@ -208,3 +210,39 @@ def test_apps_without_workers_are_forgotten_after_a_day(base: Path, appear: Make
     os.utime(users / APP, (0, 0))
     rundir.forget_apps()
     assert {path.name for path in users.iterdir()} == {"new", APP}
+
+
+def test_sixty_four_workers_answer_another_host_once(base: Path) -> None:
+    figures = Figures()
+    workers = [HostPresence(APP, Stats(), figures.answer) for _ in range(64)]
+    answers: list[list[object]] = []
+    for worker in workers:
+        worker.start()
+    try:
+        for nonce in ("first", "second", "first"):
+            for worker in workers:
+                worker.asked(nonce, lambda found: answers.append([one["name"] for one in found]))
+            eventually(lambda: not any(worker._answering for worker in workers))
+        assert [len(one) for one in answers] == [64, 64]
+        assert set(answers[0]) == {worker.name for worker in workers}
+    finally:
+        for worker in workers:
+            worker.stop(5)
+
+
+def test_the_listener_does_not_wait_for_an_answer(base: Path) -> None:
+    figures, goes_on = Figures(), threading.Event()
+    worker = HostPresence(APP, Stats(), figures.answer)
+    worker.start()
+
+    def wait(found: object) -> None:
+        goes_on.wait(10)
+
+    try:
+        for number in range(100):  # more than are answered at once
+            worker.asked(str(number), wait)
+        assert 0 < len(worker._answering) <= 8
+        goes_on.set()
+        eventually(lambda: not worker._answering)
+    finally:
+        worker.stop(5)

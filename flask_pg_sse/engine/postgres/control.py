@@ -1,7 +1,7 @@
-"""Read the control channel, `flask_pg_sse`: beats, pruning messages, and commands to end streams.
+"""Read the control channel, `flask_pg_sse`: beats, pruning messages, commands to end streams, and questions.
 
 Any role of the database can send to this channel. So a message is trusted only if our own backend sent it (a beat), if
-it is signed with the app's key (a command), or if a false one does no harm (pruning).
+it is signed with the app's key (a command, a question), or if a false one does no harm (pruning).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from ...channels import RESERVED_PREFIX
 from ...repeats import Repeats
-from ...tokens import Keys, read_disconnect
+from ...tokens import Keys, Question, read_disconnect, read_question
 from ..base import ControlMessage, Disconnect, Erased
 from . import codec
 
@@ -51,20 +51,27 @@ _EVERYTHING = Snapshot(xmax=2**64)
 
 
 class DisconnectCommands:
-    """Passes each authentic command to end streams to `obeyed()`, once.
+    """Passes each authentic command to end streams to `obeyed()`, once, and each authentic question to `asked()`.
 
     Any role of the database can receive a NOTIFY and send it again. A command of the event log has an id, and the
     listener's position tells whether it is new. Any other command names the transaction that sends it. PostgreSQL
     delivers in the order of commits. So when a beat has come back, every command has come whose transaction had ended
     before the beat was sent, and a command that names such a transaction is a copy. Until then its nonce tells. No
-    clock decides: a worker may be frozen, and clocks may be set.
+    clock decides: a worker may be frozen, and clocks may be set. A question is never in the log, and otherwise the
+    same.
     """
 
-    def __init__(self, keys: Callable[[], Keys], obeyed: Callable[[ControlMessage], None]) -> None:
+    def __init__(
+        self,
+        keys: Callable[[], Keys],
+        obeyed: Callable[[ControlMessage], None],
+        asked: Callable[[Question], None] | None = None,
+    ) -> None:
         self._keys = keys
         self._obeyed = obeyed
+        self._asked = asked
         self._came = Snapshot()  # the transactions whose commands have come, or were sent before we listened
-        self._done: set[str] = set()  # nonces of obeyed commands
+        self._done: set[str] = set()  # nonces of obeyed commands, and of questions
         self._transactions: list[tuple[int, str]] = []  # a heap: the transaction of each of them
         self._ignored_ones = Repeats(60.0, 60.0)
 
@@ -96,9 +103,21 @@ class DisconnectCommands:
         elif command.transaction in self._came and not logged:
             self._ignored("it is a copy of an earlier one")
         else:
-            self._done.add(command.nonce)
-            heapq.heappush(self._transactions, (command.transaction, command.nonce))
+            self._remember(command.nonce, command.transaction)
             self._obeyed(Disconnect(command.subject, command.channel))
+
+    def ask(self, text: str) -> None:
+        """Pass on a question if it is authentic and new. Others are not logged: another app's key may sign here too."""
+        if self._asked is None:
+            return
+        question = read_question(self._keys(), text)
+        if question is not None and question.nonce not in self._done and question.transaction not in self._came:
+            self._remember(question.nonce, question.transaction)
+            self._asked(question)
+
+    def _remember(self, nonce: str, transaction: int) -> None:
+        self._done.add(nonce)
+        heapq.heappush(self._transactions, (transaction, nonce))
 
     def read(self, texts: Iterable[str]) -> list[Disconnect]:
         """Return what the authentic ones of these commands say, without obeying them."""
@@ -158,6 +177,8 @@ class Control:
             message = json.loads(payload)
             if type(command := message.get("disconnect")) is str:
                 self._commands.obey(command, logged=False)
+            if type(question := message.get("ask")) is str:
+                self._commands.ask(question)
             # A forged message only makes a stream read the log when memory would have been enough.
             if type(through := message.get("pruned")) is int:
                 self._pruned(through)

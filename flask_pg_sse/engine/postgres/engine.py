@@ -15,8 +15,8 @@ from typing import Any
 from ...concurrency.locks import Lock
 from ...errors import DatabaseNotConfigured, DatabaseUnavailable, PayloadTooLarge
 from ...event import Event
-from ...tokens import Keys, sign_disconnect
-from ..base import LOG_READERS, Disconnect, Look, Page, Sink, Tail
+from ...tokens import Keys, Question, sign_answers, sign_disconnect
+from ..base import LOG_READERS, Asked, Disconnect, Look, Page, Sink, Tail
 from ..listener import Listening
 from . import control
 from .codec import pg_name, to_payload, to_row
@@ -88,9 +88,14 @@ class PostgresEngine(Listening):
 
     # -- receiving
 
-    def start(self, sink: Sink) -> None:
+    def start(self, sink: Sink, asked: Asked | None = None) -> None:
         own = self._own
-        commands = DisconnectCommands(self._keys, sink.control)
+
+        def pass_on(question: Question) -> None:
+            if asked is not None:
+                asked(question.nonce, functools.partial(self._reply, question))
+
+        commands = DisconnectCommands(self._keys, sink.control, pass_on)
         self._listener = PostgresListener(
             own.listen_dsn or own.dsn,
             sink,
@@ -195,6 +200,9 @@ class PostgresEngine(Listening):
 
         if not self._installation.call(through.execute, send):
             send(None)
+
+    def _reply(self, question: Question, workers: Sequence[Mapping[str, Any]]) -> None:
+        self._own.sending.notify(question.channel, sign_answers(self._keys(), question.nonce, workers))
 
     # -- reading
 

@@ -13,7 +13,7 @@ import redis
 
 from ...errors import ConfigurationError, EventLogMissing
 from ...event import Event
-from ..base import Disconnect, Look, Page, Sink, Tail
+from ..base import Asked, Disconnect, Look, Page, Sink, Tail
 from ..broker import Broker
 from ..listener import Listening
 from .codec import to_payload
@@ -38,7 +38,7 @@ class RedisEngine(Listening):
 
     # -- receiving
 
-    def start(self, sink: Sink) -> None:
+    def start(self, sink: Sink, asked: Asked | None = None) -> None:
         self._listener = RedisListener(self._broker, sink, beat_every=self._beat_every)
         self._listener.start()
 
