@@ -30,7 +30,7 @@ def example(name: str) -> str:
 
 
 def test_examples_and_links() -> None:
-    PAGE.assert_every_example_is_run("docs/test_without_flask.py")
+    PAGE.assert_every_example_is_run("docs/test_without_flask.py", "http/test_script.py")
     PAGE.assert_links_lead_somewhere()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 
@@ -37,7 +38,8 @@ def alone(database_url: str) -> Iterator[Alone]:
 def status(app: Flask, url: str) -> int:
     with app.test_client().get(url) as response:
         if response.status_code == 200:
-            assert b"event: sse-open" in next(iter(response.iter_encoded()))
+            first_line, opening, *_ = itertools.islice(response.iter_encoded(), 2)
+            assert first_line.startswith(b"retry: ") and opening.startswith(b"event: sse-open")
         return response.status_code
 
 

@@ -16,7 +16,7 @@ from flask_pg_sse.engine.postgres.history import History
 from flask_pg_sse.engine.postgres.listener import PostgresListener
 from flask_pg_sse.engine.postgres.receiver import Receiver
 from flask_pg_sse.hub.hub import Hub
-from flask_pg_sse.testing import Received, stream
+from flask_pg_sse.testing import Received, Stream, stream
 from tests.support.client import eventually
 from tests.support.postgres import execute
 
@@ -37,12 +37,10 @@ def send(channel: str, data: str, **options: Any) -> int:
     return log_id
 
 
-def listen(app: Flask, *channels: str, after: object = None) -> Generator[Received, None, None]:
+def listen(app: Flask, *channels: str, after: object = None) -> Stream:
     with app.test_request_context():
         url = sse_url(channels)
-    events = stream(app.test_client(), url if after is None else f"{url}&last_event_id={after}")
-    assert isinstance(events, Generator)
-    return events
+    return stream(app.test_client(), url if after is None else f"{url}&last_event_id={after}")
 
 
 def take(events: Iterator[Received], count: int) -> list[tuple[str, str]]:
@@ -255,6 +253,7 @@ def test_streams_that_share_a_large_event_go_on_from_it_each_on_its_own_channels
     with closing(listen(app, "a", after=cursor)) as only_a, closing(listen(app, "a", "b", after=cursor)) as both:
         response = iter_raw(app, "a", after=cursor)
         with closing(response):
+            next(response)  # the first line
             next(response)  # in the middle of the large event: it is still held
             opened(both)
             assert take(both, 2) == [(str(ids[0]), large), (str(ids[1]), "on b alone")]
@@ -277,6 +276,7 @@ def test_whoever_is_cut_before_the_reset_still_gets_it(app: Flask, asked: str) -
     send("a", "missed")
     pieces = iter_raw(app, "a", after=asked)
     with closing(pieces):
+        assert next(pieces).startswith(b"retry: ")
         first = next(pieces)
     opening, rest = first.split(b"\n\n", 1)
     assert b"event: sse-open" in opening and rest.startswith(b"event: sse-reset")

@@ -674,7 +674,7 @@ def test_pruning_that_does_not_happen_is_said(
 ) -> None:
     caplog.set_level("INFO", "flask_pg_sse.engine.postgres.retention")
     monkeypatch.setattr(retention, "_EVERY", 0.05)
-    monkeypatch.setattr(retention, "_LATE", 0.3)
+    monkeypatch.setattr(retention, "LATE", 0.3)
     holder = psycopg2.connect(place.app, application_name="a slow job")
     with closing(holder):
         run(holder, "SELECT flask_pg_sse.prune_v1('1 hour', 100)")
