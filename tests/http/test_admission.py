@@ -165,9 +165,8 @@ def test_a_page_heals_by_itself_when_the_required_log_is_installed(
     eventually(opened, 15, "the listener looks again until it finds the log")
 
 
-@pytest.mark.parametrize(
-    "config", [pytest.param({"SSE_EVENT_LOG": True}, marks=pytest.mark.slow), {}], ids=["log", "authorizer"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [{"SSE_EVENT_LOG": True}, {}], ids=["log", "authorizer"])
 def test_who_waits_is_told_in_time_that_it_is_in_vain(
     away: str, app_with: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch, config: dict[str, bool]
 ) -> None:

@@ -118,7 +118,7 @@ def test_a_configured_cap(database_url: str, start_server: Start) -> None:
     assert "holds" not in server.log()
 
 
-@pytest.mark.parametrize("most", ["20", "21", "100000"])
+@pytest.mark.parametrize("most", ["20", "21", pytest.param("100000", marks=pytest.mark.slow)])
 def test_more_than_the_worker_can_hold_is_warned_about(database_url: str, start_server: Start, most: str) -> None:
     server = start_server(database_url, "--worker-connections", "20", FLASK_SSE_MAX_STREAMS=most)
     with open_stream(server.port, "a"), open_stream(server.port, "a"):

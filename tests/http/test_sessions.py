@@ -103,7 +103,8 @@ def stay(browser: Browser, ended: list[Message], left: list[int]) -> None:
             assert message.event == "sse-end" and message.json["reason"] in ("revoked", "unavailable"), message
 
 
-@pytest.mark.parametrize("works_for", ["0", pytest.param("0.4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("works_for", ["0", "0.4"])
 def test_a_page_that_comes_back_at_once_finds_that_its_user_has_logged_out(
     logged_url: str, start_server: Start, tmp_path: Path, works_for: str
 ) -> None:
@@ -124,7 +125,8 @@ def test_a_page_that_comes_back_at_once_finds_that_its_user_has_logged_out(
         eventually(lambda: json.loads(server.get("/state"))["streams"] == 0)
 
 
-@pytest.mark.parametrize("how", ["cut", pytest.param("silence", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["cut", "silence"])
 def test_a_user_logs_out_while_the_database_is_away(
     logged_url: str, start_server: Start, tmp_path: Path, how: str
 ) -> None:

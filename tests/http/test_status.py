@@ -76,6 +76,7 @@ def test_the_workers_of_this_host_and_what_they_do(
         stream.close()
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_named_and_a_killed_one_is_gone_while_postgres_is_away(start_server: Start) -> None:
     server = start_server(NOBODY_THERE, "-w", "2")
     pids = children(server)

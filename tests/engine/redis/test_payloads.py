@@ -76,6 +76,7 @@ def test_a_payload_that_is_no_event_is_counted_and_dropped(payload: bytes, caplo
     assert [text[:27] for text in caplog.messages] == ["Dropped a payload of Redis "]
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(["data", "type", "id", "retry", "event", "comment", "sep"]), JSON))
 def test_no_object_breaks_the_reader(fields: dict[str, Any]) -> None:
     try:
