@@ -12,6 +12,7 @@ import base64
 import hashlib
 import hmac
 import json
+import math
 import operator
 import re
 import secrets
@@ -38,12 +39,56 @@ _ANSWER_BYTES = 6 * _HIDDEN_BYTES
 class Token:
     """The content of a signed URL: the channels that it opens, when it expires, and for which subject.
 
-    `expires_at` is in seconds since the epoch; None means never.
+    `expires_at` is in seconds since the epoch; None means never. `alone` says that only the token has the names: with
+    them the URL would be too long.
     """
 
     channels: frozenset[str]
     expires_at: float | None = None
     subject: str | None = None
+    alone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """All tokens of one URL. Each opens its own channels until it expires.
+
+    authentic: those that are signed with the app's key, even if they have expired
+    others:    how many further ones the URL has; these open nothing
+    """
+
+    authentic: Sequence[Token] = ()
+    others: int = 0
+
+    @property
+    def channels(self) -> frozenset[str]:
+        """The channels that at least one token opens, or has opened before it expired."""
+        return frozenset[str]().union(*(token.channels for token in self.authentic))
+
+    def channels_with(self, named: Sequence[str]) -> list[str]:
+        """Return a stream's channels: those named in the URL, and those of each token that alone has its names.
+
+        Such a token says so, or the URL names none of its channels. Otherwise the URL chooses among them.
+        """
+        alone = [token for token in self.authentic if token.alone or token.channels.isdisjoint(named)]
+        return [*named, *(name for token in alone for name in sorted(token.channels))]
+
+    def expires_at(self, channels: Iterable[str]) -> float:
+        """Return when the first of a stream's channels loses its last token, in seconds since the epoch.
+
+        `math.inf` means never. A channel without a token is open in another way, and does not count.
+        """
+        last: dict[str, float] = {}
+        for token in self.authentic:
+            until = math.inf if token.expires_at is None else token.expires_at
+            for channel in token.channels:
+                last[channel] = max(until, last.get(channel, until))
+        return min((last[channel] for channel in channels if channel in last), default=math.inf)
+
+    def subjects(self, now: float) -> frozenset[str]:
+        """Return the subjects of the tokens that have not expired at `now`, in seconds since the epoch."""
+        valid = [token for token in self.authentic if token.expires_at is None or token.expires_at > now]
+        return frozenset(token.subject for token in valid if token.subject is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +123,8 @@ def sign_token(keys: Keys, token: Token) -> str:
         content["x"] = round(token.expires_at * 1000)
     if token.subject is not None:
         content["s"] = token.subject
+    if token.alone:
+        content["a"] = 1
     return _sign(keys, _STREAM, content)
 
 
@@ -87,7 +134,16 @@ def read_token(keys: Keys, text: str) -> Token | None:
     if content is None:
         return None
     expires = content.get("x")
-    return Token(frozenset(content["c"]), None if expires is None else expires / 1000, content.get("s"))
+    return Token(
+        frozenset(content["c"]), None if expires is None else expires / 1000, content.get("s"), bool(content.get("a"))
+    )
+
+
+def read_tokens(keys: Keys, texts: Iterable[str]) -> Tokens:
+    """Return the tokens of a URL. One that is repeated, or empty, does not count."""
+    found = [read_token(keys, text) for text in dict.fromkeys(texts) if text]
+    authentic = [token for token in found if token is not None]
+    return Tokens(authentic, len(found) - len(authentic))
 
 
 def sign_disconnect(keys: Keys, subject: str | None, channel: str | None, transaction: int) -> str:
@@ -201,5 +257,5 @@ def _to_bytes(key: str | bytes) -> bytes:
 
 
 def without_token(url: str) -> str:
-    """Return a URL, or its query, with the token replaced by `***`, for the log."""
+    """Return a URL, or its query, with each token replaced by `***`, for the log."""
     return _TOKEN_IN_URL.sub(r"\1***", url)

@@ -6,6 +6,7 @@ import functools
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -196,7 +197,8 @@ class CurrentApp:
                 None if expires is None else time.time() + _positive_seconds(expires),
                 None if subject is None else to_subject(subject),
             )
-            pairs.append(("token", sign_token(self._runtime().signing_keys("sse_url() that signs"), token)))
+            keys = self._runtime().signing_keys("sse_url() that signs")
+            pairs.append(("token", sign_token(keys, token)))
         settings = self._runtime().settings
         if settings.server_url is not None:
             base = f"{settings.server_url}/"
@@ -206,6 +208,7 @@ class CurrentApp:
             base = _url_of_the_streams("sse_url()", external=external)
         url = _with_query(base, pairs)
         if len(url) > _LONG_URL and signed:
+            pairs[-1] = ("token", sign_token(keys, replace(token, alone=True)))
             url = _with_query(base, pairs[len(names) :])  # the token has the names too, compressed
         if len(url) > _LONGEST_URL:
             remedy = "Use" if signed else "Sign it (sign=True), which compresses the names; or use"

@@ -17,7 +17,7 @@ from typing import Any
 
 from werkzeug.exceptions import HTTPException
 
-from ..tokens import Token
+from ..tokens import Tokens
 from .refusals import Refusals
 
 _SUBJECT_BYTES = 255
@@ -55,12 +55,12 @@ def check_hook(function: object, name: str) -> None:
         )
 
 
-def subjects_of(hook: SubjectOf | None, token: Token | None, refusals: Refusals) -> frozenset[str] | None:
-    """Return a stream's subjects, from the token and from the app. Returns None if the app's answer is not a subject.
+def subjects_of(hook: SubjectOf | None, signed: frozenset[str], refusals: Refusals) -> frozenset[str] | None:
+    """Return a stream's subjects, `signed` and the app's. Returns None if the app's answer is not a subject.
 
     Raises `HookFailed`. An HTTP exception of the hook is raised as it is.
     """
-    subjects = {token.subject} if token is not None and token.subject is not None else set()
+    subjects = set(signed)
     if hook is not None:
         answer = _call(hook, "subject", refusals)
         if answer is not None:
@@ -110,14 +110,15 @@ def _call(hook: Callable[..., Any], name: str, refusals: Refusals, *args: str) -
     return answer
 
 
-def why_closed(channel: str, *, bad_token: bool, patterns: Sequence[str], asked: bool) -> str:
+def why_closed(channel: str, *, tokens: Tokens, patterns: Sequence[str], asked: bool) -> str:
     """Return why a channel is refused, in a sentence: the three ways to open it, and why each failed.
 
     `asked` says that there is an authorizer.
     """
+    bad = "a token of the URL" if len(tokens.authentic) + tokens.others > 1 else "the URL's token"
     ways = [
         "it is not among the site's public channels (SSE_CHANNELS)" if patterns else "the site has no public channels",
-        "the URL's token is not one of this site's" if bad_token else "the URL has no token that was signed for it",
+        f"{bad} is not one of this site's" if tokens.others else "the URL has no token that was signed for it",
         "the site's authorizer did not allow it" if asked else "the site has no authorizer",
     ]
     return f"Channel {channel!r} is not open to you: {ways[0]}, {ways[1]}, and {ways[2]}."
@@ -134,8 +135,13 @@ def did_you_mean(channel: str, patterns: Sequence[str]) -> str:
     return ""
 
 
-def hint_about(channels: Iterable[str]) -> str:
-    """Return why a stream may hear nothing, if one of its names looks like a pattern or like several names; else ""."""
+def hint_about(channels: Iterable[str], tokens: Tokens) -> str:
+    """Return why a stream may miss something; else "".
+
+    A token of its URL is not authentic, or one of its names looks like a pattern or like several names.
+    """
+    if tokens.others:
+        return "A token of the URL is not one of this site's, or was cut off: channels that it alone has are not heard."
     for channel in channels:
         if "," in channel:
             return f"Channel {channel!r} is one channel with a comma in its name.{did_you_mean(channel, ())}"

@@ -29,7 +29,7 @@ from ..server.boot import when_booted
 from ..server.capacity import why_no_stream
 from ..server.connection import Connection
 from ..settings import Settings, secret_keys
-from ..tokens import Token, read_token, without_token
+from ..tokens import Tokens, read_tokens, without_token
 from . import after_response, authorize, work
 from .api import ServerUrl, sse_cursor, sse_url
 from .authorize import Authorizer, SubjectOf, check_hook, name_of
@@ -193,10 +193,10 @@ def _cannot_serve(state: State, reason: str) -> ResponseReturnValue:
     return refusal(500, reason)
 
 
-def _wrong_request(state: State, status: int, reason: str) -> ResponseReturnValue:
+def _wrong_request(state: State, status: int, reason: str, kind: str = "bad_request") -> ResponseReturnValue:
     """Refuse a request that is wrong, or not allowed, however often it is repeated."""
     state.refusals.log(f"{status}", "A stream was refused (%d): %s", status, reason)
-    state.refusals.count("other_site" if status == 403 else "bad_request")
+    state.refusals.count(kind)
     return refusal(status, reason)
 
 
@@ -206,7 +206,7 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
     environ = current.environ
     runtime, settings = state.runtime, state.runtime.settings
     if (reason := why_other_site(environ, settings.allowed_origins)) is not None:
-        return _wrong_request(state, 403, reason)
+        return _wrong_request(state, 403, reason, "other_site")
     worker = runtime.worker  # its creation has found gunicorn's worker, which the next line needs
     reason = why_no_stream(environ, shutdown.gunicorn_worker(), limited=settings.max_streams is not None)
     if reason is not None:
@@ -215,19 +215,15 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
         query = parse_query(current.query_string, settings.max_channels)
     except ValueError as error:
         return _wrong_request(state, 414, str(error))
-    signed = query.get("token", [""])[0]
-    token = read_token(runtime.keys(), signed) if signed else None
+    tokens = read_tokens(runtime.keys(), query.get("token", ()))
     names = names + query.get("channel", [])
-    if not names and token is not None:  # a long URL has the names in its token alone
-        names = sorted(token.channels)
     try:
-        channels = tuple(dict.fromkeys(map(check_channel, names)))
+        channels = tuple(dict.fromkeys(map(check_channel, tokens.channels_with(names))))
     except InvalidChannel as error:
         return _wrong_request(state, 400, str(error))
-    if not channels and signed:
-        return _wrong_request(
-            state, 403, "The URL's token, which has the channels, is not this site's, or was cut off."
-        )
+    if not names and tokens.others:
+        not_ours = "The URL's token, which has the channels, is not this site's, or was cut off."
+        return _wrong_request(state, 403, not_ours, "closed")
     if not channels:
         return _wrong_request(state, 400, "The URL names no channel: add ?channel=NAME, once for each channel.")
     if len(channels) > settings.max_channels:
@@ -238,9 +234,13 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
         no_channels = f"These names are no channels here: {', '.join(sorted(state.no_channels))}."
         return _wrong_request(state, 404, no_channels)
 
+    if len(tokens.subjects(time.time())) > 1:
+        several = "The URL's tokens are signed for different subjects. One stream is for one: reload the page."
+        return _wrong_request(state, 403, several, "closed")
+
     last_event_id = position_of(environ.get("HTTP_LAST_EVENT_ID", ""), query)
     connection = Connection(environ)
-    permission = _permission(state, channels, token, bad_token=bool(signed) and token is None)
+    permission = _permission(state, channels, tokens)
     private = permission.asks
     try:
         if is_copy() and connection.fileno() >= 0:
@@ -257,7 +257,7 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
     if environ.get("SERVER_SOFTWARE", "").startswith("Werkzeug/") and len(hub) + 1 >= _TABS:
         state.refusals.log("tabs", _NO_MORE_TABS, _TABS)
     refused = functools.partial(state.refusals.later, channels[0])
-    hint = state.refusals.hint(authorize.hint_about(channels))
+    hint = state.refusals.hint(authorize.hint_about(channels, tokens))
     body = stream(hub, replay, subscription, last_event_id, connection, refused, hint)
     response = stream_response(body, connection, settings, private=private, direct_write=settings.direct_write)
     if "flask_pg_sse.testing" in environ:
@@ -281,17 +281,17 @@ class _Refused(Exception):
 class _Permission:
     """What is known about a stream's permission before a hook is asked.
 
-    token:      the URL's token, if it is one of this app's
-    bad_token:  whether the URL has one that is not
+    tokens:     the URL's
+    ends_at:    when a channel loses its last token, in seconds since the epoch; `math.inf` if none does
     authorizer: the hook that decides on the channels `to_ask`; None if the app has none
     subject:    the hook that names the client; None if the app has none
     unquoted:   the names on which the stream also hears raw notifications, if they are open to the client too
-    to_ask:     the channels, and names of `unquoted`, that neither `SSE_CHANNELS` nor the token opens
+    to_ask:     the channels, and names of `unquoted`, that neither `SSE_CHANNELS` nor a token opens
     revocable:  whether `disconnect()` and missed commands end the stream: it has a channel that is not public
     """
 
-    token: Token | None
-    bad_token: bool
+    tokens: Tokens
+    ends_at: float
     authorizer: Authorizer | None
     subject: SubjectOf | None
     unquoted: Collection[str]
@@ -304,8 +304,8 @@ class _Permission:
         return self.subject is not None or (self.authorizer is not None and bool(self.to_ask))
 
 
-def _permission(state: State, channels: Collection[str], token: Token | None, *, bad_token: bool) -> _Permission:
-    opened = token.channels if token is not None else frozenset[str]()
+def _permission(state: State, channels: Collection[str], tokens: Tokens) -> _Permission:
+    opened = tokens.channels
     authorizer = state.authorize or sse_bp.default_authorize
     patterns = ["*"] if state.open_to_all(authorizer) else state.runtime.settings.channels
     also = {name for name in map(unquoted, channels) if name} - set(channels) if state.hears_unquoted else set[str]()
@@ -313,8 +313,8 @@ def _permission(state: State, channels: Collection[str], token: Token | None, *,
         also = {name for name in also if name in opened or authorize.is_public(name, patterns)}
     closed = [name for name in (*channels, *also) if not authorize.is_public(name, patterns)]
     return _Permission(
-        token,
-        bad_token=bad_token,
+        tokens,
+        ends_at=tokens.expires_at((*channels, *also)),
         authorizer=authorizer,
         subject=state.subject or sse_bp.default_subject,
         unquoted=also,
@@ -333,9 +333,9 @@ def _admitted(
 ) -> Subscription:
     """Return the subscription if the client may have it. Raises `_Refused`, `TryLater`, and the hooks' HTTP errors."""
     settings = state.runtime.settings
-    token, to_ask = permission.token, permission.to_ask
-    if token is not None and token.expires_at is not None and token.expires_at <= time.time():
-        raise TryLater("expired", since=time.time() - token.expires_at)
+    to_ask, now = permission.to_ask, time.time()
+    if permission.ends_at <= now:
+        raise TryLater("expired", since=now - permission.ends_at)
     closed = functools.partial(_closed, state=state, permission=permission)
     if to_ask and permission.authorizer is None:
         raise _Refused(closed(to_ask[0]))
@@ -346,13 +346,13 @@ def _admitted(
             if permission.revocable and current.method != "HEAD":
                 worker.listen_soon()
             asked_at = time.monotonic()
-            subjects = authorize.subjects_of(permission.subject, token, state.refusals)
+            subjects = authorize.subjects_of(permission.subject, permission.tokens.subjects(now), state.refusals)
             if subjects is None:
                 raise _Refused(
                     "This site cannot tell whose stream this would be. Ask the site's operator to look at its log."
                 )
             clients = authorize.counted_under(subjects, current.remote_addr)
-            end = _end_of(token, settings.max_age)
+            end = _end_of(permission.ends_at, settings.max_age)
             terms = Terms(subjects, clients, asked_at, *end, revocable=permission.revocable)
             worker.admission.count_for(subscription, terms)
             also = set(permission.unquoted)
@@ -369,20 +369,20 @@ def _admitted(
     return subscription
 
 
-def _end_of(token: Token | None, max_age: float | None) -> tuple[float, str]:
+def _end_of(expires_at: float, max_age: float | None) -> tuple[float, str]:
     """Return the monotonic time at which a stream must end, and the reason."""
     ends = [(math.inf, "")]
     if max_age is not None:  # random, because streams that began together, as after a deploy, must not end together
         ends.append((time.monotonic() + max_age * random.uniform(0.9, 1.0), "max_age"))
-    if token is not None and token.expires_at is not None:
-        ends.append((time.monotonic() + token.expires_at - time.time(), "expired"))
+    if expires_at < math.inf:
+        ends.append((time.monotonic() + expires_at - time.time(), "expired"))
     return min(ends)
 
 
 def _closed(channel: str, state: State, permission: _Permission) -> str:
     """Return why a channel is refused, and log it with the line that opens it."""
     patterns, asked = state.runtime.settings.channels, permission.authorizer is not None
-    why = authorize.why_closed(channel, bad_token=permission.bad_token, patterns=patterns, asked=asked)
+    why = authorize.why_closed(channel, tokens=permission.tokens, patterns=patterns, asked=asked)
     hint = authorize.did_you_mean(channel, patterns)
     to_open = authorize.how_to_open(channel)
     state.refusals.log("closed", "A stream was refused: %s%s To open it to everybody: %s", why, hint, to_open)

@@ -21,7 +21,8 @@ _POSITION_CHARACTERS = 20
 def parse_query(raw: bytes, max_channels: int) -> dict[str, list[str]]:
     """Return the parameters of a query. Raises ValueError if it is larger than any valid query.
 
-    The size is checked before parsing, because parsing a million parameters takes a second.
+    The size is checked before parsing, because parsing a million parameters takes a second. So is the number of tokens
+    before their signatures are verified: a stream needs at most one for each channel.
     """
     most = _QUERY_BYTES + max_channels * _QUERY_BYTES_EACH
     if len(raw) > most:
@@ -34,6 +35,8 @@ def parse_query(raw: bytes, max_channels: int) -> dict[str, list[str]]:
     for parameter in raw.split(b"&"):
         name, _, value = parameter.replace(b"+", b" ").partition(b"=")
         found.setdefault(_unquoted(name), []).append(_unquoted(value))
+    if (tokens := len(found.get("token", ()))) > max_channels:
+        raise ValueError(f"The URL's query has {tokens} tokens, and one stream has at most {max_channels} channels.")
     return found
 
 

@@ -22,6 +22,7 @@ from flask_pg_sse.engine.postgres.listener import DEAF
 from flask_pg_sse.serve import OPEN_TO_ALL
 from flask_pg_sse.server import capacity
 from flask_pg_sse.settings import unknown_keys
+from flask_pg_sse.tokens import Tokens
 from flask_pg_sse.web.authorize import hint_about
 from flask_pg_sse.web.metrics import GAUGES
 from tests.support.documents import Document
@@ -46,7 +47,8 @@ MADE_ELSEWHERE = {
     ("engine.postgres.watch", _STAYS): [f"… {watch.UNSTEADY}{_STAYS}"],
     ("engine.postgres.listener", _UNTIL): [f"{DEAF}{_UNTIL.removeprefix('…')}"],
     ("serve", _TO_CLOSE): [f"{OPEN_TO_ALL}{_TO_CLOSE.removeprefix('…')}"],
-    ("web.refusals", "…"): [hint_about([name]).replace(repr(name), "…") for name in ("x*", "a,b")],
+    ("web.refusals", "…"): [hint_about([name], Tokens(others=others)).replace(repr(name), "…")
+                            for name, others in (("x*", 0), ("a,b", 0), ("", 1))],
     ("web.ops", "…"): ["The metrics need prometheus_client: …"],
     ("web.blueprint", "…"): [capacity.SYNC, capacity.HTTP2, capacity.ONE_THREAD, capacity.EVENTLET],
 }  # fmt: skip

@@ -71,6 +71,8 @@ def test_a_token_alone_is_refused_as_any_other(app: Flask, make_app: MakeApp) ->
     for wrong in (url[:-1], url_of(make_app(SECRET_KEY="another"), NAMES, sign=True), "/sse?token=x"):
         response = client.get(wrong)
         assert response.status_code == 403 and "The URL's token, which has the channels, is not" in response.text
+    url = url_of(app, NAMES[:99], expires=600)
+    assert "channel=" not in url
     assert client.get(url + "&channel=other").status_code == 403  # it opens exactly its channels
     url = url_of(app, NAMES, expires=0.01)
     time.sleep(0.02)

@@ -79,6 +79,8 @@ def test_answers_and_logs(name: str, debug: str, database_url: str, start_server
         pass
     with open_stream(server.port, path=f"/sse?channel=mine&tok%65n={TOKEN}&x=") as stream:
         pass
+    with open_stream(server.port, path=f"/sse?token={FORGED}&channel=mine&token={TOKEN}&tok%65n={EXPIRED}") as stream:
+        pass
     answers.append(ask(server, f"channel=mine&token={TOKEN}", 200, method="HEAD"))
     answers.append(ask(server, f"token={EXPIRED}&channel=mine", 200))
     answers.append(ask(server, f"channel=mine&token={FORGED}", 403))
@@ -184,8 +186,9 @@ def test_tokens_are_masked_wherever_the_streams_are(register: Callable[[Flask], 
     client = app.test_client()
     for path in paths:
         assert client.options(f"{path}?a=b&token={TOKEN}").status_code == 200
-        assert client.delete(f"{path}/mine?token={TOKEN}").status_code == 405
-        assert seen == [(f"{path}?a=b&token=***", "a=b&token=***"), (f"{path}/mine?token=***", "token=***")]
+        assert client.delete(f"{path}/mine?token={TOKEN}&token={FORGED}").status_code == 405
+        masked = "token=***&token=***"
+        assert seen == [(f"{path}?a=b&token=***", "a=b&token=***"), (f"{path}/mine?{masked}", masked)]
         seen.clear()
     assert client.get("/own?token=mine").text == "pong"
     assert client.get("/nowhere?token=mine").status_code == 404  # the app may pass it on to another
