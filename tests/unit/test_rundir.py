@@ -236,7 +236,7 @@ def test_the_listener_does_not_wait_for_an_answer(base: Path) -> None:
     worker.start()
 
     def wait(found: object) -> None:
-        goes_on.wait(10)
+        assert goes_on.wait(10)
 
     try:
         for number in range(100):  # more than are answered at once
