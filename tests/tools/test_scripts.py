@@ -741,7 +741,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
     wanted = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     assert [one for one in re.findall(r"(?m)^Requires-Dist: (.+)$", metadata) if "extra ==" not in one] == wanted
-    assert set(re.findall(r"(?m)^Provides-Extra: (.+)$", metadata)) == {"dotenv", "redis"}
+    assert set(re.findall(r"(?m)^Provides-Extra: (.+)$", metadata)) == {"dotenv", "metrics", "redis"}
     assert f"\nVersion: {flask_pg_sse.__version__}\n" in metadata
     files = {
         file.relative_to(ROOT).as_posix()
