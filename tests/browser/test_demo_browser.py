@@ -231,7 +231,7 @@ def test_the_light_tells_of_a_database_that_is_away(demo: Demo, tmp_path: Path) 
         server = WebServer(gunicorn("demo.app:app", port), port, tmp_path / "cut-off.log", env, ready="/")
         try:
             server.wait_ready()
-            page = demo.tab(port=port)
+            page = demo.tab(url=f"http://127.0.0.1:{port}")
             loads = count_loads(page)
             line.cut()
             expect(light(page)).to_have_text("Database away…", timeout=15_000)
