@@ -112,7 +112,10 @@ class Sender(threading.Thread):
 
     def stop(self) -> None:
         self._stop_asked.set()
-        self.join()
+        self.join(30)
+        if self.is_alive():  # on a connection that says nothing more: a test has failed before it could abandon that
+            self.abandon()
+            self.join()
 
 
 class Scene:

@@ -237,6 +237,8 @@ class Browser(threading.Thread):
             self.stretches.append(Stretch(int(one.last_event_id)))
         elif one.event == "sse-end":
             self.ends.append(one.json["reason"])
+        elif one.event == "sse-status":
+            assert type(one.json["live"]) is bool, one
         elif one.event == "sse-cursor":
             events = self.stretches[-1].events
             if events and events[-1][0] is None:

