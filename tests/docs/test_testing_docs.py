@@ -41,7 +41,8 @@ def pytest_in(folder: Path, *options: str) -> tuple[str, int]:
     return done.stdout, done.returncode
 
 
-@pytest.mark.parametrize("options", [(), pytest.param(("-n", "2"), marks=pytest.mark.slow)], ids=["alone", "xdist"])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["alone", "xdist"])
 def test_the_suite_passes_without_a_database(suite: Path, options: tuple[str, ...]) -> None:
     said, status = pytest_in(suite, *options)
     assert status == 0 and "7 passed" in said, said

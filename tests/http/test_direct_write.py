@@ -280,6 +280,7 @@ def test_over_tls_every_event_goes_through_the_generator(
     assert "Traceback" not in server.log()
 
 
+@pytest.mark.slow
 @WORKERS
 @WAYS
 def test_a_connection_that_was_kept_alive_carries_one_stream_and_ends(

@@ -64,6 +64,7 @@ def test_events_reach_all_streams(database_url: str, start_server: Start, name: 
     assert "Warning" not in server.log()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -114,6 +115,7 @@ def test_gthread_with_one_thread_refuses_streams_in_words(database_url: str, sta
         assert "--threads" in server.log()
 
 
+@pytest.mark.slow
 def test_servers_with_one_request_at_a_time_refuse_streams(database_url: str, start_server: Start) -> None:
     for command in (flask_run("--without-threads"), pywsgi("unpatched")):
         server = start_server(database_url, command=command)

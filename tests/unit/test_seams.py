@@ -81,7 +81,9 @@ class Client(Subscription):
         assert logged_in(output) == [one[2] for one in self.world.log.on(self.channels, start)]
 
 
-@pytest.mark.parametrize("undoes", [False, True], ids=["nothing is undone", "events are undone"])
+@pytest.mark.parametrize(
+    "undoes", [pytest.param(False, marks=pytest.mark.slow), True], ids=["nothing is undone", "events are undone"]
+)
 @settings(deadline=None, max_examples=100 * LONG, suppress_health_check=LARGE)
 @given(st.randoms(use_true_random=False), st.sampled_from([0.0, 0.2]))
 def test_every_stream_has_exactly_the_log_whatever_the_order_of_things(
@@ -388,6 +390,7 @@ def race(*words: str) -> None:
     assert done.stdout.startswith("fine"), (done.stdout, done.stderr)
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_or_doubled_by_threads_that_fall_behind_and_come_back() -> None:
     race()
 

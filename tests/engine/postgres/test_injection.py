@@ -337,6 +337,7 @@ def test_positions_of_clients(place: Place, app: Flask) -> None:
 # --- as events
 
 
+@pytest.mark.slow
 def test_texts(place: Place, app: Flask, ways: Ways) -> None:
     """As data, name, id and comment of one event, by every way in: on the wire, on a stream and in the log."""
     ear = Ear(place.url)
@@ -373,6 +374,7 @@ def test_texts(place: Place, app: Flask, ways: Ways) -> None:
             assert found == {"event": event.event, "id": event.id, "comment": event.comment, "data": event.data}
 
 
+@pytest.mark.slow
 def test_long_texts(place: Place, app: Flask, ways: Ways) -> None:
     """Longer than a NOTIFY may be: whole through the log, or refused."""
     events = opened(app, "/sse?channel=orders")
