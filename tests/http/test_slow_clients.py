@@ -137,4 +137,5 @@ def test_many_that_never_read_cost_no_memory_in_the_end(url: str, start_server: 
             publish(url, *[("a", "x" * 10_000)] * 100)
             eventually(lambda: streams(server) == 0, 20)
         sizes.append(resident(worker(server)))
-    assert sizes[2] - sizes[0] < 5 << 20, sizes
+    # Kept, it would be 100 MB each time. The allocator alone has taken 5 MB more.
+    assert sizes[2] - sizes[0] < 10 << 20, sizes
