@@ -160,7 +160,7 @@ class Runtime:
     def sender_for_later(self) -> Callable[[Disconnect, float], None] | None:
         """Return what sends a command in some seconds; None if there is no database. Raises `ConfigurationError`."""
         self.signing_keys("disconnect()")
-        to_database = isinstance(self.worker.engine, PostgresEngine) and self._find_databases()
+        to_database = isinstance(self.worker.engine, PostgresEngine) and self.databases()
         return self.worker.outbox.add if to_database else None
 
     def keys(self) -> Sequence[str | bytes]:
@@ -213,7 +213,7 @@ class Runtime:
         if settings.broker_url is not None:
             return MemoryEngine(log=settings.event_log is not False, retention=settings.retention)
         return PostgresEngine(
-            self._find_databases,
+            self.databases,
             event_log=settings.event_log,
             retention=settings.retention,
             log_owner=settings.log_owner,
@@ -222,9 +222,12 @@ class Runtime:
         )
 
     @functools.cached_property
-    def _find_databases(self) -> Callable[[], tuple[Dsn, Dsn | None]]:
-        # Cached, because the databases that are found are logged.
-        return functools.cache(functools.partial(_databases, None, self.settings, self._config, self.engines))
+    def databases(self) -> Callable[[], tuple[Dsn, Dsn | None]]:
+        """A function that returns the database to notify and the one to listen to, None if LISTEN is not used.
+
+        It finds them at its first call, and logs them then. Raises `ConfigurationError`. It does not refer to the app.
+        """
+        return functools.cache(functools.partial(_databases, self.redis, self.settings, self._config, self.engines))
 
     def appear(self) -> None:
         """Have a gunicorn worker listed among those of its host, although it is not used yet."""
@@ -238,13 +241,9 @@ class Runtime:
         """
         bus: object = self.redis or self.settings.broker_url
         if bus is None:
-            params = self._find_databases()[0].params
+            params = self.databases()[0].params
             bus = [params.get(name, "") for name in ("host", "hostaddr", "port", "dbname")]
         return app_id(str(bus), (self.keys() or [""])[-1])
-
-    def databases(self) -> tuple[Dsn, Dsn | None]:
-        """Return the database to notify and the one to listen to, if LISTEN is used. Raises `ConfigurationError`."""
-        return _databases(self.redis, self.settings, self._config, self.engines)
 
     def _lock(self) -> Lock:
         # One lock for each process. A lock from before a fork may stay locked forever in the child, and may be of the
