@@ -1,16 +1,18 @@
 """One event: its fields, and its bytes in a stream. No I/O.
 
-An `Event` is checked when it is made, so every `Event` is legal. `encode()` returns the format that browsers read:
+An `Event` is checked when it is made, so every `Event` is legal. `encode()` returns the format that browsers read, and
+`decode()` reads it:
 https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
 """
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -224,3 +226,38 @@ _LOG_ID = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 def to_log_id(text: str) -> int | None:
     """Return a `Last-Event-ID` as an id of the event log, or None if it is not one."""
     return int(text) if _LOG_ID.fullmatch(text) and int(text) <= MAX_NUMBER else None
+
+
+def decode(chunks: Iterable[bytes], comment: Callable[[], object] = lambda: None) -> Iterator[tuple[str, str, str]]:
+    """Parse a stream as browsers do, and yield the name, the data and the last id of each event.
+
+    `comment()` is called for each comment line, such as a heartbeat.
+    https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
+    """
+    last_id = ""
+    name = ""
+    data: list[str] = []
+    for line in _lines_of(chunks):
+        field, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if not line:
+            if data:
+                yield name or "message", "\n".join(data), last_id
+            name, data = "", []
+        elif not field:
+            comment()
+        elif field == "data":
+            data.append(value)
+        elif field == "event":
+            name = value
+        elif field == "id" and "\0" not in value:
+            last_id = value
+
+
+def _lines_of(chunks: Iterable[bytes]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+    rest = ""
+    for chunk in chunks:
+        # A CR at the end may be the first half of a CRLF.
+        *lines, rest = re.split(r"\r\n|\r(?!\Z)|\n", rest + decoder.decode(chunk))
+        yield from lines

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
+import itertools
 import json
-import re
 import threading
 import uuid
 from collections.abc import Generator, Iterable, Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 from flask.testing import FlaskClient
 
-from ..event import Event
+from ..event import Event, decode
 from ..hub.subscription import Subscription
 from ..web.state import state_of
 from .capture import MARKER
@@ -150,28 +149,4 @@ def parse(chunks: Iterable[bytes]) -> Iterator[Received]:
 
     https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
     """
-    last_id = ""
-    name = ""
-    data: list[str] = []
-    for line in _lines(chunks):
-        field, _, value = line.partition(":")
-        value = value.removeprefix(" ")
-        if not line:
-            if data:
-                yield Received(name or "message", "\n".join(data), last_id)
-            name, data = "", []
-        elif field == "data":
-            data.append(value)
-        elif field == "event":
-            name = value
-        elif field == "id" and "\0" not in value:
-            last_id = value
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
-    rest = ""
-    for chunk in chunks:
-        # A CR at the end may be the first half of a CRLF.
-        *lines, rest = re.split(r"\r\n|\r(?!\Z)|\n", rest + decoder.decode(chunk))
-        yield from lines
+    return itertools.starmap(Received, decode(chunks))

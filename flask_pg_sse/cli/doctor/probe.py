@@ -9,10 +9,12 @@ import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
+
+from ...event import decode
 
 # Seconds in which a connection must be made.
 _CONNECT_WITHIN = 5.0
@@ -27,7 +29,7 @@ _HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One event of a stream, and the monotonic time at which it came."""
+    """One event of a stream, and the monotonic time at which it came. `id` is the last one in the stream so far."""
 
     at: float
     event: str
@@ -115,37 +117,16 @@ class Probe(threading.Thread):
                 self._changed.notify_all()
             if not self.is_stream:
                 return
-            unzip = zlib.decompressobj(31) if self.headers.get("content-encoding") == "gzip" else None
-            parser = _Parser(self)
-            while data := response.read1(65536):
-                self.last_byte_at = time.monotonic()
-                parser.take(unzip.decompress(data) if unzip else data)
-                with self._changed:
-                    self._changed.notify_all()
+            for name, data, id in decode(self._chunks(response), self._heartbeat):
+                self.blocks.append(Block(time.monotonic(), name, data, id))
 
+    def _chunks(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        unzip = zlib.decompressobj(31) if self.headers.get("content-encoding") == "gzip" else None
+        while data := response.read1(65536):
+            self.last_byte_at = time.monotonic()
+            yield unzip.decompress(data) if unzip else data
+            with self._changed:  # all events of the chunk are in `blocks`
+                self._changed.notify_all()
 
-class _Parser:
-    """Reads lines of a stream. https://html.spec.whatwg.org/multipage/server-sent-events.html"""
-
-    def __init__(self, probe: Probe) -> None:
-        self._probe = probe
-        self._rest = b""
-        self._fields: dict[str, str] = {}
-
-    def take(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            self._line(line.decode(errors="replace").rstrip("\r"))
-
-    def _line(self, line: str) -> None:
-        name, _, value = line.partition(":")
-        if line and not name:
-            self._probe.heartbeats.append(time.monotonic())
-        elif line:
-            value = value.removeprefix(" ")
-            before = self._fields.get(name)
-            self._fields[name] = f"{before}\n{value}" if name == "data" and before is not None else value
-        elif self._fields:
-            fields, self._fields = self._fields, {}
-            event = fields.get("event") or "message"
-            self._probe.blocks.append(Block(time.monotonic(), event, fields.get("data", ""), fields.get("id", "")))
+    def _heartbeat(self) -> None:
+        self.heartbeats.append(time.monotonic())
