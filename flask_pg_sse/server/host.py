@@ -50,7 +50,7 @@ def workers_here(app_id: str, *, within: float = siblings.ANSWER_WITHIN, **quest
         found.append({"name": name, "host": here, "pid": pid_of(name), "state": state, "streams": None})
     known = {worker.get("pid") for worker in found}
     for arbiter in {worker["arbiter"] for worker in found if worker.get("arbiter")}:
-        idle = [pid for pid in _children(arbiter) if pid not in known]
+        idle = [pid for pid in children(arbiter) if pid not in known]
         found += [{"host": here, "pid": pid, "state": "not used yet", "streams": 0} for pid in idle]
     return in_order(found)
 
@@ -59,7 +59,7 @@ def in_order(workers: Iterable[Worker]) -> list[Worker]:
     return sorted(workers, key=lambda worker: (str(worker.get("host")), worker.get("pid") or 0))
 
 
-def _children(process: int) -> list[int]:
+def children(process: int) -> list[int]:
     """Return the processes that a process has started, where Linux tells. Under --preload they are all workers."""
     try:
         return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]

@@ -108,7 +108,7 @@ def listen(setup: Setup) -> Result | None:
         return ok(f"A notification came back after {took * 1000:.0f} ms, on a connection of its own.")
     text, remedy = in_two(DEAF)
     try:
-        setup.usable_log()
+        _ = setup.usable_log
     except NotLookedAt:
         return fault(f"{text} Streams are refused.", remedy)
     return warning(

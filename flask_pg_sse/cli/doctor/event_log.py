@@ -112,7 +112,7 @@ def publishing(setup: Setup) -> Result:
             f"{END_THE_TRANSACTION[:1].upper()}{END_THE_TRANSACTION[1:]}.",
         )
     try:
-        log = setup.usable_log()
+        log = setup.usable_log
     except NotLookedAt:
         return ok("A NOTIFY could be sent at once.")
     try:
@@ -165,7 +165,7 @@ class Examined:
 
 def examined(setup: Setup) -> Examined:
     """Return what the log's own function says of its tables. Raises `NotLookedAt` if there is no log."""
-    log = setup.usable_log()
+    log = setup.usable_log
     try:
         [row] = setup.execute(log.guarded(_EXAMINE))
     except psycopg2.errors.UndefinedFunction:  # an installation of a version that was never released
@@ -209,7 +209,7 @@ def pruning(setup: Setup) -> Result:
     text = f"The oldest event is {duration(found.oldest)} old, and SSE_RETENTION is {duration(retention)}."
     if found.oldest <= retention + LATE:
         return ok(text)
-    [(holders,)] = setup.execute(setup.usable_log().guarded(HOLDERS))
+    [(holders,)] = setup.execute(setup.usable_log.guarded(HOLDERS))
     if "session " in holders and not holders.startswith("no session"):
         return warning(f"{text} Pruning does not happen: the lock for it is held by {holders}.", f"{_go_on(holders)}")
     return warning(
@@ -220,7 +220,7 @@ def pruning(setup: Setup) -> Result:
 
 def size(setup: Setup) -> Result:
     """The log is not larger than its events."""
-    _ = setup.usable_log()
+    _ = setup.usable_log
     [(in_bytes, live, dead, autovacuum)] = setup.execute(_SIZE)
     text = f"The log has about {live} events, and {_mb(in_bytes)} with its indexes."
     if dead < max(_MANY_DEAD, live / 2):

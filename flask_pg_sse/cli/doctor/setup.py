@@ -138,8 +138,9 @@ class Setup:
         """Return the event log of the database, or None. Raises `installation.NotUsable`, and as `execute()`."""
         return look_up(lambda query: self.execute(query), self.settings.log_owner)
 
+    @functools.cached_property
     def usable_log(self) -> Installation:
-        """Return the event log that the app uses. Raises `NotLookedAt` if there is none, and as `execute()`."""
+        """The event log that the app uses. Raises `NotLookedAt` if there is none, and as `execute()`."""
         try:
             log = None if self.settings.event_log is False else self.log()
         except NotUsable:

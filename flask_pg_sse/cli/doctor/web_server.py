@@ -16,6 +16,7 @@ from psycopg2.extensions import get_wait_callback
 
 from ...engine.postgres.dsn import PSYCOPG2, uses_psycopg2
 from ...server.capacity import HTTP2, ONE_THREAD, SYNC, TOO_MANY_STREAMS
+from ...server.host import children
 from .result import Result, fault, in_two, ok, warning
 from .setup import Check, NotLookedAt, Setup
 
@@ -169,8 +170,8 @@ def _running(setup: Setup) -> Iterator[Gunicorn]:
             if process.name not in arbiters and os.readlink(process / "cwd") != here:
                 continue
             environ = _environ(process)
-            workers = [path for path in Path("/proc").glob("[0-9]*") if _parent(path) == process.name]
-            limits = _OPEN_FILES.search((workers or [process])[0].joinpath("limits").read_text())
+            worker = next(iter(children(int(process.name))), process.name)
+            limits = _OPEN_FILES.search(Path("/proc", str(worker), "limits").read_text())
         except OSError:  # it has ended, or is another user's
             continue
         limit = int(limits[1]) if limits and limits[1] != "unlimited" else None
