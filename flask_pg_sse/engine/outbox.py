@@ -12,7 +12,7 @@ from collections.abc import Callable
 from ..concurrency.background import BackgroundThread
 from ..concurrency.locks import Lock
 from ..errors import PgSSEError
-from ..repeats import Repeats, duration, times
+from ..repeats import Repeats, times
 from .backoff import Backoff
 from .base import Disconnect
 
@@ -103,7 +103,7 @@ class Outbox:
             self._backoff.reset()
             self._not_before = 0.0
             if ended := self._repeats.over(time.monotonic()):
-                logger.warning("disconnect() reaches the other workers again, after %s.", duration(ended.seconds))
+                logger.warning("disconnect() reaches the other workers again, after %s.", ended)
         return 0.0
 
     def obey_overdue(self) -> None:
