@@ -91,7 +91,7 @@ def _tail(channels: tuple[str, ...], since: Since | None, streams: bool, as_json
         raise click.ClickException(f"Nothing can be shown: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:  # as `| head` leaves it; Python would complain once more at its end
+    except BrokenPipeError:  # as with `| head`; without this, Python prints an error at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(141) from None
     finally:

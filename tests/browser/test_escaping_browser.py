@@ -63,7 +63,7 @@ def serve(start_server: Start, folder: Path, url: str, body: str) -> WebServer:
 SCRIPTS = (
     '<script src="/htmx/htmx-2/dist/htmx.min.js"></script><script src="/htmx/htmx-2-sse/dist/sse.min.js"></script>'
 )
-# A page that puts each event in as HTML, and trusts whoever has sent it.
+# A page that puts each event in as HTML. It trusts every sender.
 SWAPS = SCRIPTS + '<ul id="orders" hx-ext="sse" sse-connect="/sse?channel=orders" sse-swap="message"></ul>'
 
 

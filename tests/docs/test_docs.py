@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from flask_pg_sse.testing import Received, stream
 from tests.support.client import open_stream, request
 from tests.support.documents import Document
 from tests.support.log import NOTIFY, PUBLISH, listening, logged, run
-from tests.support.postgres import Running, connect, execute
+from tests.support.postgres import Running, connect, execute, login_role
 from tests.support.servers import WebServer, gunicorn
 from tools import postgres
 
@@ -110,10 +109,8 @@ def test_the_page_in_a_browser(page: Page, shop: WebServer, database_url: str) -
 
 @pytest.fixture
 def shop_role(database_url: str) -> Iterator[str]:
-    name = f"shop_{uuid.uuid4().hex[:8]}"
-    execute(database_url, f"CREATE ROLE {name} LOGIN PASSWORD 'hush-hush'")
-    yield name
-    execute(database_url, f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
+    with login_role(database_url, "shop") as name:
+        yield name
 
 
 def test_publishing_from_sql(log_url: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.client import open_stream, request
 from tests.support.servers import WebServer, free_port, gunicorn
+from tests.support.slow import but_one_slow
 
 Start = Callable[..., WebServer]
 
@@ -20,7 +21,7 @@ SERVERS: dict[str, Callable[[int], list[str]]] = {
     "pywsgi": lambda port: [sys.executable, "-m", "tests.support.apps.pywsgi", str(port)],
     "flask run": lambda port: [sys.executable, "-m", "flask", "--app", APP, "run", "--port", str(port)],
 }
-EACH_SERVER = ["gevent", *(pytest.param(name, marks=pytest.mark.slow) for name in SERVERS if name != "gevent")]
+EACH_SERVER = but_one_slow(SERVERS)
 
 
 @pytest.mark.parametrize(

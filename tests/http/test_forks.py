@@ -6,9 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from psycopg2.extensions import parse_dsn
@@ -17,6 +16,7 @@ from tests.support.client import Response, eventually, open_stream
 from tests.support.postgres import connect
 from tests.support.redis import RedisServer
 from tests.support.servers import ROOT, WebServer
+from tests.support.slow import but_one_slow
 
 Start = Callable[..., WebServer]
 APP = "tests.support.apps.forking:app"
@@ -110,21 +110,20 @@ SERVERS: dict[str, list[str] | Callable[[int], list[str]]] = {
 }
 
 
-def slow_but_one(values: Iterable[str], one: str) -> list[Any]:
-    return [value if value == one else pytest.param(value, marks=pytest.mark.slow) for value in values]
+def run(name: str, start_server: Start, database_url: str, **env: str) -> WebServer:
+    """Start one of the servers."""
+    options = SERVERS[name]
+    if callable(options):
+        return start_server(database_url, command=options, **env)
+    return start_server(database_url, *options, app=APP, **env)
 
 
-@pytest.mark.parametrize("how", slow_but_one(HOW, "multiprocessing"))
-@pytest.mark.parametrize("name", slow_but_one(SERVERS, "gevent"))
+@pytest.mark.parametrize("how", but_one_slow(HOW))
+@pytest.mark.parametrize("name", but_one_slow(SERVERS))
 def test_streams_go_on_and_the_child_notifies(
     database_url: str, start_server: Start, tmp_path: Path, name: str, how: str
 ) -> None:
-    options = SERVERS[name]
-    env = {"FLASK_SSE_HEARTBEAT": "1"}
-    if callable(options):
-        server = start_server(database_url, command=options, **env)
-    else:
-        server = start_server(database_url, *options, app=APP, **env)
+    server = run(name, start_server, database_url, FLASK_SSE_HEARTBEAT="1")
     check(server, database_url, tmp_path, how)
 
 
@@ -135,12 +134,7 @@ def test_a_stream_ends_for_its_client_though_another_process_has_its_socket(
     database_url: str, start_server: Start, tmp_path: Path, name: str, asks: dict[str, str]
 ) -> None:
     """A C library may fork, or the process may do so before the stream is known."""
-    options = SERVERS[name]
-    env = {"FLASK_SSE_MAX_AGE": "1"}
-    if callable(options):
-        server = start_server(database_url, command=options, **env)
-    else:
-        server = start_server(database_url, *options, app=APP, **env)
+    server = run(name, start_server, database_url, FLASK_SSE_MAX_AGE="1")
     with open_stream(server.port, "orders", headers=asks) as stream:
         child = int(server.post(f"/fork/c?folder={tmp_path}"))
         assert stream.event().json == {"reason": "max_age"}

@@ -97,7 +97,7 @@ assert len(os.listdir("/proc/self/fd")) <= before, "descriptors are left of thre
 print("fine")
 """
 
-# Whoever opens the first stream starts the listener: a greenlet, or a thread. Both then hear all that both send.
+# The first stream starts the listener. A greenlet may open that stream, or a thread. Both hear all that both send.
 STREAMS = """
 def listen(heard, opened):
     events = stream(app.test_client(), "/sse/orders", timeout=20)

@@ -20,6 +20,7 @@ from flask_pg_sse.tokens import Token, sign_token
 from tests.engine.postgres.test_cli import extension, nested, renamed, twice
 from tests.support.client import open_stream, request
 from tests.support.servers import ROOT, WebServer, free_port, gunicorn
+from tests.support.slow import but_one_slow
 
 Start = Callable[..., WebServer]
 MakeApp = Callable[..., Flask]
@@ -65,9 +66,7 @@ def ask(server: WebServer, query: str, status: int, method: str = "GET") -> str:
 
 
 @pytest.mark.parametrize("debug", ["0", pytest.param("1", marks=pytest.mark.slow)], ids=["", "debug"])
-@pytest.mark.parametrize(
-    "name", ["gevent", *(pytest.param(name, marks=pytest.mark.slow) for name in SERVERS if name != "gevent")]
-)
+@pytest.mark.parametrize("name", but_one_slow(SERVERS))
 def test_answers_and_logs(name: str, debug: str, database_url: str, start_server: Start) -> None:
     env = {"FLASK_SECRET_KEY": KEY, "FLASK_SECRET_KEY_FALLBACKS": f'["{OLD_KEY}"]', "FLASK_DEBUG": debug}
     server = start_server(with_password(database_url), command=SERVERS[name], **env)

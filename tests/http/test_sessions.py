@@ -16,9 +16,10 @@ import pytest
 from tests.support.client import Message, Response, eventually, request
 from tests.support.link import Link, through
 from tests.support.servers import WebServer
+from tests.support.slow import but_one_slow
 
 Start = Callable[..., WebServer]
-STORES = ["cachelib", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("cookie", "sqlalchemy", "redis"))]
+STORES = but_one_slow(["cachelib", "cookie", "sqlalchemy", "redis"])
 
 
 class Browser:

@@ -11,6 +11,7 @@ from tests.support.client import open_stream
 from tests.support.postgres import execute
 from tests.support.publishers import install_log
 from tests.support.servers import WebServer
+from tests.support.slow import but_one_slow
 from tests.support.surroundings import AFTER, BEFORE
 
 Start = Callable[..., WebServer]
@@ -23,12 +24,11 @@ ENVIRONMENTS = {
     "memory debugged": {"PYTHONMALLOC": "debug"},
     "no home": {"HOME": "/nonexistent", "TMPDIR": "/nonexistent"},
 }
-FIRST, *OTHERS = (*BEFORE, *AFTER, *ENVIRONMENTS)
 GTHREAD = ("-k", "gthread", "--threads", "8")
 
 
 @pytest.mark.parametrize("options", [(), pytest.param(GTHREAD, marks=pytest.mark.slow)], ids=["gevent", "gthread"])
-@pytest.mark.parametrize("what", [FIRST, *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS)])
+@pytest.mark.parametrize("what", but_one_slow([*BEFORE, *AFTER, *ENVIRONMENTS]))
 def test_events_arrive_and_nothing_is_said(
     database_url: str, start_server: Start, what: str, options: tuple[str, ...]
 ) -> None:

@@ -163,6 +163,15 @@ def execute(url: str, query: str, args: tuple[Any, ...] | None = None) -> list[t
         connection.close()
 
 
+@contextmanager
+def login_role(url: str, prefix: str) -> Iterator[str]:
+    """Make a role that may connect, and nothing else; give its name, and drop what it owns. Its password: hush-hush."""
+    name = f"{prefix}_{uuid.uuid4().hex[:8]}"
+    execute(url, f"CREATE ROLE {name} LOGIN PASSWORD 'hush-hush'")
+    yield name
+    execute(url, f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
+
+
 def members(url: str, *rights: tuple[str, str]) -> None:
     """Give rights (member, channel) to the members of tests.support.apps.members."""
     execute(url, "CREATE TABLE IF NOT EXISTS membership (member text, channel text)")

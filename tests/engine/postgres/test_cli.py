@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -20,7 +19,7 @@ from flask_pg_sse import PgSSE, schema_sql, sse_bp
 from flask_pg_sse.engine.postgres import installation, schema
 from flask_pg_sse.engine.postgres.retention import BATCH
 from tests.docs.test_readme import example
-from tests.support.postgres import connect, execute
+from tests.support.postgres import connect, execute, login_role
 
 MakeApp = Callable[..., Flask]
 
@@ -68,10 +67,8 @@ def fill(url: str, count: int, age: str = "0") -> None:
 @pytest.fixture
 def role(database_url: str) -> Iterator[str]:
     """A role that may connect, and nothing else."""
-    name = f"app_{uuid.uuid4().hex[:8]}"
-    execute(database_url, f"CREATE ROLE {name} LOGIN PASSWORD 'hush-hush'")
-    yield name
-    execute(database_url, f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
+    with login_role(database_url, "app") as name:
+        yield name
 
 
 def as_role(url: str, role: str) -> str:

@@ -25,7 +25,8 @@ from tests.support.doctor import doctor, found
 from tests.support.link import Link, through
 from tests.support.log import PUBLISH, InThread, connected, run
 from tests.support.pgbouncer import pgbouncer
-from tests.support.postgres import Running, execute, fresh_database
+from tests.support.postgres import Running, execute, fresh_database, login_role
+from tests.support.slow import but_one_slow
 from tools import postgres
 
 MakeApp = Callable[..., Flask]
@@ -97,7 +98,7 @@ def test_no_key(logged_url: str, make_app: MakeApp) -> None:
     assert doctor(make_app(logged_url, **HEALTHY)).status == 0
 
 
-@pytest.mark.parametrize("pattern", ["*", *(pytest.param(one, marks=pytest.mark.slow) for one in ("**", "?*"))])
+@pytest.mark.parametrize("pattern", but_one_slow(["*", "**", "?*"]))
 def test_channels_open_to_all(logged_url: str, make_app: MakeApp, pattern: str) -> None:
     app = make_app(logged_url, SECRET_KEY="s3cret-key", SSE_CHANNELS=[pattern])
     assert "SSE_CHANNELS" in found(doctor(app), "channels", "warning", "open to everybody")["remedy"]
@@ -149,10 +150,8 @@ def test_a_database_that_is_silent_costs_seconds(make_app: MakeApp, logged_url: 
 
 @pytest.fixture
 def role(logged_url: str) -> Iterator[str]:
-    name = f"app_{uuid.uuid4().hex[:8]}"
-    execute(logged_url, f"CREATE ROLE {name} LOGIN PASSWORD 'hush-hush'")
-    yield name
-    execute(logged_url, f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
+    with login_role(logged_url, "app") as name:
+        yield name
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ other publisher until its end. So the event must be numbered last.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 from tests.support.client import eventually
 from tests.support.log import NOTIFY, PUBLISH, InThread, connected, listening, logged, pending, run
 from tests.support.postgres import execute
+from tests.support.slow import but_one_slow
 
 # Checking a row of `work` at commit needs a row of `gate`, which another session may hold; `indirect` writes to `work`
 # only then. The foreign key needs a row of `gate` too.
@@ -140,11 +141,6 @@ def test_set_constraints_all_immediate_numbers_nothing_early(url: str, times: in
         assert [heard.data for heard in ear.wait(6)] == expected
     assert [row[3] for row in logged(url)] == expected
     assert pending(url) == 0
-
-
-def but_one_slow(names: Iterable[str]) -> list[Any]:
-    first, *rest = names
-    return [first, *(pytest.param(name, marks=pytest.mark.slow) for name in rest)]
 
 
 # What a sender can do that has no right but EXECUTE on notify(): each goes on for as long as it likes after it.
