@@ -35,6 +35,18 @@ def test_a_process_that_only_notifies_never_listens(database_url: str, make_app:
     assert threading.active_count() == 1
 
 
+def test_the_databases_are_found_and_logged_once(
+    database_url: str, make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "flask_pg_sse")
+    app = make_app(database_url)
+    found = app.extensions["pg_sse"].runtime.databases()  # as a command, or the server at its start
+    with app.app_context():
+        notify("orders", "x")
+    assert app.extensions["pg_sse"].runtime.databases() == found
+    assert caplog.text.count("Using PostgreSQL at") == 1
+
+
 def test_close_ends_everything_and_the_next_use_starts_anew(database_url: str, make_app: MakeApp) -> None:
     app = make_app(database_url)
     for _ in range(3):
