@@ -30,7 +30,7 @@ SELECT n.nspname::pg_catalog.text, c.relname::pg_catalog.text,
     pg_catalog.obj_description(p.oid, 'pg_proc'), pg_catalog.bool_or(t.tgenabled <> 'D'),
     ARRAY(
         SELECT u.name FROM pg_catalog.json_array_elements_text(
-            pg_catalog.obj_description(p.oid, 'pg_proc')::pg_catalog.json -> 'columns') AS u (name)
+            (pg_catalog.obj_description(p.oid, 'pg_proc')::pg_catalog.json ->> 'columns')::pg_catalog.json) AS u (name)
         WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a
             WHERE a.attrelid = c.oid AND a.attname::pg_catalog.text = u.name AND NOT a.attisdropped))
 FROM pg_catalog.pg_trigger t

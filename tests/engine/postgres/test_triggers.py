@@ -668,6 +668,14 @@ def test_the_commands(writer: Writer, make_app: MakeApp) -> None:
     assert code == 1 and said.startswith("Error: No changes of s.orders were sent (")
 
 
+def test_a_table_that_is_watched_with_all_columns_is_listed_too(writer: Writer, make_app: MakeApp) -> None:
+    app = make_app(writer.url)
+    writer("CREATE TABLE orders (id integer PRIMARY KEY)", "CREATE TABLE stock (id integer PRIMARY KEY)")
+    assert sse(app, "watch", "stock", "--columns", "id")[0] == sse(app, "watch", "orders")[0] == 0
+    listed = [f"public.{name} -> {name}: insert, update, delete" for name in ("orders", "stock")]
+    assert sse(app, "watch", "--list") == (0, f"{listed[0]}\n{listed[1]}; columns id\n")
+
+
 def test_commands_that_are_given_nonsense(writer: Writer, make_app: MakeApp) -> None:
     app = make_app(writer.url)
     for arguments, words in (
