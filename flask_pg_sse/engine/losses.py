@@ -6,7 +6,6 @@ commit when the request ends.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import sys
@@ -39,9 +38,9 @@ class _Call:
 
 @dataclass(slots=True)
 class Work:
-    """A request, or what else runs in one context of an app, and its calls that were lost.
+    """A request, and its calls that were lost.
 
-    What is lost in it is told at its end, because only then one knows whether it failed. `endpoint` is the request's.
+    What is lost in it is told at its end, because only then one knows whether it failed.
     """
 
     endpoint: str | None = None
@@ -53,7 +52,7 @@ class Work:
 class Losses:
     """Follows the events of one app that are sent in callers' transactions.
 
-    `work` returns the work that runs now. With None a loss is told at once.
+    `work` returns the request that runs now. Outside a request a loss is told when its transaction ends.
     """
 
     def __init__(self) -> None:
@@ -63,32 +62,36 @@ class Losses:
     def follow(self, connection: Any, channel: str, events: int, *, used: bool) -> None:
         """Note a call that has sent events on a caller's connection. `used` is that of `transactions.follow()`."""
         call = _Call(channel, events, _call_site())
-        follow(connection, functools.partial(self._ended, call, self.work()), used=used)
+        follow(connection, self._ended, (call, self.work()), used=used)
 
-    def _ended(self, call: _Call, work: Work | None, outcome: Outcome) -> None:
-        if call.pid != os.getpid():  # a child that was forked meanwhile ends its copy of the session
-            return
-        if outcome is Outcome.COMMITTED and work is not None:
-            work.lost = [lost for lost in work.lost if lost.where != call.where]  # it was tried again
-        elif outcome is Outcome.LOST:
-            if work is None or work.over:
-                self._tell(call, None)
-            else:
-                work.lost.append(call)
+    def _ended(self, outcome: Outcome, calls: list[tuple[_Call, Work | None]]) -> None:
+        outside: list[_Call] = []
+        for call, work in calls:
+            if call.pid != os.getpid():  # a child that was forked meanwhile ends its copy of the session
+                continue
+            if outcome is Outcome.COMMITTED and work is not None:
+                work.lost = [lost for lost in work.lost if lost.where != call.where]  # it was tried again
+            elif outcome is Outcome.LOST:
+                (outside if work is None or work.over else work.lost).append(call)
+        self._tell(outside, None)
 
     def end(self, work: Work) -> None:
-        """Tell what a work has lost, unless it failed."""
+        """Tell what a request has lost, unless it failed."""
         work.over = True
+        if not work.failed:
+            self._tell(work.lost, work.endpoint)
+
+    def _tell(self, lost: list[_Call], endpoint: str | None) -> None:
         calls: dict[str, _Call] = {}
-        for call in work.lost:
+        for call in lost:
             first = calls.setdefault(call.where, call)
             if first is not call:
                 first.events += call.events
                 first.several = first.several or first.channel != call.channel
-        for call in calls.values() if not work.failed else ():
-            self._tell(call, work.endpoint)
+        for call in calls.values():
+            self._tell_one(call, endpoint)
 
-    def _tell(self, call: _Call, endpoint: str | None) -> None:
+    def _tell_one(self, call: _Call, endpoint: str | None) -> None:
         if not (number := self._repeats.count(call.where, time.monotonic())):
             return
         one = call.events == 1

@@ -5,7 +5,6 @@ It keeps events as the event log does. It receives only the events and commands 
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
@@ -20,6 +19,9 @@ from .transactions import Outcome, follow
 KEPT_BYTES = 16 * 1024 * 1024
 # As many ids, at one a microsecond.
 _A_DAY = 86_400_000_000
+
+# A call of `publish()`: its channel, its events, whether they are durable.
+Call = tuple[str, Sequence[Event], bool]
 
 
 class _Heard:
@@ -77,15 +79,15 @@ class MemoryEngine:
     def publish(
         self, channel: str, events: Sequence[Event], *, durable: bool = True, connection: Any = None
     ) -> int | None:
-        if connection is not None:
-            ended = functools.partial(self._transaction_ended, channel, events, durable)
-            if follow(connection, ended, used=False):
-                return None
-        return self._send(channel, events, durable)
+        call = channel, events, durable
+        if connection is not None and follow(connection, self._transaction_ended, call, used=False):
+            return None
+        return self._send(*call)
 
-    def _transaction_ended(self, channel: str, events: Sequence[Event], durable: bool, outcome: Outcome) -> None:
+    def _transaction_ended(self, outcome: Outcome, calls: list[Call]) -> None:
         if outcome is Outcome.COMMITTED:
-            self._send(channel, events, durable)
+            for channel, events, durable in calls:
+                self._send(channel, events, durable)
 
     def _send(self, channel: str, events: Sequence[Event], durable: bool) -> int | None:
         with self._turn:

@@ -12,7 +12,7 @@ import enum
 import functools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .caller import to_session
@@ -33,24 +33,25 @@ class Outcome(enum.Enum):
     FAILED = enum.auto()
 
 
-Ended = Callable[[Outcome], None]
+Ended = Callable[[Outcome, list[Any]], None]
 
 
-def follow(connection: Any, ended: Ended, *, used: bool) -> bool:
+def follow(connection: Any, ended: Ended, call: Any, *, used: bool) -> bool:
     """Call `ended` when the transaction that the connection is in now has ended. Return False if that cannot be known.
 
     It cannot with a driver's own connection, and there is no transaction if each statement is committed by itself.
     `used` tells whether a statement has run in the transaction, so that looking at its connection connects to nothing.
+    `ended` gets its outcome, and each `call` that was given with the same `ended` and has that outcome, in order.
 
     `ended` is called in the thread that ends the transaction. It is called twice, at last with FAILED, if a
     `Connection` cannot commit, because SQLAlchemy tells of that commit before it is done.
     """
     session = to_session(connection)
     if session is not None:
-        return _follow_session(session, ended, used=used)
+        return _follow_session(session, ended, call, used=used)
     engine = sys.modules.get("sqlalchemy.engine")
     if engine is not None and isinstance(connection, engine.Connection):
-        return _follow_connection(connection, ended)
+        return _follow_connection(connection, ended, call)
     return False
 
 
@@ -66,8 +67,19 @@ def _commits_each_statement(connection: Any) -> bool:
     return level == "AUTOCOMMIT" or getattr(connection.connection.dbapi_connection, "autocommit", None) is True
 
 
+def _tell(over: Iterable[Any], outcome: Outcome) -> None:
+    together: dict[Ended, list[Any]] = {}
+    for _, ended, call in over:
+        together.setdefault(ended, []).append(call)
+    for ended, calls in together.items():
+        ended(outcome, calls)
+
+
 class _Waiting(list[Any]):
-    """What waits for the end of a session's or a connection's transaction. If that is forgotten, it will not commit."""
+    """The calls that wait for the end of a session's or a connection's transaction, each with where it is in that.
+
+    If the session or connection is forgotten, the transaction will not commit.
+    """
 
     def take(self) -> list[Any]:
         taken = list(self)
@@ -76,8 +88,7 @@ class _Waiting(list[Any]):
 
     def __del__(self) -> None:
         if self and not sys.is_finalizing():
-            for _, ended in self.take():
-                ended(_without_commit())
+            _tell(self.take(), _without_commit())
 
 
 # -- sessions
@@ -85,14 +96,14 @@ class _Waiting(list[Any]):
 _KEY = "flask_pg_sse"
 
 
-def _follow_session(session: Any, ended: Ended, *, used: bool) -> bool:
+def _follow_session(session: Any, ended: Ended, call: Any, *, used: bool) -> bool:
     _listen_to_sessions()
     if not session.in_transaction():
         session.begin()  # as its first statement would
     elif used and _commits_each_statement(session.connection(bind_arguments={"clause": _clause()})):
         return False
     waiting = session.info.setdefault(_KEY, _Waiting())
-    waiting.append((session.get_nested_transaction() or session.get_transaction(), ended))
+    waiting.append((session.get_nested_transaction() or session.get_transaction(), ended, call))
     return True
 
 
@@ -116,23 +127,21 @@ def _session_committed(session: Any) -> None:
         return
     savepoint = session.get_nested_transaction()
     if savepoint is None:
-        for _, ended in waiting.take():
-            ended(Outcome.COMMITTED)
+        _tell(waiting.take(), Outcome.COMMITTED)
         return
     outer = savepoint.parent
     while not outer.nested and outer.parent is not None:  # a flush
         outer = outer.parent
-    waiting[:] = [(outer if transaction is savepoint else transaction, ended) for transaction, ended in waiting]
+    waiting[:] = [(outer if transaction is savepoint else transaction, *rest) for transaction, *rest in waiting]
 
 
 def _session_ended(session: Any, transaction: Any) -> None:
     waiting = session.info.get(_KEY)
     if not waiting:
         return
-    over = [ended for its, ended in waiting if its is transaction]
-    waiting[:] = [(its, ended) for its, ended in waiting if its is not transaction]
-    for ended in over:
-        ended(Outcome.UNDONE if transaction.nested else _without_commit())
+    over = [one for one in waiting if one[0] is transaction]
+    waiting[:] = [one for one in waiting if one[0] is not transaction]
+    _tell(over, Outcome.UNDONE if transaction.nested else _without_commit())
 
 
 # -- connections
@@ -150,7 +159,7 @@ _connections: weakref.WeakKeyDictionary[Any, _Connection] = weakref.WeakKeyDicti
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def _follow_connection(connection: Any, ended: Ended) -> bool:
+def _follow_connection(connection: Any, ended: Ended, call: Any) -> bool:
     if _commits_each_statement(connection):
         return False
     _listen_to_connections(connection.engine)
@@ -158,7 +167,7 @@ def _follow_connection(connection: Any, ended: Ended) -> bool:
         connection.begin()  # as its first statement would
     savepoint = connection.get_nested_transaction()
     number = 0 if savepoint is None else _number(savepoint._savepoint)
-    _connections.setdefault(connection, _Connection()).waiting.append((number, ended))
+    _connections.setdefault(connection, _Connection()).waiting.append((number, ended, call))
     return True
 
 
@@ -185,30 +194,25 @@ def _connection_committed(connection: Any, *_: Any) -> None:
     # SQLAlchemy says this before it commits, and says nothing after.
     if (its := _connections.get(connection)) is not None:
         its.committed = its.waiting.take()
-        for _, ended in its.committed:
-            ended(Outcome.COMMITTED)
+        _tell(its.committed, Outcome.COMMITTED)
 
 
 def _connection_failed(context: Any) -> None:
     its = _connections.get(context.connection) if context.connection is not None else None
     if its is not None and context.statement is None:  # no statement: a commit or a rollback
         committed, its.committed = its.committed, []
-        for _, ended in committed:
-            ended(Outcome.FAILED)
+        _tell(committed, Outcome.FAILED)
 
 
 def _connection_rolled_back(connection: Any, *_: Any) -> None:
     if (its := _connections.get(connection)) is not None:
         its.committed = []
-        outcome = _without_commit()
-        for _, ended in its.waiting.take():
-            ended(outcome)
+        _tell(its.waiting.take(), _without_commit())
 
 
 def _savepoint_rolled_back(connection: Any, name: str, *_: Any) -> None:
     # What is in savepoints with a larger number, released or not, is within this one.
     if (its := _connections.get(connection)) is not None:
-        undone = [ended for number, ended in its.waiting if number >= _number(name)]
-        its.waiting[:] = [(number, ended) for number, ended in its.waiting if number < _number(name)]
-        for ended in undone:
-            ended(Outcome.UNDONE)
+        undone = [one for one in its.waiting if one[0] >= _number(name)]
+        its.waiting[:] = [one for one in its.waiting if one[0] < _number(name)]
+        _tell(undone, Outcome.UNDONE)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from flask import Flask
 
 from ..engine.base import Disconnect
-from ..engine.memory import MemoryEngine
+from ..engine.memory import Call, MemoryEngine
 from ..engine.postgres.codec import to_payload
 from ..engine.transactions import Outcome
 from ..event import Event
@@ -93,9 +93,9 @@ class _CapturingEngine(MemoryEngine):
         self.events.extend(_captured(channel, events))
         return super()._send(channel, events, durable)
 
-    def _transaction_ended(self, channel: str, events: Sequence[Event], durable: bool, outcome: Outcome) -> None:
-        super()._transaction_ended(channel, events, durable, outcome)
-        if outcome is Outcome.FAILED:
+    def _transaction_ended(self, outcome: Outcome, calls: list[Call]) -> None:
+        super()._transaction_ended(outcome, calls)
+        for channel, events, _ in calls if outcome is Outcome.FAILED else ():
             for one in _captured(channel, events):
                 last = len(self.events) - 1 - self.events[::-1].index(one)
                 del self.events[last]

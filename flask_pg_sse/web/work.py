@@ -9,7 +9,6 @@ from flask import (
     appcontext_tearing_down,
     current_app,
     g,
-    has_app_context,
     has_request_context,
     request,
     request_finished,
@@ -22,7 +21,7 @@ _KEY = "_flask_pg_sse_work"
 
 
 def watch(app: Flask) -> None:
-    """Let an app's losses be told at the end of its requests and other contexts."""
+    """Let what a request loses be told at its end."""
     state_of(app).runtime.losses.work = _work
     request_finished.connect(_request_finished, app)
     # Sent after all teardown functions: one of them usually closes the session.
@@ -30,11 +29,11 @@ def watch(app: Flask) -> None:
 
 
 def _work() -> Work | None:
-    if not has_app_context() or EXTENSION not in current_app.extensions:
+    if not has_request_context() or EXTENSION not in current_app.extensions:
         return None
     work: Work | None = g.get(_KEY)
     if work is None:
-        work = Work(request.endpoint if has_request_context() else None)
+        work = Work(request.endpoint)
         setattr(g, _KEY, work)
     return work
 

@@ -43,10 +43,10 @@ class Followed:
         self.ended: dict[str, Outcome] = {}
 
     def __call__(self, letter: str) -> None:
-        def ended(outcome: Outcome) -> None:
-            self.ended[letter] = outcome
+        assert follow(self.connection, self._note, letter, used=True)
 
-        assert follow(self.connection, ended, used=True)
+    def _note(self, outcome: Outcome, letters: list[str]) -> None:
+        self.ended.update(dict.fromkeys(letters, outcome))
 
 
 def in_a_session(engine: Engine) -> Session:
@@ -194,14 +194,14 @@ def test_where_each_statement_is_committed_by_itself_there_is_nothing_to_follow(
         engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         opened = open_(engine)
         opened.execute(text("SELECT 1"))
-        assert not follow(opened, lambda outcome: None, used=True)
+        assert not follow(opened, lambda outcome, calls: None, None, used=True)
         opened.close()
         engine.dispose()
 
 
 def test_a_drivers_own_connection_cannot_be_followed(engine: Engine) -> None:
     with contextlib.closing(engine.raw_connection()) as connection:
-        assert not follow(connection.driver_connection, lambda outcome: None, used=True)
+        assert not follow(connection.driver_connection, lambda outcome, calls: None, None, used=True)
 
 
 def test_during_a_flush(engine: Engine) -> None:

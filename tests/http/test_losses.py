@@ -221,13 +221,29 @@ def notify_in_context(shop: Shop, session: Session) -> None:
         notify("stock", "x", connection=session)
 
 
+def test_outside_a_request_it_is_told_when_the_transaction_ends(shop: Shop) -> None:
+    """A shell and a consumer have one context for hours, and a notebook's never ends."""
+    with shop.app.app_context():
+        for number in range(3):
+            notify(f"user-{number}", "x", connection=shop.db.session)
+        shop.db.session.rollback()
+        [line] = shop.told()
+        assert line.startswith("3 events for 'user-0' and other channels went with their transaction"), line
+    assert shop.told() == []
+    with pytest.raises(ZeroDivisionError), shop.app.app_context():
+        notify("stock", "x", connection=shop.db.session)
+        raise ZeroDivisionError
+    assert shop.told() == []
+
+
 def test_without_an_app(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
     sse = PgSSE(database_url=database_url)
     engine = create_engine(database_url.replace("postgresql://", "postgresql+psycopg://"))
     with Session(engine) as session:
-        sse.notify("stock", "x", connection=session)
+        for data in "xy":
+            sse.notify("stock", data, connection=session)
     [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert record.getMessage().startswith(LOST)
+    assert record.getMessage().startswith("2 events for 'stock' went with their transaction")
     engine.dispose()
     sse.close()
 
