@@ -177,6 +177,8 @@ def make_cluster(running_postgres: Running, pytestconfig: pytest.Config) -> Make
                 "wal_level": "logical",
                 "archive_mode": "on",
                 "archive_command": f"cp %p {archive}/%f",
+                # A primary that stops recycles what its standbys have not received yet, where nothing keeps it.
+                "wal_keep_size": "256MB",
                 **options,
             }
             primary = ends.enter_context(running_postgres(bin_dir=bin_dir, **settings))
