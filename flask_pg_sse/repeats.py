@@ -101,14 +101,17 @@ def times(number: int) -> str:
 def one_line(error: object) -> str:
     """Return the message of another library's error in one line, for a sentence: without the full stop at its end.
 
-    libpq's and PostgreSQL's messages have several lines, and a statement that PostgreSQL quotes is left out.
+    libpq's and PostgreSQL's messages have several lines, and a statement that PostgreSQL quotes is left out. libpq
+    indents lines, and breaks sentences: an indented line in lower case goes on with the one before.
     """
     diag = getattr(error, "diag", None)
     parts = [getattr(diag, f"message_{name}", None) for name in ("primary", "detail", "hint")]
     text = "\n".join(filter(None, parts)) if parts[0] else str(error)
     joined = ""
-    for line in (" ".join(line.split()) for line in text.splitlines()):
-        joined += f"{'' if not joined else ' ' if joined[-1] in '.:;,?!' else '. '}{line}" if line else ""
+    for line in filter(str.strip, text.splitlines()):
+        words = " ".join(line.split())
+        goes_on = joined.endswith((".", ":", ";", ",", "?", "!")) or (line[0].isspace() and words[0].islower())
+        joined += f"{'' if not joined else ' ' if goes_on else '. '}{words}"
     return joined.removesuffix(".") or type(error).__name__
 
 

@@ -92,6 +92,13 @@ def test_words() -> None:
             'connection to server at "h", port 5 failed: Connection refused\n\tIs the server running on that host?\n',
             'connection to server at "h", port 5 failed: Connection refused. Is the server running on that host?',
         ),
+        (
+            "server closed the connection unexpectedly\n"
+            "\tThis probably means the server terminated abnormally\n\tbefore or while processing the request.\n",
+            "server closed the connection unexpectedly. "
+            "This probably means the server terminated abnormally before or while processing the request",
+        ),
+        ("connection to a failed\nconnection to b failed\n", "connection to a failed. connection to b failed"),
         ("One sentence.\n", "One sentence"),
         ("a.\n\n  b  c", "a. b c"),
         ("ERROR:\n  it", "ERROR: it"),
