@@ -126,9 +126,13 @@ def why_closed(channel: str, *, tokens: Tokens, patterns: Sequence[str], asked: 
 
 def did_you_mean(channel: str, patterns: Sequence[str]) -> str:
     """Return a question, with a blank in front, if a refused name looks like a slip; "" otherwise."""
-    meant = [pattern for pattern in patterns if pattern.casefold() == channel.strip().casefold()]
-    if meant:
-        return f" Did you mean {meant[0]!r}? Upper and lower case differ."
+    name = channel.strip()
+    if is_public(name, patterns):
+        return f" Did you mean {name!r}? Blanks belong to a name."
+    for pattern in patterns:
+        if fnmatchcase(name.casefold(), pattern.casefold()):
+            meant = f"one that {pattern!r} opens" if _PATTERN.search(pattern) else repr(pattern)
+            return f" Did you mean {meant}? Upper and lower case differ."
     if "," in channel:
         several = "&".join(f"channel={name.strip()}" for name in channel.split(","))
         return f" Did you mean several channels? They are written as ?{several}."
@@ -153,11 +157,11 @@ def hint_about(channels: Iterable[str], tokens: Tokens) -> str:
     return ""
 
 
-def ways_to_open(channel: str) -> str:
+def ways_to_open(channel: str, patterns: Sequence[str]) -> str:
     """Return the three ways to open a channel, for the developer."""
     name = quoted(channel)
     return (
-        f" To open it to everybody: {how_to_open(channel)}; to everybody with a signed URL: sse_url({name}, "
+        f" To open it to everybody: {how_to_open(channel, patterns)}; to everybody with a signed URL: sse_url({name}, "
         f"sign=True, expires=3600); to clients of your choice: @sse_bp.authorize on a function of the channel that "
         "returns True for them."
     )
@@ -172,13 +176,13 @@ def is_public(channel: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(channel, pattern) for pattern in patterns)
 
 
-def how_to_open(channel: str) -> str:
-    """Return a line of configuration that opens `channel` and no other, for the developer to copy.
+def how_to_open(channel: str, patterns: Sequence[str]) -> str:
+    """Return a line of configuration that opens `channel`, besides what `patterns` open, for the developer to copy.
 
     The channel's name comes from a URL, so anybody can choose it: the line must quote it safely.
     """
     pattern = re.sub(r"([*?[])", r"[\1]", channel)
-    return f'app.config["SSE_CHANNELS"] = [{quoted(pattern)}]'
+    return f'app.config["SSE_CHANNELS"] = [{", ".join(map(quoted, [*patterns, pattern]))}]'
 
 
 def quoted(text: str) -> str:

@@ -384,10 +384,10 @@ def _closed(channel: str, state: State, permission: _Permission) -> str:
     patterns, asked = state.runtime.settings.channels, permission.authorizer is not None
     why = authorize.why_closed(channel, tokens=permission.tokens, patterns=patterns, asked=asked)
     hint = authorize.did_you_mean(channel, patterns)
-    to_open = authorize.how_to_open(channel)
+    to_open = authorize.how_to_open(channel, patterns)
     state.refusals.log("closed", "A stream was refused: %s%s To open it to everybody: %s", why, hint, to_open)
     if current_app.debug:
-        return why + hint + authorize.ways_to_open(channel)
+        return why + hint + authorize.ways_to_open(channel, patterns)
     return f"{why} Log in, reload the page, or ask the site's operator to open it."
 
 

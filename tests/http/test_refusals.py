@@ -45,8 +45,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.parametrize(
     ("url", "headers", "words"),
     [
-        ("/sse/closed", {}, ["'closed'", 'app.config["SSE_CHANNELS"] = ["closed"]']),
-        ("/sse/Orders", {}, ["'Orders'", "Did you mean 'orders'?"]),
+        ("/sse/closed", {}, ["'closed'", 'app.config["SSE_CHANNELS"] = ["orders", "news", "room-*", "closed"]']),
+        ("/sse/Orders", {}, ["'Orders'", "Did you mean 'orders'? Upper and lower case differ."]),
+        ("/sse/ROOM-1", {}, ["'ROOM-1'", "Did you mean one that 'room-*' opens? Upper and lower case differ."]),
+        ("/sse/orders%20", {}, ["'orders '", "Did you mean 'orders'? Blanks belong to a name."]),
         ("/sse?channel=orders,news", {}, ["'orders,news'", "?channel=orders&channel=news"]),
         ("/sse", {}, ["400", "names no channel"]),
         ("/sse/flask_pg_sse", {}, ["400", "reserved"]),
@@ -62,7 +64,7 @@ def test_a_refusal_is_a_line_with_its_remedy_and_the_next_ones_are_counted(
     headers: dict[str, str],
     words: list[str],
 ) -> None:
-    app = make_app(SSE_CHANNELS=["orders", "news"])
+    app = make_app(SSE_CHANNELS=["orders", "news", "room-*"])
     for _ in range(10):
         assert ask(app, url, **headers) >= 400
         clock[0] += 5
