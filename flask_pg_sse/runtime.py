@@ -171,7 +171,10 @@ class Runtime:
         """Return the keys for signatures. Raises `ConfigurationError`, which names `what`, if there is no key."""
         keys = self.keys()
         if not keys:
-            raise ConfigurationError(f"{what} needs a secret key: set SECRET_KEY, or SSE_SECRET_KEY, to a random text.")
+            raise ConfigurationError(
+                f"{what} needs a secret key: set SECRET_KEY, or SSE_SECRET_KEY, to a random text. Without an app, give "
+                "the web app's key: PgSSE(secret_key=…), or SSE_SECRET_KEY in the environment."
+            )
         return keys
 
     def close(self, timeout: float = _PATIENCE) -> None:

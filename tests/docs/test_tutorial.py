@@ -242,8 +242,13 @@ def test_step_by_step(
 
 @pytest.mark.slow
 def test_its_own_tests(database_url: str, start_server: Start, tmp_path: Path) -> None:
-    """They pass, and fail for the mistake that the page names and for each step that is not done."""
+    """They pass, and fail for the mistake that the page names and for each step that is not done.
+
+    The package's checkout is where the page says, and pytest does not collect its tests.
+    """
     app = Tutorial(tmp_path / "tasks", database_url, start_server)
+    [checkout] = re.findall(r"^ +pip install (\S*flask_pg_sse)/? ", PAGE.text, re.MULTILINE)
+    (app.folder / checkout).symlink_to(ROOT)
     for title in ("The app that you have", "Step 1", "Step 2", "Step 3", "Step 4", "Step 5"):
         app.write(title)
     app.env = {}
