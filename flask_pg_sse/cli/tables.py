@@ -116,7 +116,10 @@ def watched(connection: Any) -> list[Watched]:
 
 def describe(one: Watched) -> str:
     """Say in a line what is sent of a table, and what is wrong with it."""
-    said = f"{one.schema}.{one.table} -> {one.channel}: {', '.join(one.on)}"
+    table = f"{one.schema}.{one.table}"
+    if one.channel is None:
+        return f"{table} -> ? (the comment on its function is not as watch made it: run watch again)"
+    said = f"{table} -> {one.channel}: {', '.join(one.on)}"
     if one.columns is not None:
         said += f"; columns {', '.join(one.columns)}"
     if one.when is not None:

@@ -10,11 +10,13 @@ owner may attach it to another table.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...channels import check_channel
 from .schema import literal, read_sql, trusted
@@ -24,15 +26,13 @@ OPERATIONS = ("insert", "update", "delete")
 _IN_BRACES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 _VALUE = re.compile(r"@(\w+)@")
 
-# The watched tables. A trigger that was switched off, or a column that is gone, is told too.
+# The watched tables: what the comment on the function says, whether a trigger is on, and the columns of today.
 WATCHED = r"""
 SELECT n.nspname::pg_catalog.text, c.relname::pg_catalog.text,
     pg_catalog.obj_description(p.oid, 'pg_proc'), pg_catalog.bool_or(t.tgenabled <> 'D'),
     ARRAY(
-        SELECT u.name FROM pg_catalog.json_array_elements_text(
-            (pg_catalog.obj_description(p.oid, 'pg_proc')::pg_catalog.json ->> 'columns')::pg_catalog.json) AS u (name)
-        WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a
-            WHERE a.attrelid = c.oid AND a.attname::pg_catalog.text = u.name AND NOT a.attisdropped))
+        SELECT a.attname::pg_catalog.text FROM pg_catalog.pg_attribute a
+        WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
 FROM pg_catalog.pg_trigger t
 JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
 JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
@@ -112,11 +112,14 @@ def drop_trigger_sql(table: str, *, schema: str = "public", channel: str | None 
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A table whose changes are sent to a channel. `missing` are the columns that the table no longer has."""
+    """A table whose changes are sent to a channel. `missing` are the columns that the table no longer has.
+
+    `channel` is None if nobody knows: somebody has changed the comment that has all this, or a dump has left it out.
+    """
 
     schema: str
     table: str
-    channel: str
+    channel: str | None
     on: Sequence[str]
     columns: Sequence[str] | None
     when: str | None
@@ -124,11 +127,16 @@ class Watched:
     missing: Sequence[str]
 
     @classmethod
-    def read(cls, row: Sequence[object]) -> Watched:
+    def read(cls, row: Sequence[Any]) -> Watched:
         """Read a row of the query `WATCHED`."""
-        schema, table, about, enabled, missing = row
-        options = json.loads(str(about))
-        return cls(str(schema), str(table), enabled=bool(enabled), missing=missing, **options)  # type: ignore[arg-type]
+        schema, table, comment, enabled, present = row
+        about: dict[str, Any] = {"channel": None, "on": (), "columns": None, "when": None}
+        missing: list[str] = []
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            said = json.loads(comment)
+            about = {key: said[key] for key in about}
+            missing = [name for name in said["sent"] if name not in present]
+        return cls(schema, table, enabled=enabled, missing=missing, **about)
 
 
 def _several(name: str, value: Sequence[str]) -> list[str]:

@@ -676,6 +676,33 @@ def test_a_table_that_is_watched_with_all_columns_is_listed_too(writer: Writer, 
     assert sse(app, "watch", "--list") == (0, f"{listed[0]}\n{listed[1]}; columns id\n")
 
 
+def test_a_table_with_all_its_columns_is_listed(writer: Writer, make_app: MakeApp) -> None:
+    app = make_app(writer.url)
+    writer(ORDERS)
+    assert sse(app, "watch", "orders", "--channel", "orders-{status}")[0] == 0
+    listed = "public.orders -> orders-{status}: insert, update, delete"
+    assert sse(app, "watch", "--list") == (0, f"{listed}\n")
+    writer("ALTER TABLE orders DROP COLUMN total")
+    writer("ALTER TABLE orders RENAME COLUMN status TO state")
+    gone = "(the table has no status, total any more: run watch again)"
+    assert sse(app, "watch", "--list") == (0, f"{listed} {gone}\n")
+
+
+def test_a_table_whose_functions_comment_is_gone_is_listed(writer: Writer, make_app: MakeApp) -> None:
+    """As after a dump with --no-comments."""
+    app = make_app(writer.url)
+    writer(ORDERS, trigger_sql("orders"))
+    [(function,)] = execute(
+        writer.url, "SELECT oid::regprocedure::text FROM pg_proc WHERE proname ~ '^flask_pg_sse_watch_'"
+    )
+    for comment in ("NULL", "'written by somebody'", "'{}'"):
+        writer(f"COMMENT ON FUNCTION {function} IS {comment}")
+        assert sse(app, "watch", "--list") == (
+            0,
+            "public.orders -> ? (the comment on its function is not as watch made it: run watch again)\n",
+        )
+
+
 def test_commands_that_are_given_nonsense(writer: Writer, make_app: MakeApp) -> None:
     app = make_app(writer.url)
     for arguments, words in (

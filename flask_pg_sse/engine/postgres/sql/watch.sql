@@ -126,7 +126,8 @@ $body$)));
     LOOP
         EXECUTE statement;
     END LOOP;
-    EXECUTE concat('COMMENT ON FUNCTION ', name, '() IS ', quote_literal(about));
+    EXECUTE concat('COMMENT ON FUNCTION ', name, '() IS ',
+        quote_literal(about::jsonb || jsonb_build_object('sent', columns)));
 
     -- Statement-level triggers with all rows of a statement are many times cheaper than a call for each row. But on a
     -- partitioned table they would miss the statements that name a partition, and later partitions would have none.
