@@ -167,9 +167,9 @@ def execute(url: str, query: str, args: tuple[Any, ...] | None = None) -> list[t
 def login_role(url: str, prefix: str) -> Iterator[str]:
     """Make a role that may connect, and nothing else; give its name, and drop what it owns. Its password: hush-hush."""
     name = f"{prefix}_{uuid.uuid4().hex[:8]}"
-    execute(url, f"CREATE ROLE {name} LOGIN PASSWORD 'hush-hush'")
+    execute(url, f"CREATE ROLE \"{name}\" LOGIN PASSWORD 'hush-hush'")
     yield name
-    execute(url, f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
+    execute(url, f'DROP OWNED BY "{name}" CASCADE; DROP ROLE "{name}"')
 
 
 def members(url: str, *rights: tuple[str, str]) -> None:

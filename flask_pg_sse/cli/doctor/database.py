@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 
 import psycopg2
+from psycopg2.extensions import quote_ident
 
 from ...engine.postgres import connect, watch
 from ...engine.postgres.dsn import Dsn
 from ...engine.postgres.identity import Server, who
 from ...engine.postgres.listener import DEAF
 from ...engine.postgres.obstacle import END_THE_TRANSACTION, NOT_NOW, look_at_the_queue
+from ...errors import DatabaseUnavailable
 from .result import Result, fault, in_two, ok, warning
 from .setup import ANSWER_WITHIN, Check, NotLookedAt, Setup
 
@@ -20,11 +23,6 @@ _LOOKS = 6
 # Seconds by which the clocks may differ.
 _CLOCK_DIFFERENCE = 2.0
 _CLOCK = "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::pg_catalog.float8"
-_WHO_AM_I = """
-SELECT pg_catalog.current_setting('server_version'), current_user::pg_catalog.text,
-    pg_catalog.pg_encoding_to_char(d.encoding)
-FROM pg_catalog.pg_database d WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()
-"""
 # How full PostgreSQL's queue of notifications may be. Its usual room is 8 GB, so this is 8 MB that some session has not
 # read. When it is full, nobody can notify.
 _QUEUE_SOME, _QUEUE_MUCH = 0.001, 0.5
@@ -34,11 +32,12 @@ def database(setup: Setup) -> Result:
     """PostgreSQL can be reached."""
     if not setup.uses_postgres:
         raise NotLookedAt
-    setup.reachable = False
+    setup.usable = False
     dsn, _ = setup.databases
-    with setup.connect(dsn):
-        setup.reachable = True
-    [(version, role, encoding)] = setup.execute(_WHO_AM_I)
+    with setup.connect(dsn) as connection:
+        role, said = connection.info.user, connection.info.parameter_status
+        version, encoding = said("server_version"), said("server_encoding")
+    setup.usable = True
     text = f"PostgreSQL {version} answers at {dsn} (from {dsn.source}), as role {role}."
     if encoding != "UTF8":
         return warning(
@@ -48,19 +47,22 @@ def database(setup: Setup) -> Result:
     return ok(text)
 
 
-def primary(setup: Setup) -> Iterator[Result]:
+def primary(setup: Setup) -> Result:
     """The server takes writes, and so do the role's transactions."""
-    info = setup.connection.info
-    if info.parameter_status("in_hot_standby") == "on":
-        yield fault(*in_two(connect.STANDBY.format(info)))
-    elif connect.is_read_only(setup.connection):
-        yield warning(
-            f"Transactions of role {info.user} are read-only by default. flask_pg_sse asks for writable ones itself, "
+    try:
+        connection = setup.connection
+    except DatabaseUnavailable:  # a standby: every later check would say the same
+        setup.usable = False
+        raise
+    if connect.is_read_only(connection):
+        role = connection.info.user
+        return warning(
+            f"Transactions of role {role} are read-only by default. flask_pg_sse asks for writable ones itself, "
             "but notify(…, connection=…) in a transaction of the app's fails.",
-            f"ALTER ROLE {info.user} RESET default_transaction_read_only; or the same with ALTER DATABASE.",
+            f"ALTER ROLE {quote_ident(role, connection)} RESET default_transaction_read_only; or the same with ALTER "
+            "DATABASE.",
         )
-    else:
-        yield ok("It is a primary, and transactions are writable.")
+    return ok("It is a primary, and transactions are writable.")
 
 
 def address(setup: Setup) -> Iterator[Result]:
@@ -68,9 +70,11 @@ def address(setup: Setup) -> Iterator[Result]:
     dsn, listen = setup.database, setup.databases[1]
     try:
         servers = dict.fromkeys(_server(setup, dsn) for _ in range(_LOOKS))
-        heard = None if listen is None or listen == dsn else _server(setup, listen)
     except psycopg2.errors.InsufficientPrivilege:
         return
+    heard = None
+    with contextlib.suppress(DatabaseUnavailable):  # the next check says it
+        heard = None if listen is None or listen == dsn else _server(setup, listen)
     if len(servers) > 1:
         yield fault(
             f"{dsn} {watch.UNSTEADY}. Events that are sent to one do not arrive from the other.",
@@ -94,10 +98,6 @@ def listen(setup: Setup) -> Result | None:
     if dsn is None:
         return None
     with setup.connect(dsn) as connection:
-        if connection.info.parameter_status("in_hot_standby") == "on":
-            if dsn == setup.database:
-                raise NotLookedAt  # the check before has said it
-            return fault(*in_two(connect.STANDBY.format(connection.info)))
         started = time.monotonic()
         try:
             heard = watch.hears_itself(connection)

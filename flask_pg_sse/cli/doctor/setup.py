@@ -49,7 +49,7 @@ class Setup:
         self.url = url
         self.direct = direct
         self._seconds = seconds
-        self.reachable: bool | None = None  # the database; None before it was tried
+        self.usable: bool | None = None  # the database: reached, and a primary; None before it was tried
         self.servers: Sequence[Any] | None = None  # what web_server.py has found
         self.unread: list[str] = []  # the gunicorns whose configuration cannot be read
         self.trial: Any = None  # the stream of proxy.py
@@ -100,8 +100,8 @@ class Setup:
 
     @property
     def database(self) -> Dsn:
-        """The app's database. Raises `NotLookedAt` if an earlier check could not reach it."""
-        if self.reachable is False or not self.uses_postgres:
+        """The app's database. Raises `NotLookedAt` if an earlier check could not use it."""
+        if self.usable is False or not self.uses_postgres:
             raise NotLookedAt
         return self.databases[0]
 

@@ -80,7 +80,7 @@ def _connect(dsn: Dsn, application_name: str, client_encoding: str, kind: Any) -
     timeout = _timeout(params.pop("connect_timeout", ""))
     race = _Race(timeout, kind)
     try:
-        connection = race.first(_attempts(params))
+        connection = race.first(_attempts(params, race.errors))
     finally:  # also when, for example, the greenlet is killed while it waits
         race.close()
     if connection is not None:
@@ -278,13 +278,13 @@ def _is_standby(connection: Any, timeout: float) -> bool:
         return bool(cursor.fetchall()[0][0])
 
 
-def _attempts(params: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Yield connection parameters for one server address after another.
+def _attempts(params: Mapping[str, str], errors: list[str]) -> Iterator[dict[str, str]]:
+    """Yield connection parameters for one server address after another. Add an error for each name that has none.
 
     libpq can try a list of hosts too. But it resolves names with a call that stops all greenlets, and with `async_` it
     never leaves a host that does not answer.
     """
-    servers = list(_servers(params))
+    servers = list(_servers(params, errors))
     if params.get("load_balance_hosts") == "random":
         random.shuffle(servers)
     wanted = params.get("target_session_attrs")
@@ -297,14 +297,13 @@ def _attempts(params: Mapping[str, str]) -> Iterator[dict[str, str]]:
             yield attempt
 
 
-def _servers(params: Mapping[str, str]) -> Iterator[dict[str, str]]:
+def _servers(params: Mapping[str, str], errors: list[str]) -> Iterator[dict[str, str]]:
     host = params.get("host") or os.environ.get("PGHOST") or ""
     if params.get("hostaddr") or not host:
         yield {}
         return
     hosts = host.split(",")
     ports = (params.get("port") or os.environ.get("PGPORT") or "5432").split(",")
-    unknown: list[str] = []
     for index, name in enumerate(hosts):
         server = {"host": name, "port": ports[index if len(ports) == len(hosts) else 0] or "5432"}
         if not name or name.startswith(("/", "@")):  # a Unix socket
@@ -313,11 +312,9 @@ def _servers(params: Mapping[str, str]) -> Iterator[dict[str, str]]:
         try:
             addresses = _resolve(name)
         except (OSError, UnicodeError) as error:
-            unknown.append(f"{name!r} ({error})")
+            errors.append(f"the host name {name!r} cannot be resolved ({error})")
             continue
         yield from ({**server, "hostaddr": address} for address in addresses)
-    if len(unknown) == len(hosts):
-        raise DatabaseUnavailable(f"PostgreSQL's host name cannot be resolved: {', '.join(unknown)}")
 
 
 def _resolve(host: str) -> list[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -257,7 +258,7 @@ def look_up(execute: Execute, log_owner: str | None = None) -> Installation | No
     if not usable:
         raise NotUsable(
             f'the database has an event log, but the app\'s role "{role}" may not use it. Remedy: flask sse init '
-            f"--grant-to {role}, run by the role that installed it"
+            f"--grant-to {shlex.quote(role)}, run by the role that installed it"
         )
     if strange:
         raise NotUsable(

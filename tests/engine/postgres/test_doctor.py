@@ -5,11 +5,13 @@ The cure is what doctor says, carried out; then it says nothing any more.
 
 from __future__ import annotations
 
+import shlex
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from flask import Flask
@@ -140,6 +142,13 @@ def test_a_database_that_cannot_be_reached(make_app: MakeApp, logged_url: str) -
     assert "SSE_DATABASE_URL is right" in line["remedy"]
 
 
+def test_a_host_that_is_not_known(make_app: MakeApp, logged_url: str) -> None:
+    host = logged_url.partition("@")[2].partition(":")[0]
+    answer = doctor(make_app(logged_url.replace(host, "db.invalid"), **HEALTHY))
+    line = found(answer, "database", "fault", "cannot be reached", "the host name 'db.invalid' cannot be resolved")
+    assert "SSE_DATABASE_URL is right" in line["remedy"]
+
+
 @pytest.mark.slow
 def test_a_database_that_is_silent_costs_seconds(make_app: MakeApp, logged_url: str) -> None:
     with closing(__import__("socket").create_server(("127.0.0.1", 0))) as silent:
@@ -195,9 +204,13 @@ def test_a_standby(cluster: Cluster, make_app: MakeApp) -> None:
     standby = cluster.standby()
     answer = doctor(make_app(standby.url(), **HEALTHY))
     line = found(answer, "primary", "fault", "is a standby")
+    assert len(answer.bad()) == 1, "once"
     assert "SSE_DATABASE_URL" in line["remedy"] and "target_session_attrs=primary" in line["remedy"]
     both = f"{standby.url()}?host={postgres.HOST}:{standby.port}&host={postgres.HOST}:{cluster.primary.port}"
     assert doctor(make_app(f"{both}&target_session_attrs=primary", **HEALTHY)).status == 0
+    answer = doctor(make_app(cluster.primary.url(), SSE_LISTEN_URL=standby.url(), **HEALTHY))
+    found(answer, "listen", "fault", "is a standby")
+    assert len(answer.bad()) == 1, "once"
 
 
 def test_a_role_that_is_read_only(logged_url: str, role: str, make_app: MakeApp) -> None:
@@ -207,6 +220,18 @@ def test_a_role_that_is_read_only(logged_url: str, role: str, make_app: MakeApp)
     line = found(doctor(app), "primary", "warning", f"role {role} are read-only")
     execute(logged_url, line["remedy"].partition(";")[0])
     assert doctor(app).status == 0
+
+
+def test_the_remedies_hold_for_a_role_with_any_name(logged_url: str, make_app: MakeApp) -> None:
+    with login_role(logged_url, "Bob's shop-app") as name:
+        execute(logged_url, f'ALTER ROLE "{name}" SET default_transaction_read_only = on')
+        app = make_app(logged_url.replace("postgres@", f"{quote(name)}:hush-hush@"), **HEALTHY)
+        answer = doctor(app)
+        execute(logged_url, found(answer, "primary", "warning", "read-only")["remedy"].partition(";")[0])
+        line = found(answer, "event log", "fault", "may not use it")
+        command = line["remedy"].removeprefix("Run flask sse ").partition(", run by")[0]
+        assert make_app(logged_url).test_cli_runner().invoke(args=["sse", *shlex.split(command)]).exit_code == 0
+        assert doctor(app).status == 0
 
 
 @pytest.mark.slow
