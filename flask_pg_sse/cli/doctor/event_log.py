@@ -13,6 +13,7 @@ from ...engine.postgres.retention import HOLDERS, LATE
 from ...engine.postgres.schema import SCHEMA, VERSION
 from ...engine.postgres.watch import TRIAL
 from ...repeats import duration
+from ...settings import POLL
 from .result import Result, fault, in_two, ok, warning
 from .setup import Check, NotLookedAt, Setup
 
@@ -80,7 +81,8 @@ def installed(setup: Setup) -> Result:
     if log is None:
         text, remedy = in_two(MISSING)
         if setting is True:
-            return fault(f"SSE_EVENT_LOG is true, and {text[0].lower()}{text[1:]} Streams and notify() fail.", remedy)
+            required = 'SSE_LISTEN_URL is "poll"' if setup.settings.listen_url == POLL else "SSE_EVENT_LOG is true"
+            return fault(f"{required}, and {text[0].lower()}{text[1:]} Streams and notify() fail.", remedy)
         return warning(
             f"{text} Events that are sent while a client is away are lost.",
             f"{remedy} Or set SSE_EVENT_LOG to false, if no event need be kept.",
@@ -162,12 +164,11 @@ class Examined:
 
 def examined(setup: Setup) -> Examined:
     """Return what the log's own function says of its tables. Raises `NotLookedAt` if there is no log."""
-    log = setup.usable_log
-    try:
-        [row] = setup.execute(log.guarded(_EXAMINE))
-    except psycopg2.errors.UndefinedFunction:  # an installation of a version that was never released
-        raise NotLookedAt from None
-    return Examined(*row)
+    if setup.examined is None:
+        [row] = setup.execute(setup.usable_log.guarded(_EXAMINE))
+        setup.examined = Examined(*row)
+    found: Examined = setup.examined
+    return found
 
 
 def tables(setup: Setup) -> Iterator[Result]:

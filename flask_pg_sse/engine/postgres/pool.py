@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import select
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,8 +35,8 @@ _SERVER_ENDED_IT = re.compile(r"\S+:  ")
 
 
 _DENIED = (
-    'The database role "{role}" lacks a right: {reason}. Remedy: flask sse init --grant-to {role}, run by the role '
-    "that installed the event log."
+    'The database role "{role}" lacks a right: {reason}. Remedy: flask sse init --grant-to {quoted}, run by the '
+    "role that installed the event log."
 )
 
 
@@ -153,7 +154,9 @@ class Pool:
                 if used_before and broken and pooled.direct and _SERVER_ENDED_IT.match(str(error)):
                     continue
                 if denied:
-                    raise PermissionDenied(_DENIED.format(role=role, reason=one_line(error))) from error
+                    raise PermissionDenied(
+                        _DENIED.format(role=role, quoted=shlex.quote(role), reason=one_line(error))
+                    ) from error
                 if isinstance(error, psycopg2.Error | TimeoutError):
                     reason = one_line(error)
                     kind = Unanswered if broken or isinstance(error, TimeoutError) else DatabaseUnavailable

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import pytest
 from flask import Flask
 
-from flask_pg_sse.cli.doctor import checks, event_log
+from flask_pg_sse.cli.doctor import checks, event_log, setup
 from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.testing import stream
 from tests.engine.postgres.test_notify_blocked import asleep, fill, standby_away
@@ -308,6 +308,8 @@ def test_a_missing_log(database_url: str, make_app: MakeApp) -> None:
     assert line["remedy"].startswith("Run flask sse init.")
     required = make_app(database_url, SSE_EVENT_LOG=True, **HEALTHY)
     found(doctor(required), "event log", "fault", "SSE_EVENT_LOG is true")
+    polls = make_app(database_url, SSE_LISTEN_URL="poll", **HEALTHY)
+    found(doctor(polls), "event log", "fault", 'SSE_LISTEN_URL is "poll", and the database has no event log')
     assert doctor(make_app(database_url, SSE_EVENT_LOG=False, **HEALTHY)).status == 0
     init(app)
     assert doctor(app).status == doctor(required).status == 0
@@ -500,6 +502,19 @@ def test_a_listener_that_is_awake(healthy: Flask) -> None:
 
 
 # --- doctor itself
+
+
+def test_the_log_examines_its_tables_once(healthy: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    ask = setup.Setup.execute
+
+    def execute(self: setup.Setup, query: str, *args: Any, **options: Any) -> Any:
+        asked.append(query)
+        return ask(self, query, *args, **options)
+
+    monkeypatch.setattr(setup.Setup, "execute", execute)
+    assert doctor(healthy).status == 0
+    assert sum("examine_v1" in query for query in asked) == 1
 
 
 def test_each_check_has_a_limit_and_none_can_break_the_others(healthy: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
