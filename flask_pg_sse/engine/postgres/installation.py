@@ -293,7 +293,7 @@ def _why_not(execute: Execute, log: Installation, owner: str | None) -> str:
     why = "the database has another event log than a moment ago. Remedy: try again"
     if not here:
         why = (
-            f'its database "{database}" is not the one that the app\'s streams listen to. Remedy: notify() without '
+            f'its database "{database}" is not the one that the app\'s streams listen to. Remedy: call it without '
             "connection=, or on a connection to that one"
         )
     else:
