@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import breadth, delivery, fanout, fits, machine, others, plot, publishing, rest, rig
+from benchmarks import breadth, delivery, fanout, fits, machine, others, publishing, rest, rig
 from benchmarks.crowd import Crowd, Heard, data_of
 from benchmarks.publisher import Publisher
 from benchmarks.servers import VARIANTS
@@ -266,6 +266,8 @@ def test_a_line_is_claimed_only_where_one_is() -> None:
 
 
 def test_the_plot_is_the_same_for_the_same_figures(tmp_path: Path) -> None:
+    from benchmarks import plot  # which takes half a second to import, in each process that collects this file
+
     def measured(cpu: float) -> list[rig.Measured]:
         return [rig.Measured(1, 1, 1.0, cpu, 0.0, 0.5, 4.0, 9.0, 0.0, 1.0)]
 
