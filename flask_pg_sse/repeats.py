@@ -1,6 +1,6 @@
 """Decide which of many equal messages are logged: the first at once, the next ones rarely. No I/O.
 
-Other libraries' messages are brought into one line here, too.
+Other texts are brought into one line here, too.
 
 The caller logs, and passes the time in seconds of the monotonic clock.
 """
@@ -113,6 +113,14 @@ def one_line(error: object) -> str:
         goes_on = joined.endswith((".", ":", ";", ",", "?", "!")) or (line[0].isspace() and words[0].islower())
         joined += f"{'' if not joined else ' ' if goes_on else '. '}{words}"
     return joined.removesuffix(".") or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Return text for a terminal, on one line and without control characters, which the terminal would obey.
+
+    Names of the database, events, and workers of other users may hold any.
+    """
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def sentence(text: str) -> str:

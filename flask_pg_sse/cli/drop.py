@@ -9,6 +9,7 @@ import psycopg2
 
 from ..engine.postgres import schema
 from ..engine.postgres.connect import execute
+from ..repeats import printable
 from ..web.blueprint import sse_bp
 from .database import database
 
@@ -69,7 +70,7 @@ def _drop(yes: bool, sql: bool) -> None:
             return
         click.echo(f"This deletes the event log with all its events ({dsn}).")
         for line in consequences(connection):
-            click.echo(line)
+            click.echo(printable(line))
         if not yes:
             click.confirm("Drop it?", abort=True)
         execute(connection, f"{schema.drop_schema_sql()} SELECT 1", timeout=_TIMEOUT)

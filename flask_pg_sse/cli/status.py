@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ..errors import ConfigurationError, PgSSEError
+from ..repeats import printable
 from ..runtime import Runtime
 from ..server.host import Worker, workers_here
 from ..web.blueprint import sse_bp
@@ -77,7 +78,7 @@ class _Looks:
         if as_json:
             return json.dumps({"workers": found, **({"other_hosts": why} if why else {})})
         shown = _table(found) if found else _NOBODY
-        return f"{shown}\n{click.style(_printable(why), fg='red')}" if why else shown
+        return f"{shown}\n{click.style(printable(why), fg='red')}" if why else shown
 
 
 def _app_id(runtime: Runtime) -> str:
@@ -131,7 +132,7 @@ def _table(workers: Sequence[Worker]) -> str:
     columns = _COLUMNS
     if len({worker.get("host") for worker in workers}) > 1:
         columns = (("HOST", "host", str), *columns)
-    rows = [[_printable(show(worker.get(key))) for _, key, show in columns] for worker in workers]
+    rows = [[printable(show(worker.get(key))) for _, key, show in columns] for worker in workers]
     headings = [heading for heading, _, _ in columns]
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     lines = [click.style(_line(headings, widths), bold=True)]
@@ -153,8 +154,3 @@ def _line(cells: Iterable[str], widths: Sequence[int], *, colour: bool = False) 
 
 def _plural(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _printable(text: str) -> str:
-    """Return text without control characters: root may look at the workers of any user."""
-    return "".join(character if character.isprintable() else "?" for character in text)

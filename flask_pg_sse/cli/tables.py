@@ -11,6 +11,7 @@ import psycopg2
 
 from ..engine.postgres.connect import execute
 from ..engine.postgres.triggers import OPERATIONS, WATCHED, Watched, drop_trigger_sql, trigger_sql
+from ..repeats import printable
 from ..web.blueprint import sse_bp
 from .database import database, settings
 
@@ -106,7 +107,7 @@ def _list() -> None:
     if not found:
         click.echo(f"No table is watched ({dsn}).")
     for one in found:
-        click.echo(describe(one))
+        click.echo(printable(describe(one)))
 
 
 def watched(connection: Any) -> list[Watched]:

@@ -23,6 +23,7 @@ from ..engine.postgres.installation import InstallationLookup
 from ..engine.postgres.listener import PostgresListener
 from ..errors import PgSSEError
 from ..hub.admission import OPEN_TIMEOUT
+from ..repeats import printable
 from ..runtime import Runtime
 from ..server import siblings
 from ..web.blueprint import sse_bp
@@ -231,17 +232,12 @@ def _fields(block: bytes) -> dict[str, Any]:
 def _line(found: dict[str, Any]) -> str:
     parts = [
         click.style(time.strftime("%H:%M:%S"), dim=True),
-        click.style(_printable(found["channel"]), fg="cyan"),
+        click.style(printable(found["channel"]), fg="cyan"),
         click.style(f"#{found['log_id']}" if found["log_id"] else "-", dim=True),
-        click.style(_printable(found["event"]), fg="yellow"),
-        _printable(found["data"] or ""),
+        click.style(printable(found["event"]), fg="yellow"),
+        printable(found["data"] or ""),
     ]
     return " ".join(parts)
-
-
-def _printable(text: str) -> str:
-    """Return text on one line and without control characters, which a terminal would obey."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 class _Streams:
@@ -265,7 +261,7 @@ def _named(who: Sequence[dict[str, Any]]) -> str:
         return "no stream of this host"
     names = [", ".join(one["subjects"]) or one["client"] or "?" for one in who[:_MOST_NAMED]]
     more = f" and {len(who) - _MOST_NAMED} more" if len(who) > _MOST_NAMED else ""
-    return f"{len(who)} stream{'' if len(who) == 1 else 's'} here: {_printable('; '.join(names))}{more}"
+    return f"{len(who)} stream{'' if len(who) == 1 else 's'} here: {printable('; '.join(names))}{more}"
 
 
 def _nobody_reads() -> bool:

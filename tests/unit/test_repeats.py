@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_pg_sse.repeats import Repeats, duration, one_line, sentence, times
+from flask_pg_sse.repeats import Repeats, duration, one_line, printable, sentence, times
 
 
 def logged(repeats: Repeats, kind: str, seconds: range) -> dict[int, int]:
@@ -108,3 +108,8 @@ def test_words() -> None:
 def test_messages_of_other_libraries_in_one_line(text: str, line: str) -> None:
     assert one_line(ValueError(text)) == line
     assert sentence(line) == (line if line.endswith("?") else f"{line}.")
+
+
+def test_text_for_a_terminal_is_one_line_and_gives_it_no_commands() -> None:
+    assert printable("Übersicht → {7}") == "Übersicht → {7}"
+    assert printable("a\nb\x1b[31m\x7f\x85\u2028\u202e") == r"a\nb\x1b[31m\x7f\x85\u2028\u202e"

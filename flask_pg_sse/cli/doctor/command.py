@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import click
 from flask import current_app
 
+from ...repeats import printable
 from ...serve import as_commands_are_called_here
 from ...web.blueprint import sse_bp
 
@@ -92,5 +93,5 @@ def _quiet() -> Iterator[None]:
 
 def _as_text(finding: Any) -> str:
     word, colour = _MARKS[finding.result.state.name.lower()]
-    line = f"{click.style(f'{word:<8}', fg=colour)}{finding.name}: {finding.result.text}"
-    return f"{line}\n{'':8}Remedy: {finding.result.remedy}" if finding.result.remedy else line
+    line = f"{click.style(f'{word:<8}', fg=colour)}{finding.name}: {printable(finding.result.text)}"
+    return f"{line}\n{'':8}Remedy: {printable(finding.result.remedy)}" if finding.result.remedy else line
