@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 import click
@@ -209,12 +210,14 @@ class _Shown:
             return
         channel, block, log_id = item
         fields = _fields(block)
+        sent_at = log_id / _IDS_A_SECOND + _EPOCH if log_id else time.time()
         found: dict[str, Any] = {"channel": channel, "log_id": log_id or None, **fields}
         who = None if self._who is None else self._who.of(channel)
         if self._as_json:
+            found = {"time": datetime.fromtimestamp(sent_at, timezone.utc).isoformat(timespec="milliseconds"), **found}
             click.echo(json.dumps(found if who is None else {**found, "streams": who}, ensure_ascii=False))
             return
-        click.echo(_line(found))
+        click.echo(_line(sent_at, found))
         if who is not None:
             click.echo(click.style(f"  → {_named(who)}", fg="green" if who else "yellow"))
 
@@ -229,9 +232,11 @@ def _fields(block: bytes) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name}
 
 
-def _line(found: dict[str, Any]) -> str:
+def _line(sent_at: float, found: dict[str, Any]) -> str:
+    then, now = time.localtime(sent_at), time.localtime()
+    today = then[:3] == now[:3]
     parts = [
-        click.style(time.strftime("%H:%M:%S"), dim=True),
+        click.style(time.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S", then), dim=True),
         click.style(printable(found["channel"]), fg="cyan"),
         click.style(f"#{found['log_id']}" if found["log_id"] else "-", dim=True),
         click.style(printable(found["event"]), fg="yellow"),

@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import IO, Any
 
 import pytest
@@ -116,6 +118,7 @@ def test_since_begins_in_the_log_and_goes_on_without_a_gap(logged_url: str, tail
     events = [json.loads(line) for line in running.wait_for(5)]
     assert [event["data"] for event in events] == list("01234")
     assert events[0] == {
+        "time": events[0]["time"],
         "channel": "orders",
         "log_id": events[0]["log_id"],
         "event": "message",
@@ -129,6 +132,23 @@ def test_since_begins_in_the_log_and_goes_on_without_a_gap(logged_url: str, tail
         again = tail(logged_url, "orders", "--since", since, "--json")
         assert [json.loads(line)["data"] for line in again.wait_for(3)] == ["3", "4", "5"]
         again.stop()
+
+
+def test_an_event_of_the_log_has_the_time_at_which_it_was_sent(logged_url: str, tail: Callable[..., Tail]) -> None:
+    execute(logged_url, "UPDATE flask_pg_sse.retention SET pruned_through = 0")  # as on a log that is days old
+    query = """
+        INSERT INTO flask_pg_sse.event (id, channel, fields, data, created_at)
+        SELECT 4000000 * extract(epoch FROM t - timestamptz '2020-01-01 00:00Z'), 'orders', '{}', 'old', t
+        FROM (SELECT clock_timestamp() - interval '2 days') AS ago (t)
+        RETURNING extract(epoch FROM created_at)::float8
+    """
+    [(sent_at,)] = execute(logged_url, query)
+    send(logged_url, "orders", "new")
+    lines = tail(logged_url, "orders", "--since", "3d").wait_for(2)
+    assert lines[0].startswith(time.strftime("%Y-%m-%d %H:%M:%S orders #", time.localtime(int(sent_at))))
+    assert re.fullmatch(r"\d\d:\d\d:\d\d orders #\d+ message new\n", lines[1])
+    told = json.loads(tail(logged_url, "orders", "--since", "3d", "--json").wait_for(1)[0])["time"]
+    assert told.endswith("+00:00") and abs(datetime.fromisoformat(told).timestamp() - sent_at) < 0.01
 
 
 @pytest.mark.slow
