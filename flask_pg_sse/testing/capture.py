@@ -15,6 +15,7 @@ from ..engine.memory import Call, MemoryEngine
 from ..engine.postgres.codec import to_payload
 from ..engine.transactions import Outcome
 from ..event import Event
+from ..web.extension import PgSSE
 from ..web.state import state_of
 
 # The name of the event that `Stream.nothing()` sends, which no app has sent.
@@ -54,8 +55,10 @@ class Events(list[Captured]):
 
 
 @contextmanager
-def capture(app: Flask) -> Iterator[Events]:
+def capture(app: Flask | PgSSE) -> Iterator[Events]:
     """Let an app run without a database, and collect the events that `notify()` sends.
+
+    `app` may be a `PgSSE` object without an app, as scripts have it.
 
     The list grows while the block runs. Events are checked as usual, so an event that cannot be sent fails here too.
     That includes an event too large for NOTIFY, because no database is asked whether there is an event log. In the
@@ -68,7 +71,7 @@ def capture(app: Flask) -> Iterator[Events]:
     Streams that are opened within the block get the events, and `disconnect()` ends them. `sse_cursor()` returns a
     position that rises (None if `SSE_EVENT_LOG` is False). When the block ends, so do its streams.
     """
-    runtime = state_of(app).runtime
+    runtime = app._runtime() if isinstance(app, PgSSE) else state_of(app).runtime
     engine = _CapturingEngine(runtime.settings.event_log)
     with runtime.running_on(engine):
         yield engine.events

@@ -310,6 +310,20 @@ def test_capture_sees_the_extension_objects_calls() -> None:
     assert [event.data for event in events] == ["x"]
 
 
+def test_capture_of_an_extension_object_without_an_app() -> None:
+    """As in the tests of a script, where no app is at hand."""
+    sse = PgSSE(secret_key="k")
+    engine = create_engine("sqlite://")
+    with capture(sse) as events, Session(engine) as session:
+        sse.notify("orders", {"id": 7}, connection=session)
+        assert events == [] and sse.cursor() is not None
+        session.commit()
+        sse.disconnect(subject=7)
+    assert [(event.channel, event.json) for event in events] == [("orders", {"id": 7})]
+    assert events.disconnected == [("7", None)]
+    engine.dispose()
+
+
 def test_capture_without_the_blueprint_says_what_to_do() -> None:
     with pytest.raises(RuntimeError, match="register_blueprint"), capture(Flask("tests")):
         pass
