@@ -13,6 +13,7 @@ import psycopg2
 
 from ...concurrency.background import BackgroundThread
 from ...errors import DatabaseUnavailable, PgSSEError
+from ...repeats import Repeats, duration
 from .installation import InstallationLookup
 from .pool import Pool
 
@@ -27,7 +28,7 @@ _EVERY = 60.0
 # better, and would run with our rights.
 _PRUNE = "SELECT flask_pg_sse.prune_v1(pg_catalog.make_interval(secs => %s), %s::integer)"
 HOLDERS = "SELECT flask_pg_sse.holders_v1('pruning'::pg_catalog.text)"
-# Seconds without a completed round of this process until that is logged, and between two such messages.
+# Seconds without a completed round of this process until that is logged, and between the first two such messages.
 LATE = 600.0
 
 
@@ -60,7 +61,7 @@ class Pruner(BackgroundThread):
         self._installation = installation
         self._retention = retention
         self._done_at = 0.0  # monotonic time of the last completed round
-        self._late = 0.0  # for how many seconds no round has been completed, when that was logged
+        self._repeats = Repeats(LATE)
 
     def _work(self) -> None:
         self._done_at = time.monotonic()
@@ -78,25 +79,28 @@ class Pruner(BackgroundThread):
                 self._say_if_late()
                 return
         except PgSSEError as error:  # the next round may succeed
-            if self._stopping:
-                return
-            logger.warning("The event log could not be pruned: %s", error)
+            if not self._stopping:
+                self._say(str(error), "The event log could not be pruned: %s", error)
             return
-        if self._late:
-            logger.warning("The event log is pruned again, after %.0f minutes.", self._late / 60)
-        self._done_at, self._late = time.monotonic(), 0.0
+        now = time.monotonic()
+        if self._repeats.over(now):
+            logger.warning("The event log is pruned again, after %s.", duration(now - self._done_at))
+        self._done_at = now
         if deleted:
-            logger.debug("Pruned %d events from the log in %.1f s.", deleted, time.monotonic() - started)
+            logger.debug("Pruned %d events from the log in %.1f s.", deleted, now - started)
 
     def _say_if_late(self) -> None:
         since = time.monotonic() - self._done_at
-        if since < self._late + LATE:
+        if since < LATE:
             return
         [(holders,)] = self._execute(HOLDERS)
-        self._late = since
-        logger.warning(
-            "For %.0f minutes this process could not prune the event log, and the log may be growing. The lock for "
-            "that is held by %s.",
-            since / 60,
+        self._say(
+            "held",
+            "For %s this process could not prune the event log, and the log may be growing. The lock for that is held "
+            "by %s.",
+            duration(since),
             holders,
         )
+
+    def _say(self, kind: str, message: str, *args: object) -> None:
+        self._repeats.log(logger.warning, kind, time.monotonic(), message, *args)

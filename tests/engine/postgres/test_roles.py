@@ -690,5 +690,39 @@ def test_pruning_that_does_not_happen_is_said(
     events.close()
 
 
+def test_pruning_that_fails_is_said_once_and_its_end(
+    place: Place, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "flask_pg_sse.engine.postgres.retention")
+    monkeypatch.setattr(retention, "_EVERY", 0.02)
+    rounds = 0
+    prune = retention.prune
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal rounds
+        rounds += 1
+        return prune(*arguments)
+
+    monkeypatch.setattr(retention, "prune", counted)
+    app = make_app(place.app, SSE_LOG_OWNER="sse_owner")
+
+    def lines() -> list[str]:
+        with app.app_context():
+            sse_cursor()  # the log is looked up again, as for every event
+        return caplog.messages
+
+    with closing(stream(app.test_client(), "/sse?channel=orders")) as events:
+        assert next(events).event == "sse-open"
+        execute(place.superuser, "REVOKE EXECUTE ON FUNCTION flask_pg_sse.prune_v1 FROM app")
+        eventually(lambda: lines())
+        before = rounds
+        eventually(lambda: lines() and rounds > before + 5)
+        assert len(caplog.messages) == 1 and "could not be pruned" in caplog.text
+        execute(place.superuser, "GRANT EXECUTE ON FUNCTION flask_pg_sse.prune_v1 TO app")
+        eventually(lambda: len(lines()) > 1)
+        assert caplog.messages[1].startswith("The event log is pruned again, after ")
+        assert {record.levelname for record in caplog.records} == {"WARNING"}
+
+
 def test_the_readme_has_the_same_grants() -> None:
     assert SECURITY.example("roles-sender").strip().replace(" sender", " shop") == example("grant-notify").strip()
