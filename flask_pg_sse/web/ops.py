@@ -18,8 +18,6 @@ from .metrics import exposition
 from .response import refusal
 from .state import State, current_state
 
-logger = logging.getLogger(__name__)
-
 _EXTENSION = "pg_sse_ops"
 _OPTIONS = frozenset({"url_prefix", "subdomain", "url_defaults", "name", "name_prefix", "authorize"})
 _CLOSED = (
@@ -62,7 +60,7 @@ def metrics() -> ResponseReturnValue:
     try:
         text, content_type = exposition(state.runtime, request.headers.get("Accept", ""))
     except ConfigurationError as error:
-        logger.error("%s", error)
+        state.refusals.log("no metrics", "%s", error, level=logging.ERROR)
         return refusal(500, str(error))
     return text, 200, {"Content-Type": content_type, "Cache-Control": "no-store"}
 
