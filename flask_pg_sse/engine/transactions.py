@@ -56,7 +56,9 @@ def follow(connection: Any, ended: Ended, call: Any, *, used: bool) -> bool:
 
 
 def _without_commit() -> Outcome:
-    return Outcome.LOST if sys.exc_info()[1] is None else Outcome.UNDONE
+    error = sys.exc_info()[1]
+    ends_well = isinstance(error, SystemExit) and not error.code  # sys.exit() at the end of a job
+    return Outcome.LOST if error is None or ends_well else Outcome.UNDONE
 
 
 def _commits_each_statement(connection: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -103,6 +104,17 @@ def test_an_exception_on_its_way(call: Followed) -> None:
         call("with")
         raise ZeroDivisionError
     assert call.ended == {"except": UNDONE, "with": UNDONE}
+
+
+def test_a_program_that_ends_well_has_lost_what_it_did_not_commit(call: Followed) -> None:
+    for code in (0, None, 1):
+        with contextlib.suppress(SystemExit):
+            try:
+                call(f"exit {code}")
+                sys.exit(code)
+            finally:
+                call.connection.rollback()
+    assert call.ended == {"exit 0": LOST, "exit None": LOST, "exit 1": UNDONE}
 
 
 def test_savepoints(call: Followed) -> None:
