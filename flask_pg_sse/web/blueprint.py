@@ -36,7 +36,7 @@ from .authorize import Authorizer, SubjectOf, check_hook, name_of
 from .cors import cross_origin_headers, why_other_site
 from .hosts import add_host, match_hosts
 from .request import parse_query, position_of
-from .response import Blocks, ended, refusal, stream_response
+from .response import Blocks, answer_without_session, ended, refusal, stream_response
 from .state import EXTENSION, State, current_state
 
 logger = logging.getLogger(__name__)
@@ -392,3 +392,4 @@ def _closed(channel: str, state: State, permission: _Permission) -> str:
 
 
 sse_bp.after_request(cross_origin_headers)
+sse_bp.after_request(answer_without_session)

@@ -34,7 +34,18 @@ _HEADERS = (
 _PRIVATE_HEADERS = tuple((name, f"{value}, no-store" if name == "Cache-Control" else value) for name, value in _HEADERS)
 
 
-class _Begins:
+class _WithoutCookies:
+    """Mixin for a response class: no cookie leaves, whatever has set it, and however late."""
+
+    def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
+        def start(status: str, headers: Headers, *error: Any) -> Any:
+            return start_response(status, as_sent(headers), *error)
+
+        body: Iterable[bytes] = super().__call__(environ, start)  # type: ignore[misc]
+        return body
+
+
+class _Begins(_WithoutCookies):
     """Mixin for a response class: tells the connection when the server has begun to send the response."""
 
     def __init__(self, body: Iterable[bytes], begin: Callable[[Any], None], *, private: bool) -> None:
@@ -46,12 +57,11 @@ class _Begins:
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
         def start(status: str, headers: Headers, *error: Any) -> Any:
-            write = start_response(status, as_sent(headers), *error)
+            write = start_response(status, headers, *error)
             self._pg_sse_begin(write)
             return write
 
-        body: Iterable[bytes] = super().__call__(environ, start)  # type: ignore[misc]
-        return body
+        return super().__call__(environ, start)
 
 
 class _StreamResponse(_Begins, Response):
@@ -64,6 +74,24 @@ class _StreamResponse(_Begins, Response):
 def _response_class(apps: type[Response]) -> type[Any]:
     """Return the class for an app's streams. It is a subclass of the app's own, or Flask would convert the response."""
     return _StreamResponse if apps is Response else type("StreamResponse", (_Begins, apps), {})
+
+
+@functools.cache
+def _class_without_cookies(apps: type[Response]) -> type[Any]:
+    return type("ResponseWithoutCookies", (_WithoutCookies, apps), {})
+
+
+def answer_without_session(response: Response) -> Response:
+    """Keep a refusal, or a hook's HTTP exception, from setting a cookie and from saving the session.
+
+    It may come as late as a stream: the hooks can take long, and a worker that has just started waits for PostgreSQL.
+    """
+    if isinstance(response, _WithoutCookies):
+        return response
+    save_no_session()
+    apps: Any = type(response)
+    answer: Response = _class_without_cookies(apps).force_type(response)
+    return answer
 
 
 def stream_response(

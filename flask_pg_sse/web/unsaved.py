@@ -49,7 +49,7 @@ NOT_TO_COMPRESS = ("Content-Encoding", "identity")
 
 
 def as_sent(headers: Headers) -> list[tuple[str, str]]:
-    """Return the headers of a stream at the moment when its response begins.
+    """Return the headers of an answer at the moment when it begins.
 
     An extension may have set a cookie without a session, such as Flask-Login's to remember the user.
     """

@@ -57,6 +57,19 @@ def start(start_server: Start, url: str, env: dict[str, str], *options: str) -> 
     return start_server(url, *options, app="tests.support.apps.sessions:app", **env)
 
 
+def asked_while_the_user_logs_out(server: WebServer, browser: Browser, channel: str) -> Response:
+    """Ask for a stream, let the user log out while the authorizer is asked, and return the answer."""
+    answers: list[Response] = []
+    asked = int(server.get("/pending"))
+    asking = threading.Thread(target=lambda: answers.append(browser.request(f"/sse?channel={channel}")))
+    asking.start()
+    eventually(lambda: int(server.get("/pending")) > asked)
+    browser.read("/logout", "POST")
+    server.post(f"/answer/{channel}")
+    asking.join()
+    return answers[0]
+
+
 @pytest.mark.parametrize("path", ["/login", pytest.param("/login?remember", marks=pytest.mark.slow)])
 def test_a_session_that_has_changed_while_a_stream_was_asked_for_stays_as_it_is(
     database_url: str, start_server: Start, env: dict[str, str], path: str
@@ -64,17 +77,25 @@ def test_a_session_that_has_changed_while_a_stream_was_asked_for_stays_as_it_is(
     server = start(start_server, database_url, env)
     browser = Browser(server)
     browser.read(path, "POST")
-    answers: list[Response] = []
-    asking = threading.Thread(target=lambda: answers.append(browser.request("/sse?channel=slow")))
-    asking.start()
-    eventually(lambda: server.get("/pending") == "1")
-    browser.read("/logout", "POST")
-    server.post("/answer/slow")
-    asking.join()
-    [answer] = answers
+    answer = asked_while_the_user_logs_out(server, browser, "slow")
     assert answer.status == 200 and not answer.set_cookies
     answer.close()
     assert browser.read("/who").startswith("Bob, logged out")
+
+
+def test_a_refusal_does_not_change_the_session_either(
+    database_url: str, start_server: Start, env: dict[str, str]
+) -> None:
+    server = start(start_server, database_url, env)
+    browser = Browser(server)
+    for status in (403, 401):  # the hook says no; the hook aborts
+        browser.read("/login?remember", "POST")
+        with asked_while_the_user_logs_out(server, browser, f"slow-{status}") as answer:
+            assert answer.status == status and not answer.set_cookies
+        assert browser.read("/who").startswith("Bob, logged out")
+    with browser.request("/sse?channel=%00") as answer:
+        assert answer.status == 400 and not answer.set_cookies
+    assert "Traceback" not in server.log()
 
 
 def test_hooks_read_the_session_and_what_they_write_to_it_is_dropped(

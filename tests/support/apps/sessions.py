@@ -11,7 +11,7 @@ from typing import Any
 
 import redis
 from cachelib import FileSystemCache
-from flask import after_this_request, request, session
+from flask import abort, after_this_request, request, session
 from flask.typing import ResponseReturnValue
 from flask_login import LoginManager, UserMixin, current_user, login_user, logout_user  # type: ignore[import-untyped]
 from flask_session import Session  # type: ignore[import-untyped]
@@ -66,7 +66,9 @@ def may_listen(channel: str) -> bool:
     pending.append(channel)
     while channel.startswith("slow") and channel not in answer:
         time.sleep(0.01)
-    return bool(current_user.is_authenticated and session.get("name") == "Ann")
+    if channel.endswith("-401"):
+        abort(401)
+    return not channel.endswith("-403") and bool(current_user.is_authenticated and session.get("name") == "Ann")
 
 
 @app.post("/login")
