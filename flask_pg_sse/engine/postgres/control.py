@@ -73,7 +73,7 @@ class DisconnectCommands:
         self._came = Snapshot()  # the transactions whose commands have come, or were sent before we listened
         self._done: set[str] = set()  # nonces of obeyed commands, and of questions
         self._transactions: list[tuple[int, str]] = []  # a heap: the transaction of each of them
-        self._ignored_ones = Repeats(60.0, 60.0)
+        self._ignored_ones = Repeats()
 
     def came(self, snapshot: Snapshot) -> None:
         """Note that no command of the transactions in `snapshot` can come any more, except from the log."""
@@ -125,7 +125,7 @@ class DisconnectCommands:
         return [Disconnect(one.subject, one.channel) for one in commands if one is not None]
 
     def _ignored(self, why: str) -> None:
-        """Log it at most once a minute, because any role can send any number of such messages."""
+        """Log it at once and then rarely, because any role can send any number of such messages, and another app may."""
         self._ignored_ones.log(logger.warning, "", time.monotonic(), "Ignored a command to end streams: %s.", why)
 
 

@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,6 +16,7 @@ from itsdangerous import URLSafeSerializer
 
 from flask_pg_sse import disconnect, notify, schema_sql, sse_url
 from flask_pg_sse.engine.base import ControlMessage, Disconnect
+from flask_pg_sse.engine.postgres import control
 from flask_pg_sse.engine.postgres.control import DisconnectCommands, Snapshot
 from flask_pg_sse.engine.postgres.dsn import to_dsn
 from flask_pg_sse.engine.postgres.engine import PostgresEngine
@@ -315,3 +317,17 @@ def test_a_beat_looks_at_no_command_twice() -> None:
     assert len(obeyed) == 300, "the one that runs on is remembered, and the others are copies"
     commands.came(Counting(xmax=301))
     assert not commands._done and not commands._transactions
+
+
+def test_commands_of_another_app_are_logged_ever_more_rarely(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Apps with different keys in one database hear each other's commands, for as long as both run."""
+    commands = DisconnectCommands(lambda: ["a key"], lambda message: None)
+    minute = 0
+    monkeypatch.setattr(control, "time", SimpleNamespace(monotonic=lambda: minute * 60.0))
+    for minute in range(24 * 60):  # noqa: B007  # the clock reads it
+        commands.obey(sign_disconnect(["another key"], "a subject", None, 7), logged=False)
+    assert 24 < len(caplog.messages) < 34, "once an hour in the end"
+    assert caplog.messages[0] == "Ignored a command to end streams: it is not signed with this app's key."
+    assert caplog.messages[-1].endswith("(60 times since this was last logged)")
