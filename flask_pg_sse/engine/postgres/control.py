@@ -125,7 +125,7 @@ class DisconnectCommands:
         return [Disconnect(one.subject, one.channel) for one in commands if one is not None]
 
     def _ignored(self, why: str) -> None:
-        """Log it at once and then rarely, because any role can send any number of such messages, and another app may."""
+        """Log it at once and then rarely: any role can send any number of such messages, and another app does."""
         self._ignored_ones.log(logger.warning, "", time.monotonic(), "Ignored a command to end streams: %s.", why)
 
 
