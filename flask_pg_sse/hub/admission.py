@@ -160,10 +160,13 @@ class StreamLimiter:
 
     def why_full_for(self, terms: Terms) -> str:
         """Return, for the log, why none of these clients gets another stream."""
-        return (
+        why = (
             f"{' or '.join(terms.clients)} has {self._most_each} streams in this worker, as many as "
             "SSE_MAX_STREAMS_PER_CLIENT allows. A browser that shows many pages needs as many streams"
         )
+        if any(client.startswith("address ") for client in terms.clients):
+            why += "; behind a proxy, werkzeug's ProxyFix tells its clients apart"
+        return why
 
     def sweep(self) -> None:
         """Forget the clients that have no stream left."""

@@ -21,6 +21,7 @@ from ..runtime import Runtime
 from ..tokens import Token, sign_token
 from .after_response import call_after_response, is_possible
 from .authorize import to_subject
+from .request import OR_SEVERAL
 from .state import current_state
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ class CurrentApp:
         if settings.server_url is not None:
             base = f"{settings.server_url}/"
         elif (count := len(set(names))) > settings.max_channels:  # that of another server may be higher
-            raise ValueError(f"sse_url() got {count} channels, and one stream has at most {settings.max_channels}.")
+            too_many = f"sse_url() got {count} channels, and one stream has at most {settings.max_channels}."
+            raise ValueError(f"{too_many} {OR_SEVERAL}")
         else:
             base = _url_of_the_streams("sse_url()", external=external)
         url = _with_query(base, pairs)

@@ -35,7 +35,7 @@ from .api import ServerUrl, sse_cursor, sse_url
 from .authorize import Authorizer, SubjectOf, check_hook, name_of
 from .cors import cross_origin_headers, why_other_site
 from .hosts import add_host, match_hosts
-from .request import parse_query, position_of
+from .request import OR_SEVERAL, parse_query, position_of
 from .response import Blocks, answer_without_session, ended, refusal, stream_response
 from .state import EXTENSION, State, current_state
 
@@ -228,7 +228,7 @@ def _stream_or_refusal(names: list[str], state: State) -> ResponseReturnValue:
         return _wrong_request(state, 400, "The URL names no channel: add ?channel=NAME, once for each channel.")
     if len(channels) > settings.max_channels:
         too_many = f"The URL names {len(channels)} channels, and one stream has at most {settings.max_channels}."
-        return _wrong_request(state, 400, too_many)
+        return _wrong_request(state, 400, f"{too_many} {OR_SEVERAL}")
 
     if not state.no_channels.isdisjoint(channels):
         no_channels = f"These names are no channels here: {', '.join(sorted(state.no_channels))}."

@@ -17,6 +17,9 @@ _POSITIONS = ("lastEventId", "Last-Event-ID", "last_event_id")
 # An id of the log has at most 19 digits. More of an unknown one would be kept with the stream for nothing.
 _POSITION_CHARACTERS = 20
 
+# What can be done about too many channels for one stream.
+OR_SEVERAL = "Open several streams, or raise SSE_MAX_CHANNELS."
+
 
 def parse_query(raw: bytes, max_channels: int) -> dict[str, list[str]]:
     """Return the parameters of a query. Raises ValueError if it is larger than any valid query.
@@ -28,15 +31,18 @@ def parse_query(raw: bytes, max_channels: int) -> dict[str, list[str]]:
     if len(raw) > most:
         raise ValueError(f"The URL's query has {len(raw)} bytes, and at most {most} are read.")
     if raw.count(b"&") >= max_channels + _OTHER_PARAMETERS:
+        number = raw.count(b"&") + 1
         raise ValueError(
-            f"The URL's query has {raw.count(b'&') + 1} parameters, and one stream has at most {max_channels} channels."
+            f"The URL's query has {number} parameters, and one stream has at most {max_channels} channels. {OR_SEVERAL}"
         )
     found: dict[str, list[str]] = {}
     for parameter in raw.split(b"&"):
         name, _, value = parameter.replace(b"+", b" ").partition(b"=")
         found.setdefault(_unquoted(name), []).append(_unquoted(value))
     if (tokens := len(found.get("token", ()))) > max_channels:
-        raise ValueError(f"The URL's query has {tokens} tokens, and one stream has at most {max_channels} channels.")
+        raise ValueError(
+            f"The URL's query has {tokens} tokens, and one stream has at most {max_channels} channels. {OR_SEVERAL}"
+        )
     return found
 
 
