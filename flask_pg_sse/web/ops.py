@@ -69,9 +69,10 @@ def _may_see(state: State) -> bool:
     token = state.runtime.settings.ops_token
     kind, _, given = request.headers.get("Authorization", "").partition(" ")
     if token is not None and kind.lower() == "bearer":
-        expected = token.encode() if isinstance(token, str) else token
+        # A header has no blanks at its ends, and a secret that is read from a file has a line end there.
+        expected = (token.encode() if isinstance(token, str) else token).strip()
         # As bytes, in which werkzeug read it. The time that this takes does not depend on their content.
-        if hmac.compare_digest(given.strip().encode("latin-1", "replace"), expected):
+        if expected and hmac.compare_digest(given.strip().encode("latin-1", "replace"), expected):
             return True
     hook: MaySee | None = current_app.extensions[_EXTENSION]
     return hook is not None and hook() is True

@@ -74,7 +74,9 @@ def test_the_metrics_are_closed_until_a_token_or_a_function_opens_them(
         assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
         assert answer.text == "Not authorized.\n"
     assert caplog.text.count("set SSE_OPS_TOKEN") == 1
-    for token in (TOKEN, TOKEN.encode()):
+    blank = operated(NOBODY_THERE, SSE_OPS_TOKEN=" \n").test_client()
+    assert blank.get("/metrics", headers={"Authorization": "Bearer "}).status_code == 401
+    for token in (TOKEN, TOKEN.encode(), f"{TOKEN}\n"):  # the last one as it is read from a file
         client = operated(NOBODY_THERE, SSE_OPS_TOKEN=token).test_client()
         assert client.get("/metrics", headers=BEARER).status_code == 200
         assert client.get("/metrics", headers={"Authorization": f"bearer {TOKEN}"}).status_code == 200
