@@ -32,18 +32,23 @@ FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespa
 WHERE n.nspname <> '{schema.SCHEMA}' AND pg_catalog.strpos(p.prosrc, '{schema.SCHEMA}.') > 0
 ORDER BY 2
 """
-# What depends on something in the log, and is not in it: DROP ... CASCADE drops it too.
+# What depends on something in the log, also indirectly, and is not in it: DROP ... CASCADE drops it too. A view depends
+# on it by a rule of its own.
 _DEPENDENTS = f"""
-WITH own AS (
-    SELECT d.classid, d.objid FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_namespace n ON n.oid = d.refobjid
+WITH RECURSIVE dropped (classid, objid, own) AS (
+    SELECT d.classid, d.objid, true FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_namespace n ON n.oid = d.refobjid
     WHERE d.refclassid = 'pg_catalog.pg_namespace'::pg_catalog.regclass AND n.nspname = '{schema.SCHEMA}'
+    UNION
+    SELECT CASE WHEN r.oid IS NULL THEN d.classid ELSE 'pg_catalog.pg_class'::pg_catalog.regclass::pg_catalog.oid END,
+        coalesce(r.ev_class, d.objid), false
+    FROM pg_catalog.pg_depend d JOIN dropped ON dropped.classid = d.refclassid AND dropped.objid = d.refobjid
+    LEFT JOIN pg_catalog.pg_rewrite r ON d.classid = 'pg_catalog.pg_rewrite'::pg_catalog.regclass AND r.oid = d.objid
+        AND r.rulename = '_RETURN'
+    WHERE d.deptype = 'n'
 )
-SELECT DISTINCT CASE WHEN r.oid IS NULL THEN pg_catalog.pg_describe_object(d.classid, d.objid, 0)
-    ELSE pg_catalog.pg_describe_object('pg_catalog.pg_class'::pg_catalog.regclass, r.ev_class, 0) END
-FROM pg_catalog.pg_depend d JOIN own ON own.classid = d.refclassid AND own.objid = d.refobjid
-LEFT JOIN pg_catalog.pg_rewrite r ON d.classid = 'pg_catalog.pg_rewrite'::pg_catalog.regclass AND r.oid = d.objid
+SELECT DISTINCT pg_catalog.pg_describe_object(d.classid, d.objid, 0) FROM dropped d
 LEFT JOIN pg_catalog.pg_trigger t ON d.classid = 'pg_catalog.pg_trigger'::pg_catalog.regclass AND t.oid = d.objid
-WHERE d.deptype = 'n' AND NOT EXISTS (SELECT FROM own WHERE own.objid IN (d.objid, r.ev_class, t.tgrelid))
+WHERE NOT d.own AND NOT EXISTS (SELECT FROM dropped WHERE dropped.own AND dropped.objid IN (d.objid, t.tgrelid))
 ORDER BY 1
 """
 _SESSIONS = """

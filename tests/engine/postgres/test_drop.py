@@ -22,6 +22,8 @@ OTHERS = """
     CREATE FUNCTION nightly() RETURNS void LANGUAGE sql AS $$ SELECT flask_pg_sse.notify('night', 'x') $$;
     CREATE FUNCTION unrelated() RETURNS integer LANGUAGE sql AS 'SELECT 1';
     CREATE VIEW recent AS SELECT id, channel FROM flask_pg_sse.event;
+    CREATE VIEW newest AS SELECT max(id) AS id FROM recent;
+    CREATE RULE told AS ON DELETE TO "Items" DO ALSO SELECT flask_pg_sse.notify('items', 'gone');
 """
 
 
@@ -40,6 +42,8 @@ def test_it_names_what_would_break_and_asks(database_url: str, make_app: MakeApp
     code, said = sse(app, "drop", answer="n\n")
     assert code == 1 and is_there(database_url)
     assert said[1:-2] == [
+        'Is dropped with it: rule told on table public."Items".',
+        "Is dropped with it: view public.newest.",
         "Is dropped with it: view public.recent.",
         "Goes on without the log, by NOTIFY: the changes of public.orders (flask sse unwatch).",
         "Fails afterwards: public.nightly(), if it calls the log.",
@@ -47,7 +51,8 @@ def test_it_names_what_would_break_and_asks(database_url: str, make_app: MakeApp
     ]
     code, said = sse(app, "drop", answer="y\n")
     assert code == 0 and said[-1] == "Dropped the event log." and not is_there(database_url)
-    assert execute(database_url, "INSERT INTO orders VALUES (1); SELECT to_regclass('recent')::text") == [(None,)]
+    assert execute(database_url, "INSERT INTO orders VALUES (1); SELECT to_regclass('newest')::text") == [(None,)]
+    assert execute(database_url, 'SELECT count(*) FROM "Items"') == [(0,)]
     code, said = sse(app, "drop")
     assert code == 0 and said[0].startswith("There is no event log (")
 
