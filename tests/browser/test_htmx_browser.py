@@ -293,6 +293,8 @@ def test_a_stream_that_is_revoked_loads_the_page_again(
 ) -> None:
     shop = open_shop(version, recipe)
     open_page(page, f"http://127.0.0.1:{shop.front.port}/")
+    shop.order("soup")
+    shows(page, "soup")  # so its stream is open: one that is still opening is only checked again
     with page.expect_navigation():
         shop.post("/disconnect")
 
