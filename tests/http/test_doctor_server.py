@@ -138,13 +138,14 @@ def test_more_streams_than_connections(site: Path, logged_url: str) -> None:
 
 @pytest.mark.slow
 def test_psycopg2_under_gevent(site: Path, logged_url: str) -> None:
-    (site / "app.py").write_text(f"import sqlalchemy{APP}")
     environ = {
         "GUNICORN_CMD_ARGS": "-k gevent",
         "FLASK_SQLALCHEMY_DATABASE_URI": logged_url.replace("://", "+psycopg2://"),
     }
-    line = found(ask(site, logged_url, **environ), "database driver", "warning", "uses psycopg2")
-    assert "postgresql+psycopg://" in line["remedy"] and "psycogreen" in line["remedy"]
+    for imported in (APP, f"import sqlalchemy{APP}"):  # also by an app that imports it at its first request
+        (site / "app.py").write_text(imported)
+        line = found(ask(site, logged_url, **environ), "database driver", "warning", "uses psycopg2")
+        assert "postgresql+psycopg://" in line["remedy"] and "psycogreen" in line["remedy"]
     patch = "def post_fork(server, worker):\n    from psycogreen.gevent import patch_psycopg\n    patch_psycopg()\n"
     (site / "gunicorn.conf.py").write_text(patch)
     assert ask(site, logged_url, **environ).status == 0

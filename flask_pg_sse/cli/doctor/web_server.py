@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import re
@@ -126,7 +128,11 @@ def open_files(setup: Setup) -> Iterator[Result]:
 def driver(setup: Setup) -> Result | None:
     """Under gevent, the app's own queries do not stop the worker."""
     uri = setup.app.config.get("SQLALCHEMY_DATABASE_URI")
-    if not uri or not uses_psycopg2(uri) or get_wait_callback() is not None:
+    if not uri:
+        return None
+    with contextlib.suppress(ImportError):
+        importlib.import_module("sqlalchemy")  # the app may do so at its first request only
+    if not uses_psycopg2(uri) or get_wait_callback() is not None:
         return None
     if not any(one.is_gevent and not one.psycogreen for one in _some(setup)):
         return None
