@@ -13,7 +13,7 @@ from psycopg2.extensions import parse_dsn
 from sqlalchemy.engine import URL, make_url
 
 from flask_pg_sse import ConfigurationError, DatabaseNotConfigured
-from flask_pg_sse.engine.postgres.dsn import Dsn, is_postgres, to_dsn
+from flask_pg_sse.engine.postgres.dsn import Dsn, is_postgres, to_dsn, uses_psycopg2
 
 AWKWARD_PASSWORD = "p@ss/w:rd?%#&= +é€'\"\\[x]"
 
@@ -231,3 +231,19 @@ def test_a_dsn_shows_where_it_leads_and_nothing_else() -> None:
     assert str(dsn) == "db.example.org:5433, database shop"
     assert "hunter2" not in repr(dsn)
     assert str(Dsn("x", {})) == "local socket, database (default)"
+
+
+@pytest.mark.parametrize(
+    ("url", "uses"),
+    [
+        ("postgresql+psycopg2://u:p@h/d", True),
+        ("postgresql+psycopg://u:p@h/d", False),
+        ("sqlite://", False),
+        ("postgresql://u:p@h:port/d", False),
+        ("nosuch://h/d", False),
+        ("no URL", False),
+    ],
+)
+def test_which_url_has_sqlalchemy_take_psycopg2(url: str, uses: bool) -> None:
+    """Some it cannot read, and the app may give the package another URL."""
+    assert uses_psycopg2(url) is uses

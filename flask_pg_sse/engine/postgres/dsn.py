@@ -310,4 +310,9 @@ def _creator_of(engine: Any) -> str:
 def uses_psycopg2(url: Any) -> bool:
     """Tell whether SQLAlchemy, if it is in use, takes psycopg2 for this URL."""
     sqlalchemy: Any = sys.modules.get("sqlalchemy")
-    return sqlalchemy is not None and bool(sqlalchemy.make_url(url).get_driver_name() == "psycopg2")
+    if sqlalchemy is None:
+        return False
+    try:
+        return bool(sqlalchemy.make_url(url).get_driver_name() == "psycopg2")
+    except (ValueError, sqlalchemy.exc.SQLAlchemyError):  # it cannot use this URL at all
+        return False
