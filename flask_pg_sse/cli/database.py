@@ -12,7 +12,7 @@ import psycopg2
 from ..engine.postgres import installation
 from ..engine.postgres.connect import connect
 from ..engine.postgres.dsn import Dsn
-from ..errors import DatabaseUnavailable, PgSSEError
+from ..errors import PgSSEError
 from ..repeats import one_line, sentence
 from ..settings import Settings
 from ..web.state import current_state
@@ -36,7 +36,7 @@ def database(failed: str, remedies: dict[type[Exception], str]) -> Iterator[tupl
             yield connection, dsn
         finally:
             connection.close()
-    except DatabaseUnavailable as error:
+    except PgSSEError as error:
         raise click.ClickException(f"{failed}: {error}") from None
     except installation.NotUsable as error:
         raise click.ClickException(f"{failed} ({dsn}): {error}.") from None

@@ -217,6 +217,13 @@ def test_a_database_that_is_not_there_or_not_configured(make_app: MakeApp, datab
     assert "not a PostgreSQL URL (sqlite://…)" in failure(make_app("sqlite://"), "prune")
 
 
+@pytest.mark.parametrize("command", ["init", "prune", "drop", "watch --list", "tail orders"])
+def test_a_function_that_returns_no_url_of_postgresql_is_said(make_app: MakeApp, command: str) -> None:
+    app = make_app(lambda: "mysql://me:s3cret@here/shop")
+    said = failure(app, *command.split())
+    assert "the result of SSE_DATABASE_URL() is not a PostgreSQL URL (mysql://…)" in said and "s3cret" not in said
+
+
 def test_an_old_postgresql_is_refused(database_url: str, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(schema, "OLDEST", 990000)
