@@ -40,7 +40,8 @@ def check_channel(name: object) -> str:
 
 
 # https://www.postgresql.org/docs/current/sql-syntax-lexical.html#SQL-SYNTAX-IDENTIFIERS
-_IDENTIFIER = re.compile(r"[A-Za-z_\u0080-\U0010ffff][A-Za-z0-9_$\u0080-\U0010ffff]*")
+# Not ASCII is any letter. As a range that ends at U+10FFFF it takes 7 ms to compile, a tenth of the package's import.
+_IDENTIFIER = re.compile(r"(?:[A-Za-z_]|[^\0-\x7f])(?:[A-Za-z0-9_$]|[^\0-\x7f])*")
 _LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}  # PostgreSQL folds no other letters in UTF-8
 _HEARD_UNQUOTED = RESERVED_PREFIX + " unquoted "
 
