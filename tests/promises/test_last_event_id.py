@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 from urllib.parse import quote
 
 import pytest
 
 from tests.support.client import Message, Response, eventually, open_stream, request
-from tests.support.postgres import connect, execute
-from tests.support.servers import WebServer
+from tests.support.postgres import connect, execute, fresh_database
+from tests.support.servers import WebServer, starting
+from tools import postgres
 
 Start = Callable[..., WebServer]
 
@@ -90,6 +93,19 @@ def test_no_last_event_id_is_an_error(url: str, start_server: Start) -> None:
         assert reset_of(stream).json == {"reason": "unknown-id"}
 
 
+class Shared(NamedTuple):
+    url: str
+    port: int
+
+
+@pytest.fixture(scope="module")
+def shared(postgres_server: postgres.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    """A database with the log and a web server, for cases that have a channel each."""
+    folder = tmp_path_factory.mktemp("shared")
+    with fresh_database(postgres_server, logged=True) as url, starting(folder) as start:
+        yield Shared(url, start(url).port)
+
+
 @pytest.mark.parametrize(
     "query",
     [
@@ -105,18 +121,17 @@ def test_no_last_event_id_is_an_error(url: str, start_server: Start) -> None:
         "last_event_id=0&last_event_id={}",
     ],
 )
-def test_a_client_that_cannot_set_the_header_resumes_by_any_of_the_parameters(
-    url: str, start_server: Start, query: str
-) -> None:
-    server = start_server(url)
-    publish(url, "a", "seen")
-    seen = publish(url, "a", "seen too")
-    missed = publish(url, "a", "missed")
-    with open_stream(server.port, "a", path=f"/sse/a?{query.format(seen)}&") as stream:
+def test_a_client_that_cannot_set_the_header_resumes_by_any_of_the_parameters(shared: Shared, query: str) -> None:
+    url, port = shared
+    channel = uuid.uuid4().hex
+    publish(url, channel, "seen")
+    seen = publish(url, channel, "seen too")
+    missed = publish(url, channel, "missed")
+    path = f"/sse/{channel}?{query.format(seen)}&"
+    with open_stream(port, channel, path=path) as stream:
         assert logged_event(stream) == (missed, "missed")
-    headers = {"Last-Event-ID": str(missed)}
-    with open_stream(server.port, "a", path=f"/sse/a?{query.format(seen)}&", headers=headers) as stream:
-        assert logged_id_after(stream, url), "the header beats them all"
+    with open_stream(port, channel, path=path, headers={"Last-Event-ID": str(missed)}) as stream:
+        assert logged_id_after(stream, url, channel), "the header beats them all"
 
 
 def test_an_empty_last_event_id_is_none(url: str, start_server: Start) -> None:
@@ -149,8 +164,8 @@ def test_zero_is_the_beginning_of_what_is_kept(url: str, start_server: Start) ->
         assert logged_event(stream) == (ids[200], "200")
 
 
-def logged_id_after(stream: Response, url: str) -> bool:
-    log_id = publish(url, "a", "live")
+def logged_id_after(stream: Response, url: str, channel: str = "a") -> bool:
+    log_id = publish(url, channel, "live")
     return logged_event(stream) == (log_id, "live")
 
 

@@ -131,9 +131,9 @@ def activated(listener: socket.socket, command: Sequence[str]) -> list[str]:
     return ["bash", "-c", f'LISTEN_FDS=1 LISTEN_PID=$$ exec "$@" 3<&{listener.fileno()}', "bash", *command]
 
 
-@pytest.fixture
-def start_server(tmp_path: Path) -> Iterator[Callable[..., WebServer]]:
-    """Start web servers (by default gunicorn -k gevent with tests.support.apps.basic) that end with the test."""
+@contextlib.contextmanager
+def starting(folder: Path) -> Iterator[Callable[..., WebServer]]:
+    """Start web servers (by default gunicorn -k gevent with tests.support.apps.basic) that end with the context."""
     servers: list[WebServer] = []
 
     def start(
@@ -156,7 +156,7 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., WebServer]]:
             binds = [("-b", f"fd://{listener.fileno()}") for listener in listeners]
             options = (*options, *itertools.chain.from_iterable(binds))
         line = command(port) if command else gunicorn(app, port, *options)
-        log = tmp_path / f"server-{len(servers)}.log"
+        log = folder / f"server-{len(servers)}.log"
         server = WebServer(line, port, log, {"DATABASE_URL": database_url, **env}, ready, tls, listeners, cwd)
         for listener in own:
             listener.close()
@@ -164,6 +164,15 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., WebServer]]:
         server.wait_ready()
         return server
 
-    yield start
-    for server in servers:
-        server.kill()
+    try:
+        yield start
+    finally:
+        for server in servers:
+            server.kill()
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[Callable[..., WebServer]]:
+    """Start web servers that end with the test."""
+    with starting(tmp_path) as start:
+        yield start
