@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_pg_sse import notify, schema_sql, sse_cursor, sse_url
+from flask_pg_sse import notify, sse_cursor, sse_url
 from flask_pg_sse.engine.base import Page
 from flask_pg_sse.engine.postgres.history import History
 from flask_pg_sse.engine.postgres.listener import PostgresListener
@@ -24,9 +24,8 @@ MakeApp = Callable[..., Flask]
 
 
 @pytest.fixture
-def app(database_url: str, make_app: MakeApp) -> Iterator[Flask]:
-    execute(database_url, schema_sql())
-    app = make_app(database_url)
+def app(logged_url: str, make_app: MakeApp) -> Iterator[Flask]:
+    app = make_app(logged_url)
     with app.app_context():
         yield app
 
@@ -207,13 +206,13 @@ def test_an_id_of_the_senders_own_is_followed_by_the_logs(app: Flask) -> None:
 
 @pytest.mark.parametrize("kind", ["raw", "ephemeral"])
 def test_an_id_on_an_event_that_is_not_logged_does_not_cost_the_position(
-    app: Flask, database_url: str, kind: str
+    app: Flask, logged_url: str, kind: str
 ) -> None:
     """Senders of the older projects write `id: 1` on every event, by plain NOTIFY."""
 
     def send_one(data: str) -> None:
         if kind == "raw":
-            execute(database_url, "SELECT pg_notify('a', json_build_object('id', 1, 'data', %s)::text)", (data,))
+            execute(logged_url, "SELECT pg_notify('a', json_build_object('id', 1, 'data', %s)::text)", (data,))
         else:
             assert notify("a", data, id=1, durable=False) is None
 

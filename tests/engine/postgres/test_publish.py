@@ -27,10 +27,9 @@ from flask_pg_sse import (
     postgres_notify,
 )
 from flask_pg_sse.engine.postgres.codec import from_payload
-from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.event import Event
 from tests.support.client import eventually
-from tests.support.postgres import connect, execute
+from tests.support.postgres import connect, execute, fresh_database
 from tools import postgres
 
 MakeApp = Callable[..., Flask]
@@ -74,10 +73,9 @@ def logged(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def database_url(database_url: str, logged: bool) -> str:
-    if logged:
-        execute(database_url, schema_sql())
-    return database_url
+def database_url(postgres_server: postgres.Server, logged: bool) -> Iterator[str]:
+    with fresh_database(postgres_server, logged=logged) as url:
+        yield url
 
 
 @pytest.fixture
