@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -21,9 +22,9 @@ BROWSER_OPTIONS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """An installed Chromium or Chrome. One a module: its event loop would be in the way of tests with asyncio."""
+@contextmanager
+def running_browser() -> Iterator[Browser]:
+    """Run an installed Chromium or Chrome."""
     path = os.environ.get("CHROME") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         pytest.skip("no browser: install Chromium or Chrome (Debian: apt-get install chromium), or set CHROME")
@@ -32,6 +33,13 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=path, args=[*BROWSER_OPTIONS, *sandbox])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One a module: its event loop would be in the way of tests with asyncio."""
+    with running_browser() as browser:
+        yield browser
 
 
 @pytest.fixture
