@@ -92,7 +92,7 @@ def test_every_event_once_in_order_and_whole(
     with ExitStack() as stack:
         streams = [
             stack.enter_context(open_stream(server.port, "a", receive_buffer=2048 if n % 2 else None, timeout=40))
-            for n in range(8)
+            for n in range(4)
         ]
         readers = [Reader(stream, seed, len(sizes) - 1) for seed, stream in enumerate(streams)]
         for reader in readers:
