@@ -14,7 +14,7 @@ from ...engine.postgres.dsn import Dsn
 from ...engine.postgres.identity import Server, who
 from ...engine.postgres.listener import DEAF
 from ...engine.postgres.obstacle import END_THE_TRANSACTION, NOT_NOW, look_at_the_queue
-from ...errors import DatabaseUnavailable
+from ...errors import DatabaseUnavailable, PgSSEError
 from .result import Result, fault, in_two, ok, warning
 from .setup import ANSWER_WITHIN, Check, NotLookedAt, Setup
 
@@ -73,7 +73,7 @@ def address(setup: Setup) -> Iterator[Result]:
     except psycopg2.errors.InsufficientPrivilege:
         return
     heard = None
-    with contextlib.suppress(DatabaseUnavailable):  # the next check says it
+    with contextlib.suppress(PgSSEError):  # the next check says it
         heard = None if listen is None or listen == dsn else _server(setup, listen)
     if len(servers) > 1:
         yield fault(

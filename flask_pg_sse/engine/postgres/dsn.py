@@ -106,8 +106,9 @@ def to_dsn(value: object, source: str, connect_args: Mapping[str, Any] | None = 
     if not is_postgres(value):
         scheme = re.split(r"[+:]", text, maxsplit=1)[0]
         engine = f" ({scheme}://…)" if scheme in _OTHER_ENGINES else ""
+        key = "SSE_LISTEN_URL" if "SSE_LISTEN_URL" in source else "SSE_DATABASE_URL"
         raise DatabaseNotConfigured(
-            f"{source} is not a PostgreSQL URL{engine}. flask_pg_sse needs PostgreSQL: set SSE_DATABASE_URL to "
+            f"{source} is not a PostgreSQL URL{engine}. flask_pg_sse needs PostgreSQL: set {key} to "
             f"postgresql://user:password@host/database. {IN_TESTS}"
         )
     try:

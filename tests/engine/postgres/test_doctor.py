@@ -196,6 +196,9 @@ def test_a_url_that_a_function_returns(logged_url: str, make_app: MakeApp) -> No
 
     line = found(doctor(make_app(fails, **HEALTHY)), "database", "fault", "function in SSE_DATABASE_URL failed")
     assert line["remedy"]
+    answer = doctor(make_app(logged_url, SSE_LISTEN_URL=lambda: "poll", **HEALTHY))
+    line = found(answer, "listen", "fault", "result of SSE_LISTEN_URL() is not a PostgreSQL URL")
+    assert line["remedy"].startswith("Set SSE_LISTEN_URL to ") and len(answer.bad()) == 1
 
 
 @pytest.mark.slow
