@@ -42,6 +42,8 @@ def _request_finished(app: Flask, response: Any, **_: Any) -> None:
     # A view that answers with an error has given its work up.
     if (work := g.get(_KEY)) is not None:
         work.failed = response.status_code >= 400
+        if work.failed:  # the context may be that of other requests too, as in a test
+            work.lost.clear()
 
 
 def _context_ends(app: Flask, exc: BaseException | None = None, **_: Any) -> None:

@@ -183,6 +183,26 @@ def test_what_is_committed_or_given_up_on_purpose_is_not_told(shop: Shop) -> Non
     assert shop.request(committed_by_the_apps_teardown) == []
 
 
+def test_a_context_around_several_requests(shop: Shop) -> None:
+    """As suites have it that keep one open: what a request that failed has given up is not told of the next one."""
+
+    def refuses() -> tuple[str, int]:
+        notify("stock", "x", connection=shop.db.session)
+        shop.db.session.rollback()
+        return "no", 422
+
+    def forgets() -> str:
+        notify("orders", "x", connection=shop.db.session)
+        shop.db.session.rollback()
+        return ""
+
+    with shop.app.app_context():
+        assert shop.request(refuses) == []
+        shop.request(forgets)
+    [line] = shop.told()
+    assert line.startswith("1 event for 'orders'")
+
+
 def test_one_place_that_is_called_often(shop: Shop) -> None:
     """One warning, also where the first calls were right."""
 
