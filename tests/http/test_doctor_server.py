@@ -117,6 +117,21 @@ def test_a_configuration_that_gunicorn_cannot_read(site: Path, logged_url: str) 
 
 
 @pytest.mark.slow
+def test_a_gunicorn_that_hides_its_arguments(site: Path, logged_url: str) -> None:
+    """As with setproctitle, which gunicorn uses where it is installed."""
+    command = ["bash", "-c", "exec -a 'gunicorn: master [app:app]' sleep 60"]
+    with subprocess.Popen(command, cwd=site) as arbiter:
+        try:
+            title = Path(f"/proc/{arbiter.pid}/cmdline")
+            eventually(lambda: title.read_text().startswith("gunicorn: "))
+            answer = ask(site, logged_url)
+        finally:
+            arbiter.kill()
+    found(answer, "web server", "ok", f"gunicorn {arbiter.pid} runs here", "setproctitle")
+    assert answer.status == 0 and len(answer.of("web server")) == 1
+
+
+@pytest.mark.slow
 def test_few_open_files(logged_url: str, start_server: StartServer, site: Path) -> None:
     options = ("-k", "gevent", "--worker-connections", "1000")
     server = run(start_server, site, logged_url, *options, shell="ulimit -n 400")

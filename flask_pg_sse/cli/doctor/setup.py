@@ -52,6 +52,7 @@ class Setup:
         self.usable: bool | None = None  # the database: reached, and a primary; None before it was tried
         self.servers: Sequence[Any] | None = None  # what web_server.py has found
         self.unread: list[str] = []  # the gunicorns whose configuration cannot be read
+        self.untold: list[str] = []  # those whose arguments cannot be seen
         self.examined: Any = None  # what event_log.py has found
         self.trial: Any = None  # the stream of proxy.py
         self._connection: Any = None

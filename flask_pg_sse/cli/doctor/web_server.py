@@ -66,9 +66,14 @@ def found(setup: Setup) -> Iterator[Result]:
             f"{source}: gunicorn cannot read this configuration, or not within {_READ_WITHIN:g} s.",
             "Run gunicorn --print-config with the same arguments, which says what is wrong.",
         )
+    for source in setup.untold:
+        yield ok(
+            f"{source} runs here, and its arguments cannot be seen, because setproctitle has replaced them: its worker "
+            "class, its connections and its limit of open files were not looked at."
+        )
     if servers:
         yield ok("; ".join(f"{one.source}: {one.workers} x {one.worker_class}" for one in servers) + ".")
-    elif not setup.unread:
+    elif not (setup.unread or setup.untold):
         yield ok(
             "No gunicorn runs in this directory, and none is configured here (GUNICORN_CMD_ARGS, gunicorn.conf.py): "
             "what serves the streams was not looked at. Run this in the server's directory, as its user."
@@ -170,10 +175,14 @@ def _running(setup: Setup) -> Iterator[Gunicorn]:
     for process in sorted(Path("/proc").glob("[0-9]*")):
         try:
             arguments = process.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+            untold = arguments[:1] and arguments[0].startswith("gunicorn: master ")
             at = next((number for number, word in enumerate(arguments[:4]) if Path(word).name == "gunicorn"), None)
-            if at is None or _parent_is_gunicorn(process):
+            if not untold and (at is None or _parent_is_gunicorn(process)):
                 continue
             if process.name not in arbiters and os.readlink(process / "cwd") != here:
+                continue
+            if at is None:
+                setup.untold.append(f"gunicorn {process.name}")
                 continue
             environ = _environ(process)
             worker = next(iter(children(int(process.name))), process.name)
