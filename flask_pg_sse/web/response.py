@@ -70,17 +70,6 @@ class _StreamResponse(_Begins, Response):
         return self.headers
 
 
-@functools.cache
-def _response_class(apps: type[Response]) -> type[Any]:
-    """Return the class for an app's streams. It is a subclass of the app's own, or Flask would convert the response."""
-    return _StreamResponse if apps is Response else type("StreamResponse", (_Begins, apps), {})
-
-
-@functools.cache
-def _class_without_cookies(apps: type[Response]) -> type[Any]:
-    return type("ResponseWithoutCookies", (_WithoutCookies, apps), {})
-
-
 def answer_without_session(response: Response) -> Response:
     """Keep a refusal, or a hook's HTTP exception, from setting a cookie and from saving the session.
 
@@ -89,8 +78,7 @@ def answer_without_session(response: Response) -> Response:
     if isinstance(response, _WithoutCookies):
         return response
     save_no_session()
-    apps: Any = type(response)
-    answer: Response = _class_without_cookies(apps).force_type(response)
+    answer: Response = current_state().subclass(_WithoutCookies, type(response)).force_type(response)
     return answer
 
 
@@ -107,7 +95,8 @@ def stream_response(
     begin = functools.partial(
         connection.response_started, body=id(body), direct_write=direct_write, send_timeout=settings.send_timeout
     )
-    made: type[Any] = _response_class(current_app.response_class)  # type: ignore[arg-type]
+    apps = current_app.response_class  # the stream's is a subclass of it, or Flask would convert the response
+    made: type[Any] = _StreamResponse if apps is Response else current_state().subclass(_Begins, apps)
     response: Response = made(body, begin, private=private)
     return response
 

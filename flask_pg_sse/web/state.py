@@ -32,6 +32,7 @@ class State:
         self.hears_unquoted = False
         # Names that no stream can listen to, because its URLs mean something else.
         self.no_channels = frozenset[str]()
+        self._subclasses: dict[tuple[type, type], type] = {}
 
     def open_to_all(self, authorizer: Authorizer | None) -> bool:
         """Tell whether every channel is open to everybody. `authorizer` is the one that would be asked otherwise."""
@@ -47,6 +48,16 @@ class State:
             if before is not None and before is not function:
                 raise RuntimeError(f"This app has an {name} already; register_blueprint(sse_bp, {name}=…) takes one.")
             setattr(self, name, function)
+
+    def subclass(self, mixin: type, of: type[Any]) -> type[Any]:
+        """Return a class of the app's with a mixin, always the same one.
+
+        It is kept here, and in no cache of the module: a class that an app's factory defines refers to the app.
+        """
+        made = self._subclasses.get((mixin, of))
+        if made is None:
+            made = self._subclasses[mixin, of] = type(f"{mixin.__name__}{of.__name__}", (mixin, of), {})
+        return made
 
     def close(self) -> None:
         """End all streams, threads and connections of this app in this process."""

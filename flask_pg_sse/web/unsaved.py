@@ -6,7 +6,6 @@ stream's request, or its session in a store of the server's, would take the plac
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,8 +13,12 @@ from flask import current_app
 from flask.globals import request_ctx
 from flask.sessions import SecureCookieSession
 
+from .state import current_state
+
 # A null session refuses these.
 _WRITES = ("__setitem__", "__delitem__", "clear", "pop", "popitem", "update", "setdefault")
+# Mixin for the class of null sessions.
+_Unsaved = type("_Unsaved", (), {name: getattr(SecureCookieSession, name) for name in _WRITES})
 
 Headers = Iterable[tuple[str, str]]
 
@@ -31,16 +34,11 @@ def save_no_session() -> None:
     session = getattr(context, name)
     if interface.is_null_session(session):
         return
-    copy = _copy_class(interface.null_session_class)(session)
+    copy = current_state().subclass(_Unsaved, interface.null_session_class)(session)
     # What extensions keep besides: Flask-Session has the session's id there.
     kept = getattr(session, "__dict__", {})
     copy.__dict__.update({name: value for name, value in kept.items() if name not in copy.__dict__})
     setattr(context, name, copy)
-
-
-@functools.cache
-def _copy_class(null_session: type[Any]) -> type[Any]:
-    return type("UnsavedSession", (null_session,), {name: getattr(SecureCookieSession, name) for name in _WRITES})
 
 
 # As long as the app has the response, it says that it is encoded already: compressors such as Flask-Compress then leave

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from flask import Flask
+from flask import Flask, Response
+from flask.sessions import NullSession, SecureCookieSessionInterface
 
 from flask_pg_sse import notify, sse_bp
 from flask_pg_sse.hub.ticker import Ticker
@@ -158,6 +159,36 @@ def test_an_app_for_each_test_leaves_nothing_behind(
     eventually(lambda: not sessions(database_url))
     eventually(lambda: threading.active_count() == 1)
     assert descriptors() <= before
+
+
+def test_an_app_is_freed_whose_factory_has_classes_of_its_own(database_url: str) -> None:
+    """Their methods refer to the app, and a stream's response and session are of subclasses of them."""
+
+    def create_app() -> Flask:
+        app = new_app(database_url)
+        app.secret_key = "x"
+
+        class OwnResponse(Response):
+            def app(self) -> Flask:
+                return app
+
+        class OwnNullSession(NullSession):
+            def app(self) -> Flask:
+                return app
+
+        app.response_class = OwnResponse
+        app.session_interface = SecureCookieSessionInterface()
+        app.session_interface.null_session_class = OwnNullSession
+        return app
+
+    app = create_app()
+    gone = weakref.ref(app)
+    with stream(app.test_client(), "/sse/orders") as events:
+        assert next(events).event == "sse-open"
+    assert app.test_client().get("/sse").status_code == 400
+    del app, events
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_stream_outlives_its_app_and_ends_what_it_had_started(database_url: str) -> None:
