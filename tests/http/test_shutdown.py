@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 
@@ -24,24 +25,25 @@ WORKERS = pytest.mark.parametrize(
 
 def terminate_and_check(server: WebServer, streams: list[Response]) -> list[int]:
     """Send SIGTERM; return the retries that the streams were told. The clients never close their end."""
-    begun = time.monotonic()
-    server.terminate()
-    retries = []
-    for stream in streams:
-        message = stream.event()
-        assert message.event == "sse-end", message
-        assert message.json == {"reason": "shutdown"}
-        assert message.retry is not None
-        retries.append(message.retry)
-        with pytest.raises(EOFError):
-            stream.next()
-        stream.wait_closed()
-    status = server.process.wait(10)
-    assert time.monotonic() - begun < 3, server.log()
-    assert status == 0
-    assert "Traceback" not in server.log(), server.log()
-    for stream in streams:
-        stream.close()
+    with ExitStack() as stack:
+        for stream in streams:
+            stack.enter_context(stream)
+        begun = time.monotonic()
+        server.terminate()
+        retries = []
+        for stream in streams:
+            message = stream.event()
+            assert message.event == "sse-end", message
+            assert message.json == {"reason": "shutdown"}
+            assert message.retry is not None
+            retries.append(message.retry)
+            with pytest.raises(EOFError):
+                stream.next()
+            stream.wait_closed()
+        status = server.process.wait(10)
+        assert time.monotonic() - begun < 3, server.log()
+        assert status == 0
+        assert "Traceback" not in server.log(), server.log()
     return retries
 
 
