@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,12 @@ from tests.support.servers import ROOT, WebServer
 from tools import postgres
 
 Start = Callable[..., WebServer]
-NOBODY_THERE = "postgresql://127.0.0.1:1/nothing_listens_there"
+
+
+@pytest.fixture
+def nobody_there() -> str:
+    """The URL of a database that does not answer, and that no other test names: its workers are those of this test."""
+    return f"postgresql://127.0.0.1:1/{uuid.uuid4().hex}"
 
 
 def run(database_url: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -77,29 +83,31 @@ def test_the_workers_of_this_host_and_what_they_do(
 
 
 @pytest.mark.slow
-def test_a_stopped_worker_is_named_and_a_killed_one_is_gone_while_postgres_is_away(start_server: Start) -> None:
-    server = start_server(NOBODY_THERE, "-w", "2")
+def test_a_stopped_worker_is_named_and_a_killed_one_is_gone_while_postgres_is_away(
+    nobody_there: str, start_server: Start
+) -> None:
+    server = start_server(nobody_there, "-w", "2")
     pids = children(server)
-    eventually(lambda: {one["pid"] for one in workers(NOBODY_THERE)} == pids, 30)
+    eventually(lambda: {one["pid"] for one in workers(nobody_there)} == pids, 30)
     stopped = min(pids)
     os.kill(stopped, signal.SIGSTOP)
     try:
         eventually(lambda: Path(f"/proc/{stopped}/stat").read_text().split()[2] == "T")
-        by_pid = {one["pid"]: one for one in workers(NOBODY_THERE)}
+        by_pid = {one["pid"]: one for one in workers(nobody_there)}
         assert (by_pid[stopped]["state"], by_pid[stopped]["streams"]) == ("stopped", None)
         assert by_pid[max(pids)]["state"] == "serving"
-        text = run(NOBODY_THERE, "status").stdout
+        text = run(nobody_there, "status").stdout
         assert f"{stopped} " in text and "1 without an answer" in text
     finally:
         os.kill(stopped, signal.SIGKILL)
-    eventually(lambda: stopped not in {one["pid"] for one in workers(NOBODY_THERE)}, 30)
+    eventually(lambda: stopped not in {one["pid"] for one in workers(nobody_there)}, 30)
 
 
 def test_a_look_takes_less_than_a_second_also_if_a_worker_is_stopped(
-    make_app: Callable[..., Any], start_server: Start
+    nobody_there: str, make_app: Callable[..., Any], start_server: Start
 ) -> None:
-    server = start_server(NOBODY_THERE, "-w", "2")
-    app_id = make_app(NOBODY_THERE).extensions["pg_sse"].runtime.app_id()
+    server = start_server(nobody_there, "-w", "2")
+    app_id = make_app(nobody_there).extensions["pg_sse"].runtime.app_id()
     eventually(lambda: len(siblings.ask_all(app_id, {}).answers) == 2)
     [stopped, _] = children(server)
     os.kill(stopped, signal.SIGSTOP)
@@ -124,11 +132,13 @@ def test_workers_are_there_after_an_outage_began(own_postgres: postgres.Server, 
 
 
 @pytest.mark.slow
-def test_another_key_or_another_database_is_another_app(database_url: str, start_server: Start) -> None:
+def test_another_key_or_another_database_is_another_app(
+    nobody_there: str, database_url: str, start_server: Start
+) -> None:
     server = start_server(database_url, FLASK_SECRET_KEY="one")
     eventually(lambda: run(database_url, "status", SECRET_KEY="one").stdout.count(" serving\n") == 1, 30)
     assert str(server.process.pid) not in run(database_url, "status", SECRET_KEY="two").stdout
-    for done in (run(database_url, "status", SECRET_KEY="two"), run(NOBODY_THERE, "status", SECRET_KEY="one")):
+    for done in (run(database_url, "status", SECRET_KEY="two"), run(nobody_there, "status", SECRET_KEY="one")):
         assert done.returncode == 0 and "No worker of this app has been found on this host." in done.stdout
 
 
@@ -140,10 +150,10 @@ def test_without_a_database_it_says_so() -> None:
 
 
 @pytest.mark.slow
-def test_watch_looks_again_until_ctrl_c(start_server: Start) -> None:
-    server = start_server(NOBODY_THERE)
+def test_watch_looks_again_until_ctrl_c(nobody_there: str, start_server: Start) -> None:
+    server = start_server(nobody_there)
     command = [sys.executable, "-m", "flask", "--app", "tests.support.apps.quiet", "sse", "status", "--watch", "--json"]
-    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DATABASE_URL": NOBODY_THERE}
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DATABASE_URL": nobody_there}
     watching = subprocess.Popen(
         command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -157,37 +167,40 @@ def test_watch_looks_again_until_ctrl_c(start_server: Start) -> None:
 
 
 @pytest.mark.slow
-def test_sixty_four_workers_are_asked_at_once(tmp_path: Path) -> None:
+def test_sixty_four_workers_are_asked_at_once(nobody_there: str, tmp_path: Path) -> None:
     """Real processes, each with an app; each is asked once, and none asks others."""
     code = (
         "import sys; from flask import Flask; from flask_pg_sse import sse_bp\n"
         "app = Flask('a'); app.config['SSE_DATABASE_URL'] = sys.argv[1]; app.register_blueprint(sse_bp)\n"
         "worker = app.extensions['pg_sse'].runtime.worker; asked = [0]\n"
         "real = worker.answer\n"
-        "from flask_pg_sse.runtime import Worker\n"
+        "from flask_pg_sse.hub.worker import Worker\n"
         "def answer(self, question, real=Worker.answer):\n"
         "    asked[0] += 1\n"
         "    return {**real(self, question), 'asked': asked[0]}\n"
         "Worker.answer = answer; worker._appear()\n"
         "print('there', flush=True); sys.stdin.read()"
     )
-    url = NOBODY_THERE + "_for_64"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, url], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code, nobody_there],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for _ in range(64)
     ]
     try:
         for process in processes:
             assert process.stdout is not None and process.stdout.readline() == "there\n"
-        found = workers(url)
+        found = workers(nobody_there)
         assert {one["pid"] for one in found} == {process.pid for process in processes}
         assert [one["asked"] for one in found] == [1] * 64
-        assert "64 workers, 0 streams" in run(url, "status").stdout
+        assert "64 workers, 0 streams" in run(nobody_there, "status").stdout
     finally:
         for process in processes:
             process.kill()
         for process in processes:
             process.communicate()
-    assert workers(url) == []
+    assert workers(nobody_there) == []
