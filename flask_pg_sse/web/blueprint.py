@@ -23,7 +23,7 @@ from ..errors import ConfigurationError, InvalidChannel
 from ..hub.admission import TryLater
 from ..hub.stream import stream
 from ..hub.subscription import Subscription, Terms
-from ..runtime import Worker
+from ..hub.worker import Worker
 from ..server import shutdown
 from ..server.boot import when_booted
 from ..server.capacity import why_no_stream

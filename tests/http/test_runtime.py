@@ -13,7 +13,7 @@ import pytest
 from flask import Flask, Response
 from flask.sessions import NullSession, SecureCookieSessionInterface
 
-from flask_pg_sse import notify, sse_bp
+from flask_pg_sse import disconnect, notify, sse_bp
 from flask_pg_sse.hub.ticker import Ticker
 from flask_pg_sse.testing import close, stream
 from tests.support.client import eventually
@@ -186,6 +186,23 @@ def test_an_app_is_freed_whose_factory_has_classes_of_its_own(database_url: str)
     with stream(app.test_client(), "/sse/orders") as events:
         assert next(events).event == "sse-open"
     assert app.test_client().get("/sse").status_code == 400
+    del app, events
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_app_is_freed_whose_configuration_refers_to_it(database_url: str) -> None:
+    def create_app() -> Flask:
+        app = new_app(database_url)
+        app.config.update(SECRET_KEY="x", OF=lambda: app)
+        return app
+
+    app = create_app()
+    gone = weakref.ref(app)
+    with stream(app.test_client(), "/sse/orders") as events:
+        assert next(events).event == "sse-open"
+        with app.app_context():
+            disconnect(channel="other")
     del app, events
     gc.collect()
     assert gone() is None
