@@ -25,30 +25,37 @@ WHERE n.nspname = '{schema.SCHEMA}'
 # Functions elsewhere that name the log in their text, with the tables whose triggers call them. Those that `watch` made
 # do without the log.
 _CALLERS = rf"""
-SELECT p.proname ~ '^flask_pg_sse_watch_[0-9a-f]{{16}}$', p.oid::pg_catalog.regprocedure::pg_catalog.text, ARRAY(
+SELECT p.oid::pg_catalog.int8, p.proname ~ '^flask_pg_sse_watch_[0-9a-f]{{16}}$',
+    p.oid::pg_catalog.regprocedure::pg_catalog.text, ARRAY(
     SELECT DISTINCT t.tgrelid::pg_catalog.regclass::pg_catalog.text FROM pg_catalog.pg_trigger t
     WHERE t.tgfoid = p.oid AND NOT t.tgisinternal AND t.tgparentid = 0 ORDER BY 1)
 FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
 WHERE n.nspname <> '{schema.SCHEMA}' AND pg_catalog.strpos(p.prosrc, '{schema.SCHEMA}.') > 0
-ORDER BY 2
+ORDER BY 3
 """
-# What depends on something in the log, also indirectly, and is not in it: DROP ... CASCADE drops it too. A view depends
-# on it by a rule of its own.
+# What depends on something in the log, also indirectly, and is not in it: DROP ... CASCADE drops it too. A table is a
+# type too, so columns and functions of others may depend on it. Parts (deptype 'i' and 'a') go with the whole, which is
+# named. A view depends by a rule of its own.
 _DEPENDENTS = f"""
-WITH RECURSIVE dropped (classid, objid, own) AS (
-    SELECT d.classid, d.objid, true FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_namespace n ON n.oid = d.refobjid
+WITH RECURSIVE dropped (classid, objid, objsubid, own, named) AS (
+    SELECT d.classid, d.objid, d.objsubid, true, false
+    FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_namespace n ON n.oid = d.refobjid
     WHERE d.refclassid = 'pg_catalog.pg_namespace'::pg_catalog.regclass AND n.nspname = '{schema.SCHEMA}'
     UNION
     SELECT CASE WHEN r.oid IS NULL THEN d.classid ELSE 'pg_catalog.pg_class'::pg_catalog.regclass::pg_catalog.oid END,
-        coalesce(r.ev_class, d.objid), false
+        coalesce(r.ev_class, d.objid), CASE WHEN r.oid IS NULL THEN d.objsubid ELSE 0 END,
+        dropped.own AND d.deptype <> 'n', d.deptype = 'n'
     FROM pg_catalog.pg_depend d JOIN dropped ON dropped.classid = d.refclassid AND dropped.objid = d.refobjid
+        AND dropped.objsubid IN (0, d.refobjsubid)
     LEFT JOIN pg_catalog.pg_rewrite r ON d.classid = 'pg_catalog.pg_rewrite'::pg_catalog.regclass AND r.oid = d.objid
         AND r.rulename = '_RETURN'
-    WHERE d.deptype = 'n'
+    WHERE d.deptype IN ('n', 'a', 'i')
 )
-SELECT DISTINCT pg_catalog.pg_describe_object(d.classid, d.objid, 0) FROM dropped d
-LEFT JOIN pg_catalog.pg_trigger t ON d.classid = 'pg_catalog.pg_trigger'::pg_catalog.regclass AND t.oid = d.objid
-WHERE NOT d.own AND NOT EXISTS (SELECT FROM dropped WHERE dropped.own AND dropped.objid IN (d.objid, t.tgrelid))
+SELECT DISTINCT pg_catalog.pg_describe_object(d.classid, d.objid, d.objsubid),
+    CASE WHEN d.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass THEN d.objid::pg_catalog.int8 END
+FROM dropped d WHERE d.named AND NOT EXISTS (
+    SELECT FROM dropped o WHERE o.own AND o.classid = d.classid AND o.objid = d.objid
+)
 ORDER BY 1
 """
 _SESSIONS = """
@@ -84,10 +91,12 @@ def _drop(yes: bool, sql: bool) -> None:
 
 def consequences(connection: Any) -> list[str]:
     """Return a line for everything outside of the log that its end concerns."""
-    lines = []
-    for (what,) in execute(connection, _DEPENDENTS, timeout=_TIMEOUT):
-        lines.append(f"Is dropped with it: {what}.")
-    for ours, function, tables in execute(connection, _CALLERS, timeout=_TIMEOUT):
+    dependents = execute(connection, _DEPENDENTS, timeout=_TIMEOUT)
+    lines = [f"Is dropped with it: {what}." for what, _ in dependents]
+    dropped = {function for _, function in dependents}
+    for oid, ours, function, tables in execute(connection, _CALLERS, timeout=_TIMEOUT):
+        if oid in dropped:
+            continue
         if ours and tables:
             lines.append(f"Goes on without the log, by NOTIFY: the changes of {', '.join(tables)} (flask sse unwatch).")
         elif tables:

@@ -57,6 +57,39 @@ def test_it_names_what_would_break_and_asks(database_url: str, make_app: MakeApp
     assert code == 0 and said[0].startswith("There is no event log (")
 
 
+BY_TYPE = """
+    CREATE TABLE archive (number integer, kept flask_pg_sse.event);
+    CREATE TABLE bundles (number integer, kept flask_pg_sse.event[]);
+    CREATE VIEW kept_ids AS SELECT number, (kept).id FROM archive;
+    CREATE INDEX archive_kept ON archive (kept);
+    CREATE FUNCTION newest() RETURNS SETOF flask_pg_sse.event LANGUAGE sql AS 'SELECT * FROM flask_pg_sse.event';
+    CREATE FUNCTION id_of(flask_pg_sse.event) RETURNS bigint LANGUAGE sql AS 'SELECT $1.id';
+    CREATE DOMAIN checked AS flask_pg_sse.event;
+    CREATE TABLE checks (found checked);
+    CREATE TYPE pair AS (number integer, kept flask_pg_sse.event);
+    CREATE TABLE heirs (more text) INHERITS (flask_pg_sse.event);
+    CREATE TABLE alike (LIKE flask_pg_sse.event);
+    CREATE TABLE referring (id bigint REFERENCES flask_pg_sse.event);
+"""
+
+
+def test_it_names_what_has_the_type_of_the_logs_rows(database_url: str, make_app: MakeApp) -> None:
+    execute(database_url, schema_sql() + BY_TYPE)
+    _, said = sse(make_app(database_url), "drop", answer="n\n")
+    assert sorted(said[1:-2]) == [
+        "Is dropped with it: column found of table public.checks.",
+        "Is dropped with it: column kept of composite type public.pair.",
+        "Is dropped with it: column kept of table public.archive.",
+        "Is dropped with it: column kept of table public.bundles.",
+        "Is dropped with it: constraint referring_id_fkey on table public.referring.",
+        "Is dropped with it: function public.id_of(flask_pg_sse.event).",
+        "Is dropped with it: function public.newest().",
+        "Is dropped with it: table public.heirs.",
+        "Is dropped with it: type public.checked.",
+        "Is dropped with it: view public.kept_ids.",
+    ]
+
+
 def test_nothing_is_asked_with_yes_and_nothing_is_said_of_the_logs_own(database_url: str, make_app: MakeApp) -> None:
     execute(database_url, schema_sql())
     code, said = sse(make_app(database_url), "drop", "--yes")
