@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import io
 import json
 import random
 import re
@@ -255,9 +256,13 @@ def decode(chunks: Iterable[bytes], comment: Callable[[], object] = lambda: None
 
 
 def _lines_of(chunks: Iterable[bytes]) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
-    rest = ""
+    # A CR at a chunk's end may be the first half of a CRLF: the decoder holds it back.
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")("replace"), translate=True)
+    rest: list[str] = []  # of a line that goes on in the next chunk; joined once, for a line may have megabytes
     for chunk in chunks:
-        # A CR at the end may be the first half of a CRLF.
-        *lines, rest = re.split(r"\r\n|\r(?!\Z)|\n", rest + decoder.decode(chunk))
-        yield from lines
+        first, *others = decoder.decode(chunk).split("\n")
+        rest.append(first)
+        if others:
+            yield "".join(rest)
+            yield from others[:-1]
+            rest = others[-1:]

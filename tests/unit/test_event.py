@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -240,6 +241,13 @@ def test_the_parser_for_users_tests_reads_any_stream(parts: list[str], cuts: lis
     chunks = [stream[start:end] for start, end in pairwise(borders)]
     found = [Dispatched(event.event, event.data, event.id) for event in testing.parse(chunks)]
     assert found == read(stream).events
+
+
+def test_a_long_line_is_read_once_and_not_again_with_each_chunk() -> None:
+    chunks = [b"data: ", *[b"x" * 4096] * 1000, b"\n", b"\n"]
+    began = time.process_time()
+    assert [event.data for event in testing.parse(chunks)] == ["x" * 4_096_000]
+    assert time.process_time() - began < 2  # 0.02 s; it took 10 s to read the line from its start with each chunk
 
 
 # -- what an event may not be
