@@ -22,6 +22,9 @@ WORKERS = pytest.mark.parametrize(
     "options", [(), pytest.param(GTHREAD, marks=pytest.mark.slow)], ids=["gevent", "gthread"]
 )
 
+# Seconds in which a server ends: 1.5 on a quiet machine. gunicorn gives connections that do not end 30.
+SOON = 8.0
+
 
 def terminate_and_check(server: WebServer, streams: list[Response]) -> list[int]:
     """Send SIGTERM; return the retries that the streams were told. The clients never close their end."""
@@ -41,7 +44,7 @@ def terminate_and_check(server: WebServer, streams: list[Response]) -> list[int]
                 stream.next()
             stream.wait_closed()
         status = server.process.wait(10)
-        assert time.monotonic() - begun < 3, server.log()
+        assert time.monotonic() - begun < SOON, server.log()
         assert status == 0
         assert "Traceback" not in server.log(), server.log()
     return retries
@@ -114,7 +117,7 @@ def test_streams_that_wait_for_postgres_are_let_go(own_postgres: postgres.Server
     begun = time.monotonic()
     server.terminate()
     assert server.process.wait(10) == 0
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < SOON
     for sock in streams:
         answer = b""
         while data := sock.recv(65536):
