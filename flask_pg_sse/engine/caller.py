@@ -69,15 +69,32 @@ def _execute_on_sqlalchemy(connection: Any, query: str, args: Sequence[Any], *, 
     if hasattr(connection, "get_bind"):
         connection = connection.connection(bind_arguments={"clause": text})
     _refuse_other_engine(connection.dialect.name)
+    if not reads and commits_writes(connection):
+        text = text.execution_options(autocommit=True)  # it does not see that this SELECT writes
     # The app's options for large results would make a server-side cursor, which runs the query when rows are read.
-    changed = connection.get_execution_options().keys() & {"stream_results", "yield_per"}
-    options = {"execution_options": dict.fromkeys(changed)} if changed else {}
+    changed = dict.fromkeys({"stream_results", "yield_per"}.intersection(connection.get_execution_options()))
+    options = {"execution_options": changed} if changed else {}
+    if changed and _is_legacy(connection):  # it takes no options here, and gives a copy on the same transaction
+        connection, options = connection.execution_options(**changed), {}
     with own_cursors(connection.connection.driver_connection, reads=reads):
         result = connection.execute(text, {f"arg{number}": arg for number, arg in enumerate(args)}, **options)
     if reads:
         return list(result.fetchall())
     result.close()
     return []
+
+
+def _is_legacy(connection: Any) -> bool:
+    # A `Connection` of SQLAlchemy 1.4, unless the engine was made with future=True.
+    return not getattr(connection, "_is_future", True)
+
+
+def commits_writes(connection: Any) -> bool:
+    """Tell whether an SQLAlchemy `Connection` commits each statement that it takes for a write: 1.4's, if not begun.
+
+    https://docs.sqlalchemy.org/en/14/core/connections.html#library-level-autocommit
+    """
+    return _is_legacy(connection) and not connection.in_transaction()
 
 
 def _is_sqlalchemy(connection: Any) -> bool:

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .caller import to_session
+from .caller import commits_writes, to_session
 
 
 class Outcome(enum.Enum):
@@ -62,6 +62,8 @@ def _without_commit() -> Outcome:
 
 
 def _commits_each_statement(connection: Any) -> bool:
+    if commits_writes(connection):
+        return True
     level = connection.get_execution_options().get("isolation_level")
     if level is None:  # not by an option, so by an argument of create_engine()
         level = getattr(connection.dialect, "_on_connect_isolation_level", None)

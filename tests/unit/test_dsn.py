@@ -247,3 +247,8 @@ def test_a_dsn_shows_where_it_leads_and_nothing_else() -> None:
 def test_which_url_has_sqlalchemy_take_psycopg2(url: str, uses: bool) -> None:
     """Some it cannot read, and the app may give the package another URL."""
     assert uses_psycopg2(url) is uses
+
+
+def test_sqlalchemy_14_is_asked_for_its_driver_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("sqlalchemy.make_url")
+    assert uses_psycopg2("postgresql+psycopg2://u:p@h/d")

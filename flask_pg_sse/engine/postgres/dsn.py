@@ -314,6 +314,6 @@ def uses_psycopg2(url: Any) -> bool:
     if sqlalchemy is None:
         return False
     try:
-        return bool(sqlalchemy.make_url(url).get_driver_name() == "psycopg2")
+        return bool(sqlalchemy.engine.make_url(url).get_driver_name() == "psycopg2")
     except (ValueError, sqlalchemy.exc.SQLAlchemyError):  # it cannot use this URL at all
         return False

@@ -12,12 +12,15 @@ import psycopg
 import psycopg2
 import pytest
 from flask import Flask
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from flask_pg_sse import EventLogMissing, notify, schema_sql, sse_cursor, sse_url
+from flask_pg_sse.engine.caller import send_on
+from flask_pg_sse.engine.transactions import follow
 from flask_pg_sse.testing import stream
 from tests.support.cluster import Cluster, caught_up
 from tests.support.postgres import execute, fresh_database
@@ -214,3 +217,52 @@ def test_the_cursor_of_a_connection_is_the_head_that_it_sees(
         with pytest.raises(TypeError, match=r"run_sync\(lambda s: sse_cursor\(connection=s\)\)"):
             sse_cursor(connection=session)
         asyncio.run(session.close())
+
+
+class OptionsOf14(dict[str, Any]):
+    """As SQLAlchemy 1.4 has a connection's options: the C of its `immutabledict` gives the keys as a list."""
+
+    def keys(self) -> Any:
+        return list(super().keys())
+
+
+@pytest.fixture
+def like_14(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let SQLAlchemy's connections differ as those of 1.4 do, which cannot be installed beside the tests' own."""
+    options = Connection.get_execution_options
+    monkeypatch.setattr(Connection, "get_execution_options", lambda self: OptionsOf14(options(self)))
+    monkeypatch.setattr(Connection, "_is_future", False, raising=False)
+
+
+@pytest.mark.usefixtures("like_14")
+def test_a_session_of_sqlalchemy_14_sends(logged_url: str, make_app: MakeApp) -> None:
+    engine = create_engine(logged_url.replace("postgresql:", "postgresql+psycopg2:"), poolclass=NullPool)
+    with make_app(logged_url).app_context():
+        with Session(engine) as session:
+            notify("orders", "committed", connection=session)
+            session.commit()
+        with engine.connect().execution_options(stream_results=True) as connection, connection.begin():
+            notify("orders", "from a connection for large results", connection=connection)
+        with engine.connect() as connection:
+            assert sse_cursor(connection=connection)
+    assert kept(logged_url) == ["committed", "from a connection for large results"]
+
+
+@pytest.mark.usefixtures("like_14")
+def test_a_connection_of_sqlalchemy_14_that_has_not_begun_is_let_commit_by_itself(database_url: str) -> None:
+    """It commits a statement that has the option `autocommit`, and a transaction of ours would keep it from that."""
+    engine = create_engine(database_url.replace("postgresql:", "postgresql+psycopg2:"), poolclass=NullPool)
+    options: list[Any] = []
+
+    @event.listens_for(engine, "before_execute")
+    def look(connection: Any, statement: Any, *_: Any) -> None:
+        options.append(statement.get_execution_options().get("autocommit"))
+
+    with engine.connect() as connection:
+        assert not follow(connection, lambda *_: None, None, used=False)
+        assert not connection.in_transaction()
+        send_on(connection, "SELECT {}", ("x",))
+    with engine.connect() as connection, connection.begin():
+        assert follow(connection, lambda *_: None, None, used=False)
+        send_on(connection, "SELECT {}", ("x",))
+    assert options == [True, None]
