@@ -106,6 +106,7 @@ class _Sink:
     def __init__(self) -> None:
         self.queue: queue.SimpleQueue[Item | str] = queue.SimpleQueue()
         self.readiness = Readiness.AWAY
+        self.why = ""  # it is away
 
     def deliver(self, turn: Sequence[Item], position: int) -> None:
         for item in turn:
@@ -118,7 +119,7 @@ class _Sink:
         pass
 
     def ready(self, readiness: Readiness, *, why: str = "", silent_for: float = 0.0, earlier: object = None) -> None:
-        self.readiness = readiness
+        self.readiness, self.why = readiness, why
 
     def caught_up(self) -> None:
         pass
@@ -143,9 +144,8 @@ def _events(runtime: Runtime, channels: Sequence[str], since: Since | None) -> I
     listener.start()
     try:
         if not listener.subscribe(channels).wait(OPEN_TIMEOUT):
-            raise click.ClickException(
-                f"Nothing can be shown: PostgreSQL ({dsn}) has not confirmed LISTEN within {OPEN_TIMEOUT:g} s."
-            )
+            late = f"PostgreSQL ({dsn}) has not confirmed LISTEN within {OPEN_TIMEOUT:g} s."
+            raise click.ClickException(f"Nothing can be shown: {sink.why or late}")
         yield _in_order(sink, runtime.worker.engine, channels, since)
     finally:
         listener.stop(2.0)

@@ -213,6 +213,16 @@ def test_a_pipe_that_nobody_reads_ends_it_quietly(logged_url: str, tail: Callabl
     assert piped.errors() == ""
 
 
+@pytest.mark.parametrize("setting", [{"SSE_LISTEN_URL": "poll"}, {"SSE_EVENT_LOG": "true"}])
+def test_a_log_that_is_required_and_missing_is_named(database_url: str, setting: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "flask_pg_sse.cli.main", "tail", "orders"]
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DATABASE_URL": database_url, **setting}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "Remedy: flask" in last, done.stderr
+    assert last.startswith("Error: Nothing can be shown: The event log is required"), last
+
+
 def test_what_cannot_be_is_one_line(database_url: str, tail: Callable[..., Tail]) -> None:
     for url, arguments, words in (
         ("postgresql://127.0.0.1:1/x", ["orders"], "Error: Nothing can be shown: "),
