@@ -29,7 +29,7 @@ from ..runtime import Runtime
 from ..server import siblings
 from ..web.blueprint import sse_bp
 from ..web.state import current_state
-from .database import database
+from .database import database, settings
 
 _PAGE_BYTES = 65536
 _ANY_SIZE = 2**30  # no value of PostgreSQL is larger
@@ -172,7 +172,8 @@ def _in_order(sink: _Sink, engine: Engine, channels: Sequence[str], since: Since
 
 def _begin(engine: Engine, since: Since) -> int:
     if not engine.head():
-        raise click.ClickException("--since needs the event log, which is not in use: run flask sse init.")
+        remedy = "set no SSE_EVENT_LOG" if settings().event_log is False else "run flask sse init"
+        raise click.ClickException(f"--since needs the event log, which is not in use: {remedy}.")
     if since.id is not None:
         return since.id
     return max(0, int((engine.now() - (since.seconds or 0) - _EPOCH) * _IDS_A_SECOND))

@@ -223,6 +223,14 @@ def test_a_log_that_is_required_and_missing_is_named(database_url: str, setting:
     assert last.startswith("Error: Nothing can be shown: The event log is required"), last
 
 
+def test_since_names_the_setting_that_turns_the_log_off(logged_url: str) -> None:
+    command = [sys.executable, "-m", "flask_pg_sse.cli.main", "tail", "orders", "--since", "1m"]
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DATABASE_URL": logged_url, "SSE_EVENT_LOG": "false"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "Error: --since needs the event log, which is not in use: set no SSE_EVENT_LOG.\n"
+
+
 def test_what_cannot_be_is_one_line(database_url: str, tail: Callable[..., Tail]) -> None:
     for url, arguments, words in (
         ("postgresql://127.0.0.1:1/x", ["orders"], "Error: Nothing can be shown: "),
