@@ -118,7 +118,8 @@ def test_a_configuration_that_gunicorn_cannot_read(site: Path, logged_url: str) 
 
 @pytest.mark.slow
 def test_a_gunicorn_that_hides_its_arguments(site: Path, logged_url: str) -> None:
-    """As with setproctitle, which gunicorn uses where it is installed."""
+    """As with setproctitle, which gunicorn uses where it is installed. They may overrule the file that is there."""
+    (site / "gunicorn.conf.py").write_text("worker_class = 'sync'")
     command = ["bash", "-c", "exec -a 'gunicorn: master [app:app]' sleep 60"]
     with subprocess.Popen(command, cwd=site) as arbiter:
         try:

@@ -165,7 +165,9 @@ def _some(setup: Setup) -> Sequence[Gunicorn]:
 
 def _gunicorns(setup: Setup) -> Sequence[Gunicorn]:
     if setup.servers is None:
-        setup.servers = [*_running(setup)] or [*_configured(setup)]
+        setup.servers = [*_running(setup)]
+        if not setup.servers and not setup.untold:  # arguments that cannot be seen may overrule what is configured
+            setup.servers = [*_configured(setup)]
     return setup.servers
 
 
