@@ -94,7 +94,7 @@ class PostgresListener(Listener):
         self.dsn = dsn
         self.server: Server | None = None  # the one that the present connection leads to, if that is known
         self.polls = polls
-        self.hears = not polls  # whether LISTEN works on the present connection
+        self.hears = not polls  # whether LISTEN works, as far as is known
         self.read_only = False  # whether transactions there are read-only by default
         self._on_silence = on_silence
         self._on_change = on_change
@@ -178,7 +178,6 @@ class PostgresListener(Listener):
             return
         self._receiver.connected()
         self._find_log(connection, again=True)
-        self.hears = not self.polls
         if self.polls:
             self._poll_log(connection)
             return
@@ -201,6 +200,7 @@ class PostgresListener(Listener):
         for _ in range(0, self._listens.restart(), BATCH):
             names = self._listens.due(BATCH)[1]
             confirmed.append((names, self._listen(connection, names)))
+        self.hears = True
         # After every LISTEN, so from here on nothing is missed. Before any event that has arrived meanwhile: it would
         # seem to follow directly on the position.
         brought = self._recover(connection)
