@@ -90,6 +90,8 @@ def _opening(
         except DatabaseUnavailable as error:
             raise TryLater("unavailable", str(error), kind="read") from None
     except TryLater as later:
+        if subscription.reason == "client":  # it has left and was not refused, and PostgreSQL is not to blame
+            return
         comment = refused(later) if refused is not None else ""
         # The client gets its position back: a page that fetches a new URL can continue from there.
         position = event.to_log_id(last_event_id)

@@ -231,7 +231,7 @@ def test_a_stream_opens_where_it_was_decided_on(app_with: Callable[..., Flask]) 
     assert (end.event, end.json) == ("sse-end", {"reason": "shutdown"})
 
 
-def test_a_client_that_has_left_while_it_waited_does_not_count(start_server: Start) -> None:
+def test_a_client_that_has_left_while_it_waited_does_not_count_and_is_not_called_refused(start_server: Start) -> None:
     url = f"postgresql://postgres@127.0.0.1:{free_port()}/postgres"
     server = start_server(url, app="tests.support.apps.asking:app", FLASK_SSE_MAX_STREAMS_PER_CLIENT="1")
     ask = b"GET /sse?channel=a HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -250,6 +250,7 @@ def test_a_client_that_has_left_while_it_waited_does_not_count(start_server: Sta
             while data := second.recv(65536):
                 answer += data
         assert answer.endswith(b"retry: 3000\n\r\n"), answer
+    assert "has not answered within 10 s" not in server.log(), "the first client waited for a moment"
 
 
 def test_who_is_refused_a_head_holds_no_thread(database_url: str, start_server: Start) -> None:
