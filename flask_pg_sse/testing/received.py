@@ -61,7 +61,7 @@ class Stream(Iterator["Received"]):
         self._events = _events(client, url, timeout, self._opened)
 
     def __next__(self) -> Received:
-        return next(self._events)
+        return next(event for event in self._events if event.event != MARKER)  # of another stream's `nothing()`
 
     def nothing(self) -> None:
         """Check that no event has come since the last one that was read. Opens the stream if it is not open yet.

@@ -229,6 +229,18 @@ def test_nothing_says_which_event_came(shop: Flask) -> None:
         assert [event.data for event in captured] == ["in time"]
 
 
+def test_what_nothing_sends_is_no_event_of_another_stream(shop: Flask) -> None:
+    client = shop.test_client()
+    with capture(shop), shop.app_context(), stream(client, "/sse?channel=stock") as one:
+        with stream(client, "/sse?channel=stock") as other:
+            assert next(other).event == "sse-open"
+            one.nothing()
+            notify("stock", "x")
+            assert next(other).data == "x"
+        with stream(client, "/sse?channel=stock&last_event_id=0") as again:
+            assert [next(again).event, next(again).data] == ["sse-open", "x"]
+
+
 def test_nothing_with_a_database(database_url: str, make_app: MakeApp) -> None:
     app = make_app(database_url)
     with app.app_context(), stream(app.test_client(), "/sse?channel=a") as events:
