@@ -235,6 +235,7 @@ def test_the_script_without_an_app(site: Path, logged_url: str) -> None:
     done = subprocess.run(command, cwd=site, env=environ, capture_output=True, text=True)
     lines = {line["name"]: line for line in json.loads(done.stdout)["checks"]}
     assert done.returncode == 1 and lines["secret key"]["state"] == "warning", done.stdout
+    assert lines["secret key"]["remedy"].startswith("Set SSE_SECRET_KEY"), "SECRET_KEY is not read here"
     execute(logged_url, "DROP SCHEMA flask_pg_sse CASCADE")
     done = subprocess.run(command, cwd=site, env=environ, capture_output=True, text=True)
     lines = {line["name"]: line for line in json.loads(done.stdout)["checks"]}

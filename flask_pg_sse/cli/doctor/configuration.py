@@ -39,7 +39,7 @@ def secret_key(setup: Setup) -> Result:
         return ok("There is a secret key, so URLs can be signed and disconnect() works.")
     return warning(
         "There is no secret key, so no URL can be signed, and disconnect() is refused.",
-        "Set SECRET_KEY, or SSE_SECRET_KEY, to a random text, the same for all workers and hosts.",
+        "Set SSE_SECRET_KEY, or an app's SECRET_KEY, to a random text, the same for all workers and hosts.",
     )
 
 

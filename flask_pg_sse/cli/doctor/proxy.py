@@ -75,7 +75,7 @@ def opens(setup: Setup) -> Iterator[Result]:
     if trial is None:
         yield warning(
             "A stream through the proxy was not tried: it needs a signed URL, and there is no secret key.",
-            "Set SECRET_KEY, or SSE_SECRET_KEY, here and on the server.",
+            "Set SSE_SECRET_KEY, or an app's SECRET_KEY, here and on the server.",
         )
         return
     setup.trial = trial
