@@ -331,7 +331,7 @@ def cuts(setup: Setup) -> Result:
         longer = (
             "" if setup.seconds > heartbeat else f" That is less than SSE_HEARTBEAT ({heartbeat:g} s): watch longer."
         )
-        return ok(f"A quiet stream stayed open for {setup.seconds:g} s, with {beats} heartbeats.{longer}")
+        return ok(f"A quiet stream stayed open for {setup.seconds:g} s. Heartbeats: {beats}.{longer}")
     trial.close()
     if ended := outer.first("sse-end"):
         return ok(f"The app itself ended the stream (sse-end {_reason(ended.data)}).")

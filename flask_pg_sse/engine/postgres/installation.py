@@ -47,6 +47,10 @@ _REQUIRED = (
     '"auto", and SSE_LISTEN_URL to a direct connection.'
 )
 _ON_THIS_CONNECTION = "The event log cannot be used on this connection: {}."
+_GONE = (
+    "The database had an event log a moment ago, and has none now. Nothing was sent. Remedy: flask sse init. Or call "
+    "again: without a log, events are sent and not kept."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,7 @@ class InstallationLookup:
                 raise
             log = self.look(execute)
             if log is None:
-                raise
+                raise DatabaseUnavailable(_GONE) from error
         return run(log)
 
     def for_caller(self, execute: Execute, own: Execute) -> Installation | None:

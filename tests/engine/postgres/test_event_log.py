@@ -11,6 +11,7 @@ import pytest
 from flask import Flask, render_template_string
 
 from flask_pg_sse import (
+    DatabaseUnavailable,
     EventLogMissing,
     PayloadTooLarge,
     PgSSE,
@@ -131,15 +132,9 @@ def test_a_log_that_is_taken_away_is_an_error_once_and_then_not_used(logged_url:
     with app.app_context():
         assert notify("orders", "x")
         execute(logged_url, drop_schema_sql())
-
-        def works() -> bool:
-            try:
-                return notify("orders", "y") is None
-            except ConnectionError:
-                return False
-
-        assert not works()
-        eventually(works)
+        with pytest.raises(DatabaseUnavailable, match=r"has none now\. Nothing was sent\. Remedy: flask sse init\."):
+            notify("orders", "y")
+        assert notify("orders", "y") is None
 
 
 def test_a_log_that_is_installed_anew_is_taken_into_use(logged_url: str, make_app: MakeApp) -> None:
