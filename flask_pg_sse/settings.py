@@ -262,6 +262,8 @@ class Settings:
 def _shown(value: object, kind: Kind) -> str:
     """Return a wrong value for an error message. A value that may contain a password, or a secret, is not shown."""
     if kind is SECRET:
+        if isinstance(value, int | float):  # from_prefixed_env() reads JSON
+            return f"a value of type {type(value).__name__} (in a FLASK_… variable digits are a number; write '\"…\"')"
         return "empty" if value in ("", b"") else f"a value of type {type(value).__name__}"
     if kind in (DATABASE, LISTEN, BROKER):
         return repr(value) if isinstance(value, bool | int | float) or not value else "that value"

@@ -383,3 +383,17 @@ def test_a_key_that_is_set_after_the_registration_is_warned_about_at_first_use_a
         with app.test_request_context():
             sse_url("a")
     assert [text.split("'")[1] for text in caplog.messages] == ["SSE_CHANEL", "SSE_HEART_BEAT"]
+
+
+def test_a_secret_of_digits_from_the_environment_is_refused_with_the_way_to_write_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FLASK_SSE_OPS_TOKEN", "12345678")
+    app = Flask("tests")
+    app.config.from_prefixed_env()
+    with pytest.raises(ConfigurationError, match="FLASK_… variable digits are a number; write '\"…\"'") as raised:
+        Settings.from_config(app.config)
+    assert "1234" not in str(raised.value)
+    monkeypatch.setenv("FLASK_SSE_OPS_TOKEN", '"12345678"')
+    app.config.from_prefixed_env()
+    assert Settings.from_config(app.config).ops_token == "12345678"
