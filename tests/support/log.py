@@ -6,12 +6,13 @@ import json
 import os
 import random
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from tests.support.client import eventually
 from tests.support.postgres import connect, execute
+from tools import postgres
 
 # LONG=10 races ten times as long.
 LONG = int(os.environ.get("LONG", "1"))
@@ -128,6 +129,34 @@ class InThread:
         assert not self.alive(), "the thread does not end"
         if self._error is not None:
             raise self._error
+
+
+WAIT_FOR_A_STANDBY = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+
+
+@contextmanager
+def standby_away(server: postgres.Server) -> Iterator[None]:
+    """Commits wait for a synchronous standby that is not there."""
+    url = server.url()
+
+    def a_commit_waits() -> bool:
+        trial, waited = InThread(execute, url, "CREATE TABLE trial (); DROP TABLE trial"), False
+        while trial.alive():
+            for (pid,) in execute(url, WAIT_FOR_A_STANDBY):
+                waited = True
+                execute(url, "SELECT pg_cancel_backend(%s)", (pid,))  # which ends the wait
+        trial.join()
+        return waited
+
+    execute(url, "ALTER SYSTEM SET synchronous_standby_names = 'away'")
+    execute(url, "SELECT pg_reload_conf()")
+    # Commits begin to wait when the checkpointer has read it, a moment after new sessions have.
+    eventually(a_commit_waits)
+    try:
+        yield
+    finally:
+        execute(url, "ALTER SYSTEM RESET synchronous_standby_names")
+        execute(url, "SELECT pg_reload_conf()")
 
 
 def publish_at_random(url: str, name: str, channels: Sequence[str], rounds: int, seed: int) -> list[list[str]]:

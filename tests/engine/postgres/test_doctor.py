@@ -19,13 +19,13 @@ from flask import Flask
 from flask_pg_sse.cli.doctor import checks, event_log, setup
 from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.testing import stream
-from tests.engine.postgres.test_notify_blocked import asleep, fill, standby_away
+from tests.engine.postgres.test_notify_blocked import asleep, fill
 from tests.support.client import eventually
 from tests.support.clock import needs_faketime, postgres_with_a_clock
 from tests.support.cluster import Cluster
 from tests.support.doctor import doctor, found
 from tests.support.link import Link, through
-from tests.support.log import PUBLISH, InThread, connected, run
+from tests.support.log import PUBLISH, WAIT_FOR_A_STANDBY, InThread, connected, run, standby_away
 from tests.support.pgbouncer import pgbouncer
 from tests.support.postgres import Running, execute, fresh_database, login_role
 from tests.support.slow import but_one_slow
@@ -387,8 +387,7 @@ def test_a_commit_that_blocks_publishers(own_postgres: postgres.Server, make_app
         line = found(doctor(app), "synchronous standby", "fault", "none is connected")
         assert "synchronous_standby_names" in line["remedy"]
         hanging = InThread(execute, url, "CREATE TABLE written (); NOTIFY orders, 'hangs'")
-        waits = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-        [(holder,)] = eventually(lambda: execute(url, waits))
+        [(holder,)] = eventually(lambda: execute(url, WAIT_FOR_A_STANDBY))
         line = found(doctor(app), "publishing", "fault", f"session {holder} of role", "synchronous standby")
         assert "synchronous_standby_names" in line["remedy"]
     hanging.join()

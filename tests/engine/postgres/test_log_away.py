@@ -23,7 +23,7 @@ from flask_pg_sse.hub.subscription import Subscription
 from flask_pg_sse.testing import stream
 from tests.support.client import eventually
 from tests.support.link import Link, through
-from tests.support.log import PUBLISH, InThread, connected, logged, run
+from tests.support.log import PUBLISH, WAIT_FOR_A_STANDBY, InThread, connected, logged, run, standby_away
 from tests.support.model import FIRST, ModelLog, World
 from tests.support.postgres import execute
 from tools import postgres
@@ -129,22 +129,15 @@ def test_what_waits_for_the_lock_of_notify_does_not_pile_up_either(
     execute(url, schema_sql())
     monkeypatch.setattr(pool, "TIMEOUT", 0.3)
     app = make_app(url)
-    execute(url, "ALTER SYSTEM SET synchronous_standby_names = 'away'")
-    execute(url, "SELECT pg_reload_conf()")
-    eventually(lambda: execute(url, "SHOW synchronous_standby_names")[0][0] == "away")
-    hanging = InThread(execute, url, PUBLISH, ("orders", ["{}"], ["hangs"]))
-    try:
-        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-        eventually(lambda: execute(url, waits)[0][0] == 1)
+    with standby_away(own_postgres):
+        hanging = InThread(execute, url, PUBLISH, ("orders", ["{}"], ["hangs"]))
+        eventually(lambda: len(execute(url, WAIT_FOR_A_STANDBY)) == 1)
         with app.app_context():
             for _ in range(10):
                 with pytest.raises(DatabaseUnavailable):
                     notify("orders", "not kept", durable=False)
         eventually(lambda: execute(url, SESSIONS)[0][0] <= 1, 5, "no session waits for nobody")
-    finally:
-        execute(url, "ALTER SYSTEM RESET synchronous_standby_names")
-        execute(url, "SELECT pg_reload_conf()")
-        hanging.join()
+    hanging.join()
 
 
 class StandingStill(ModelLog):

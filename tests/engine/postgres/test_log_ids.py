@@ -5,6 +5,7 @@ An id is 4 * the microseconds since 2020 + the server's timeline modulo 4, or mo
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import threading
@@ -202,7 +203,9 @@ def test_no_clock_gives_an_id_out_twice(running_postgres: Running) -> None:
 
         def work(ids: list[int]) -> None:
             while not stop.is_set():
-                ids += publish(url, 20)
+                # A session that waits when the clock is put forward may take its own limit for over.
+                with contextlib.suppress(psycopg2.errors.LockNotAvailable):
+                    ids += publish(url, 20)
 
         threads = [InThread(work, one) for one in found]
         try:

@@ -17,7 +17,7 @@ from flask_pg_sse.engine.postgres.obstacle import Obstacle
 from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.testing import Received, stream
 from tests.support.client import eventually
-from tests.support.log import PUBLISH, InThread
+from tests.support.log import PUBLISH, WAIT_FOR_A_STANDBY, InThread, standby_away
 from tests.support.postgres import Running, connect, execute
 from tools import postgres
 
@@ -99,19 +99,6 @@ def test_a_full_queue_costs_no_connection_and_no_stream_and_comes_to_an_end(
     assert not warnings(caplog, "Lost the listener's connection")
 
 
-@contextmanager
-def standby_away(server: postgres.Server) -> Iterator[None]:
-    """Commits wait for a synchronous standby that is not there."""
-    execute(server.url(), "ALTER SYSTEM SET synchronous_standby_names = 'away'")
-    execute(server.url(), "SELECT pg_reload_conf()")
-    eventually(lambda: execute(server.url(), "SHOW synchronous_standby_names")[0][0] == "away")
-    try:
-        yield
-    finally:
-        execute(server.url(), "ALTER SYSTEM RESET synchronous_standby_names")
-        execute(server.url(), "SELECT pg_reload_conf()")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("with_log", [True, False], ids=["log", "no log"])
 def test_a_commit_that_waits_for_a_standby_costs_no_connection_and_no_stream(
@@ -128,8 +115,7 @@ def test_a_commit_that_waits_for_a_standby_costs_no_connection_and_no_stream(
                 hanging = InThread(execute, url, PUBLISH, ("orders", ["{}"], ["hangs"]))
             else:
                 hanging = InThread(execute, url, "CREATE TABLE written (); NOTIFY orders, 'hangs'")
-            waits = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-            [(holder,)] = eventually(lambda: execute(url, waits))
+            [(holder,)] = eventually(lambda: execute(url, WAIT_FOR_A_STANDBY))
             eventually(lambda: warnings(caplog, "No transaction that notifies can commit"), 20)
             beats = beats_of(app)
             with opened(app, "other"):
@@ -160,7 +146,7 @@ def test_a_publisher_whose_commit_is_not_confirmed_is_told_so(
         with standby_away(own_postgres):
             with pytest.raises(DatabaseUnavailable, match=r"not confirmed, so the event may still come"):
                 notify("orders", "may still come")
-            [(holder,)] = execute(url, "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+            [(holder,)] = execute(url, WAIT_FOR_A_STANDBY)
             with pytest.raises(DatabaseUnavailable) as caught:
                 notify("orders", "never")
             said = str(caught.value)
