@@ -205,7 +205,7 @@ def test_no_clock_gives_an_id_out_twice(running_postgres: Running) -> None:
             while not stop.is_set():
                 # A session that waits when the clock is put forward may take its own limit for over.
                 with contextlib.suppress(psycopg2.errors.LockNotAvailable):
-                    ids += publish(url, 20)
+                    ids += publish(url, 1)
 
         threads = [InThread(work, one) for one in found]
         try:
