@@ -418,7 +418,8 @@ def test_pruning_that_is_held_up(logged_url: str, healthy: Flask) -> None:
         pid = holder.info.backend_pid
         line = found(doctor(healthy), "pruning", "warning", f"held by session {pid} of role", '"stuck"')
         assert "pg_terminate_backend()" in line["remedy"]
-        execute(logged_url, "SELECT pg_terminate_backend(%s)", (pid,))
+        # It waits for the session's end, at most 10 s: before that, pruning would leave the events to that session.
+        assert execute(logged_url, "SELECT pg_terminate_backend(%s, 10000)", (pid,)) == [(True,)]
     assert healthy.test_cli_runner().invoke(args=["sse", "prune"]).exit_code == 0
     assert doctor(healthy).status == 0
 
