@@ -7,6 +7,7 @@ collector has freed the app, its connections are freed too, and its threads end 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import os
 import time
@@ -62,7 +63,7 @@ class Worker:
         shutdown.watch_here()  # before stream_limiter(), which looks up this worker
         self.engine = engine
         self.admission = Admission(stream_limiter(settings.max_streams, settings.max_streams_per_client))
-        self._settings = settings
+        self._settings = dataclasses.replace(settings, database_url=None, listen_url=None)  # may be the app's functions
         self.outbox = Outbox(self.engine.control, self._obey)
         self._starting = Lock()
         self._stopped = False

@@ -27,6 +27,9 @@ def sessions(url: str) -> list[str]:
     return sorted(row[0] for row in execute(url, query))
 
 
+END_SESSIONS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'flask_pg_sse%'"
+
+
 def test_a_process_that_only_notifies_never_listens(database_url: str, make_app: MakeApp) -> None:
     app = make_app(database_url)
     assert sessions(database_url) == []
@@ -192,20 +195,35 @@ def test_an_app_is_freed_whose_factory_has_classes_of_its_own(database_url: str)
 
 
 def test_an_app_is_freed_whose_configuration_refers_to_it(database_url: str) -> None:
+    """By the functions for the URLs too. The stream that goes on connects again with what they returned last."""
+
     def create_app() -> Flask:
         app = new_app(database_url)
-        app.config.update(SECRET_KEY="x", OF=lambda: app)
+        app.config.update(SECRET_KEY="x", URL=database_url)
+        app.config.update(SSE_DATABASE_URL=lambda: app.config["URL"], SSE_LISTEN_URL=lambda: app.config["URL"])
         return app
 
     app = create_app()
     gone = weakref.ref(app)
-    with stream(app.test_client(), "/sse/orders") as events:
-        assert next(events).event == "sse-open"
-        with app.app_context():
-            disconnect(channel="other")
-    del app, events
+    with app.test_request_context("/sse/orders"):
+        body: Any = app.full_dispatch_request().response
+    while b"sse-open" not in next(body):
+        pass
+    with app.app_context():
+        disconnect(channel="other")
+        notify("orders", "before")
+    assert b"before" in next(body)
+    del app
     gc.collect()
     assert gone() is None
+    execute(database_url, END_SESSIONS)
+    while b"sse-reset" not in next(body):  # it hears again
+        pass
+    execute(database_url, "NOTIFY orders, 'after'")
+    assert b"after" in next(body)
+    body.close()
+    eventually(lambda: threading.active_count() == 1)
+    eventually(lambda: not sessions(database_url))
 
 
 def test_a_stream_outlives_its_app_and_ends_what_it_had_started(database_url: str) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import traceback
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +73,7 @@ class Dsn:
         except BaseException as error:  # SystemExit or gevent.Timeout too: they must not end the listener
             if isinstance(error, KeyboardInterrupt | GeneratorExit) or type(error).__name__ == "GreenletExit":
                 raise
-            frame = traceback.extract_tb(error.__traceback__)[:2][-1]  # the line of the function
+            frame = traceback.extract_tb(error.__traceback__)[:3][-1]  # the line of the function
             raise DatabaseUnavailable(
                 f"The function in {self.source} failed: {type(error).__name__} in {frame.filename}, line "
                 f"{frame.lineno}. It is asked again at the next attempt to connect."
@@ -235,7 +236,26 @@ def _is_libpq_option(key: str) -> bool:
 
 
 def _to_asked(value: Any, source: str) -> Dsn | None:
-    return Dsn(source, {}, value) if callable(value) else None
+    return Dsn(source, {}, _AppsFunction(value)) if callable(value) else None
+
+
+class _AppsFunction:
+    """Calls a function that belongs to an app, and returns its last result once the function is gone.
+
+    It does not keep the function, which may refer to the app: see hub/worker.py. The app's settings keep it.
+    """
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        try:
+            self._function: Callable[[], Callable[[], object] | None] = weakref.ref(function)
+        except TypeError:  # an object of C, or with __slots__
+            self._function = lambda: function
+        self._last: object = None
+
+    def __call__(self) -> object:
+        if (function := self._function()) is not None:
+            self._last = function()
+        return self._last
 
 
 _NO_DATABASE = (
