@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import random
 import resource
 import signal
 import socket
@@ -28,10 +29,25 @@ def need_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
 
 
+def _ports() -> Iterator[int]:
+    # A worker of pytest-xdist has ports of its own. They are not those of tools/postgres.py, nor any that a browser
+    # refuses (10080), nor those that the system may give to any process before the server binds (32768 and above).
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
+    own = [*range(11_000 + 900 * worker, 11_900 + 900 * worker)]
+    random.SystemRandom().shuffle(own)  # other runs on this machine begin elsewhere
+    return itertools.cycle(own)
+
+
+_OWN_PORTS = _ports()
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Return a TCP port that nothing listens on, and that no other test of this run is given."""
+    for port in itertools.islice(_OWN_PORTS, 900):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 class WebServer:
