@@ -109,12 +109,11 @@ def _events(
         if response.mimetype != "text/event-stream":
             raise AssertionError(f"GET {url} answered {response.mimetype}, not a stream of flask_pg_sse.")
         events = parse(response.iter_encoded())
-        while True:
+        event = next(events, None)  # the stream itself bounds the wait for PostgreSQL
+        while event is not None:
+            yield event
             with _at_most(timeout, opened):
                 event = next(events, None)
-            if event is None:
-                return
-            yield event
     finally:
         response.close()
 

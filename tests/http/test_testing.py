@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -225,7 +226,7 @@ def test_nothing_says_which_event_came(shop: Flask) -> None:
         with pytest.raises(AssertionError, match=r"event='created', data='in time'.* no event was expected"):
             events.nothing()
         events.nothing()
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 4, "it does not wait for the timeout, which is 5 s"
         assert [event.data for event in captured] == ["in time"]
 
 
@@ -390,6 +391,15 @@ def test_silence_ends_in_a_timeout_that_leaves_nothing(database_url: str, make_a
     assert next(events, None) is None
 
 
+def test_the_first_event_may_take_longer(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If PostgreSQL does not answer, it is the end of the stream that says so, and not a TimeoutError."""
+    monkeypatch.setattr("flask_pg_sse.hub.admission.OPEN_TIMEOUT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        app = make_app(f"postgresql://nobody@127.0.0.1:{silent.getsockname()[1]}/none")
+        with stream(app.test_client(), "/sse?channel=orders", timeout=0.1) as events:
+            assert next(events).json == {"reason": "unavailable"}
+
+
 def test_heartbeats_are_no_events_and_do_not_put_the_timeout_off(database_url: str, make_app: MakeApp) -> None:
     app = make_app(database_url, SSE_HEARTBEAT=0.1)
     events = stream(app.test_client(), "/sse?channel=orders", timeout=0.5)
@@ -397,7 +407,7 @@ def test_heartbeats_are_no_events_and_do_not_put_the_timeout_off(database_url: s
     begun = time.monotonic()
     with pytest.raises(TimeoutError):
         next(events)
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 20
 
 
 def test_each_event_has_the_whole_timeout(database_url: str, make_app: MakeApp) -> None:
