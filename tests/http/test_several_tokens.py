@@ -110,8 +110,9 @@ def test_an_expired_token_that_is_needed_ends_the_stream_at_once(app: Flask) -> 
 
 
 def test_a_stream_ends_when_the_first_token_expires_that_it_needs(app: Flask) -> None:
+    assert_open(app, url_of("ab", token("ab")))  # it listens already when the time begins
     began = time.monotonic()
-    unneeded, needed = token("a", 0.1), token("b", 1.5)
+    unneeded, needed = token("a", 0.1), token("b", 2)
     events = stream(app.test_client(), url_of("ab", unneeded, token("a", 60), needed))
     assert next(events).event == "sse-open"
     end = next(events)
