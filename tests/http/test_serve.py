@@ -115,7 +115,7 @@ def test_the_file_env_is_read_and_read_again_after_sighup(tmp_path: Path, databa
     server = serve(database_url, cwd=tmp_path)  # what the environment itself says beats the file
     with opened(server.port) as stream:
         assert stream.next().retry == 77
-        assert len(children(server.process.pid)) == 2
+        eventually(lambda: len(children(server.process.pid)) == 2)
         file.write_text("SSE_RETRY=78\n")
         server.process.send_signal(signal.SIGHUP)
         assert stream.event().json == {"reason": "shutdown"}
