@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import psycopg2
@@ -17,6 +18,7 @@ import pytest
 
 from flask_pg_sse.engine.backoff import Backoff
 from flask_pg_sse.engine.base import Item
+from flask_pg_sse.engine.listener import ANSWER_WITHIN
 from flask_pg_sse.engine.postgres.codec import pg_name
 from flask_pg_sse.engine.postgres.connect import connect
 from flask_pg_sse.engine.postgres.control import DisconnectCommands
@@ -76,9 +78,14 @@ def listener_pid(url: str) -> int:
         "SELECT pid FROM pg_stat_activity "
         "WHERE application_name = 'flask_pg_sse listener' AND datname = current_database()"
     )
-    rows = eventually(lambda: execute(url, query))
-    assert len(rows) == 1
-    return int(rows[0][0])
+    found: list[tuple[int]] = []
+
+    def one() -> bool:  # a session that was ended tells its client so a moment before it is gone
+        found[:] = execute(url, query)
+        return len(found) == 1
+
+    eventually(one, 10, "one session listens")
+    return int(found[0][0])
 
 
 def test_listen_is_confirmed_before_the_ticket_says_so(database_url: str, make_listener: Make) -> None:
@@ -159,7 +166,7 @@ def test_a_stream_that_comes_during_an_unlisten_gets_a_listen_of_its_own(
             sender.cursor().execute("SELECT pg_notify('busy', %s)", (text,))
             block = ("busy", f"data: {text}\n\n".encode())
             try:
-                eventually(lambda block=block: block in events(turns), 5)  # type: ignore[misc]
+                eventually(lambda block=block: block in events(turns), 20)  # type: ignore[misc]
             except AssertionError:
                 deaf.append(text)
             listener.unsubscribe(["busy"])
@@ -226,11 +233,12 @@ def test_postgres_stopped_and_started(own_postgres: postgres.Server, make_listen
     for mode in modes:
         own_postgres.stop(mode)
         eventually(lambda: not listener._listens.listened())
-        assert not listener.subscribe(["late"]).wait(0.1)
+        late = listener.subscribe(["late"])
+        assert not late.wait(0.1)
         count = len(gaps)
         own_postgres.start()
         eventually(lambda: len(gaps) == count + 1)  # noqa: B023
-        assert listener.subscribe(["late"]).wait(0), "everybody who waited has been served"
+        assert late.wait(10), "everybody who waited is served"
         before = len(events(turns))
         execute(own_postgres.url(), "NOTIFY orders, 'x'")
         execute(own_postgres.url(), "NOTIFY late, 'y'")
@@ -255,10 +263,10 @@ def test_the_listener_notices_that_the_server_does_not_answer(
     database_url: str, make_listener: Make, monkeypatch: pytest.MonkeyPatch, reloading: bool
 ) -> None:
     """A half-open connection: the server's process is stopped, so that nothing comes and nothing breaks."""
-    monkeypatch.setattr("flask_pg_sse.engine.postgres.listener.ANSWER_WITHIN", 0.3)
     listener, turns, gaps = make_listener(database_url, beat_every=0.1)
     assert listener.subscribe(["orders"]).wait(10)
     pid = listener_pid(database_url)
+    monkeypatch.setattr("flask_pg_sse.engine.postgres.listener.ANSWER_WITHIN", 0.3)
     os.kill(pid, signal.SIGSTOP)
 
     def noticed() -> bool:
@@ -273,25 +281,28 @@ def test_the_listener_notices_that_the_server_does_not_answer(
     finally:
         ticket = listener.subscribe(["orders"])
         os.kill(pid, signal.SIGCONT)
+    monkeypatch.setattr("flask_pg_sse.engine.postgres.listener.ANSWER_WITHIN", ANSWER_WITHIN)
     # Without the wait the listener may have connected again while no stream wanted the channel: what is sent before its
     # LISTEN is confirmed may rightly be missed.
-    assert ticket.wait(10)
+    assert ticket.wait(20)
     execute(database_url, "NOTIFY orders, 'x'")
     eventually(lambda: events(turns))
 
 
 def test_idle_session_timeouts_of_the_server_do_not_end_the_listener(database_url: str, make_listener: Make) -> None:
     name = database_url.rsplit("/", 1)[1]
-    execute(database_url, f"ALTER DATABASE {name} SET idle_session_timeout = '200ms'")
-    execute(database_url, f"ALTER DATABASE {name} SET statement_timeout = '100ms'")
+    without = f"{database_url}?options=-cidle_session_timeout%3D0%20-cstatement_timeout%3D0"
+    execute(database_url, f"ALTER DATABASE {name} SET idle_session_timeout = '1s'")
+    execute(database_url, f"ALTER DATABASE {name} SET statement_timeout = '500ms'")
     listener, _, gaps = make_listener(database_url)
     assert listener.subscribe(["orders"]).wait(10)
-    pid = listener_pid(database_url)
-    with pytest.raises(psycopg2.Error):  # proof that the setting bites
-        idle = plain_connect(database_url)
-        idle.cursor().execute("SELECT 1")
-        eventually(lambda: idle.cursor().execute("SELECT pg_sleep(0.5)"), 5)
-    assert listener_pid(database_url) == pid
+    pid = listener_pid(without)
+    with closing(plain_connect(database_url)) as idle:  # proof that the settings bite
+        with pytest.raises(psycopg2.errors.QueryCanceled):
+            idle.cursor().execute("SELECT pg_sleep(60)")
+        there = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s"
+        eventually(lambda: execute(without, there, (idle.info.backend_pid,)) == [(0,)], 20, "it is ended")
+    assert listener_pid(without) == pid
     assert not gaps
 
 
@@ -387,7 +398,7 @@ def test_events_do_not_wait_until_subscribers_stop_coming(
     coming.start()
     try:
         execute(database_url, "NOTIFY orders, 'x'")
-        eventually(lambda: events(turns), 5)
+        eventually(lambda: events(turns), 20)
     finally:
         stop.set()
         coming.join()
@@ -409,7 +420,7 @@ def test_a_stop_in_the_midst_of_a_flood_is_a_stop(database_url: str, make_listen
     flooding.start()
     try:
         eventually(lambda: len(turns) > 20)
-        listener.stop(5)
+        listener.stop(20)
         assert listener._ended.is_set()
     finally:
         stop.set()
