@@ -22,6 +22,7 @@ from flask_pg_sse import EventLogMissing, notify, schema_sql, sse_cursor, sse_ur
 from flask_pg_sse.engine.caller import send_on
 from flask_pg_sse.engine.transactions import follow
 from flask_pg_sse.testing import stream
+from tests.support.client import eventually
 from tests.support.cluster import Cluster, caught_up
 from tests.support.postgres import execute, fresh_database
 from tests.support.servers import free_port
@@ -75,6 +76,7 @@ def test_events_of_others_are_kept_beside_a_connection_that_cannot_use_the_log(
         thread.start()
     for thread in threads:
         thread.join()
+    eventually(lambda: refused)
     ended.set()
     disturbing.join()
     assert sorted(kept(logged_url)) == sorted(f"{number} {count}" for number in range(3) for count in range(40))
