@@ -646,7 +646,7 @@ def test_who_holds_the_lock_is_named(place: Place, make_app: MakeApp) -> None:
             run(publisher, "SELECT flask_pg_sse.publish_v1('orders', ARRAY['{}'::json], ARRAY['late'])")
         assert run(publisher, "SHOW lock_timeout") == [("100ms",)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pool, "TIMEOUT", 2.0)  # a fifth of it is left to find out who holds the lock
+            patch.setattr(pool, "PART_FOR_LOCKS", 0.1)  # the rest of 10 s is left to find out who holds the lock
             with pytest.raises(ConnectionError, match=named):
                 notify("orders", "late")
         holder.rollback()
