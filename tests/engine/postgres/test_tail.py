@@ -191,12 +191,15 @@ def test_a_terminal_gets_colours(logged_url: str, tail: Callable[..., Tail]) -> 
     leader, follower = pty.openpty()
     try:
         tail(logged_url, "orders", stdout=follower)
-        seen = b""
-        while b"created" not in seen:
+        seen = bytearray()
+
+        def coloured() -> bool:
             send(logged_url, "orders", "x", event="created")
             if select.select([leader], [], [], 0.2)[0]:
-                seen += os.read(leader, 4096)
-        assert b"\x1b[33mcreated\x1b[0m" in seen
+                seen.extend(os.read(leader, 4096))
+            return b"\x1b[33mcreated\x1b[0m" in seen
+
+        eventually(coloured, 60)
     finally:
         os.close(leader)
         os.close(follower)
@@ -209,7 +212,7 @@ def test_a_pipe_that_nobody_reads_ends_it_quietly(logged_url: str, tail: Callabl
     piped = tail(logged_url, "orders", stdout=writer)
     os.close(writer)
     os.close(reader)
-    assert piped.process.wait(20) == 141
+    assert piped.process.wait(60) == 141
     assert piped.errors() == ""
 
 
