@@ -133,7 +133,7 @@ def test_publishers_and_readers_go_on(app: Flask, logged_url: str) -> None:
         cursor.execute("SELECT flask_pg_sse.erase('orders')")
         thread = threading.Thread(target=execute, args=(logged_url, NOTIFY, ("orders", "new")))
         thread.start()
-        thread.join(5)
+        thread.join(20)
         assert not thread.is_alive()
     connection.commit()
     connection.close()
