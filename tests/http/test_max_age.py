@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from flask_pg_sse.tokens import Token, sign_token
-from tests.support.client import Response, eventually, open_stream, request
+from tests.support.client import Response, eventually, open_stream, opened, request
 from tests.support.postgres import execute, members
 from tests.support.servers import WebServer
 
@@ -52,23 +52,21 @@ def test_a_right_that_was_forgotten_ends_with_the_stream(
     members(database_url, ("ann", "a"), ("bob", "a"))
     server = start_server(database_url, *options, app="tests.support.apps.members:app", FLASK_SSE_MAX_AGE="1")
     urls = [f"/sse?user={name}&channel=a" for name in ("ann", "bob")]
-    with request(server.port, urls[0]) as ann, request(server.port, urls[1]) as bob:
-        assert [stream.next().event for stream in (ann, bob)] == ["sse-open"] * 2
+    with opened(lambda: request(server.port, urls[0])) as ann, opened(lambda: request(server.port, urls[1])) as bob:
         execute(database_url, "DELETE FROM membership WHERE member = 'ann'")
         assert [stream.event().json for stream in (ann, bob)] == [{"reason": "max_age"}] * 2
     with request(server.port, urls[0]) as ann:
         assert ann.status == 403
-    with request(server.port, urls[1]) as bob:
-        assert bob.next().event == "sse-open"
+    opened(lambda: request(server.port, urls[1])).close()
 
 
 @pytest.mark.slow
 @WORKERS
 def test_what_comes_first_ends_the_stream(database_url: str, start_server: Start, options: tuple[str, ...]) -> None:
     server = start_server(database_url, *options, FLASK_SSE_MAX_AGE="3600", FLASK_SECRET_KEY="x")
-    token = sign_token(["x"], Token(frozenset("a"), time.time() + 2))
-    with request(server.port, f"/sse?channel=a&token={token}") as stream:
-        assert stream.next().event == "sse-open"
+    with open_stream(server.port, "b", path=f"/sse?token={sign_token(['x'], Token(frozenset('b')))}&x="):
+        token = sign_token(["x"], Token(frozenset("a"), time.time() + 3))  # while it listens already
+    with opened(lambda: request(server.port, f"/sse?channel=a&token={token}")) as stream:
         assert stream.event().json == {"reason": "expired"}
         stream.wait_closed()
     for _ in range(3):

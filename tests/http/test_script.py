@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from flask_pg_sse import ConfigurationError, PgSSE
-from tests.support.client import request
+from tests.support.client import opened, request
 from tests.support.documents import Document
 from tests.support.servers import ROOT, WebServer
 
@@ -36,8 +36,7 @@ def test_the_script_of_the_docs_signs_sends_and_ends(logged_url: str, start_serv
     *making, sending, ending = SCRIPT.split("\n\n")
     url = urlsplit(run("\n".join([*making, sending])))
     assert url.netloc == f"127.0.0.1:{server.port}"
-    with request(server.port, f"{url.path}?{url.query}") as stream:
-        assert (opened := stream.next()).event == "sse-open", opened
+    with opened(lambda: request(server.port, f"{url.path}?{url.query}")) as stream:
         assert stream.next().json == {"done": 100}  # after the cursor
         run("\n".join([*making, ending]))
         assert stream.next().json == {"reason": "revoked"}

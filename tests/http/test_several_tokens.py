@@ -13,7 +13,7 @@ from flask import Flask
 from flask_pg_sse.testing import stream
 from flask_pg_sse.tokens import Token, sign_token
 from tests.http.test_tokens import KEY, assert_open, assert_refused, first, make_url
-from tests.support.client import request
+from tests.support.client import opened, request
 from tests.support.postgres import execute
 from tests.support.servers import WebServer
 
@@ -149,8 +149,7 @@ def test_under_gunicorn(database_url: str, start_server: Callable[..., WebServer
         database_url, "--access-logfile", "-", app="tests.support.apps.members:app", FLASK_SECRET_KEY=KEY
     )
     tokens = [token("x", 600), token("y", 600, "7"), token("z", subject="7")]
-    with request(server.port, url_of("xy", *tokens)) as response:
-        assert (response.status, response.next().event) == (200, "sse-open")
+    with opened(lambda: request(server.port, url_of("xy", *tokens))) as response:
         for name in "xyz":
             execute(database_url, "SELECT pg_notify(%s, 'to ' || %s)", (name, name))
             assert response.event().data == f"to {name}"

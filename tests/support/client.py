@@ -193,12 +193,23 @@ def request(
 
 def open_stream(port: int, *channels: str, **options: Any) -> Response:
     """Open a stream and return it behind its first block, which is checked."""
-    path = options.pop("path", "/sse")
-    response = request(port, f"{path}?{urlencode([('channel', channel) for channel in channels])}", **options)
-    assert response.status == 200, (response.status, response.read())
-    opening = response.next()
-    assert opening.event == "sse-open", opening
-    return response
+    path = f"{options.pop('path', '/sse')}?{urlencode([('channel', channel) for channel in channels])}"
+    return opened(lambda: request(port, path, **options))
+
+
+def opened(ask: Callable[[], Response]) -> Response:
+    """Ask for a stream and return it behind its first block, which is checked.
+
+    One whose right was checked before its worker heard PostgreSQL is told to come back in a moment. A browser does.
+    """
+    while True:
+        response = ask()
+        assert response.status == 200, (response.status, response.read())
+        opening = response.next()
+        if opening.event == "sse-open":
+            return response
+        response.close()
+        assert opening.json == {"reason": "unavailable"} and (opening.retry or 0) <= 300, opening
 
 
 def eventually(condition: Callable[[], Any], timeout: float = 10.0, what: str = "") -> Any:
