@@ -412,10 +412,10 @@ def test_heartbeats_are_no_events_and_do_not_put_the_timeout_off(database_url: s
 
 def test_each_event_has_the_whole_timeout(database_url: str, make_app: MakeApp) -> None:
     app = make_app(database_url)
-    events = stream(app.test_client(), "/sse?channel=orders", timeout=0.6)
+    events = stream(app.test_client(), "/sse?channel=orders", timeout=1.6)
     next(events)
-    for number in range(4):
-        timer = threading.Timer(0.3, execute, (database_url, "SELECT pg_notify('orders', %s)", (str(number),)))
+    for number in range(4):  # all together take longer
+        timer = threading.Timer(0.45, execute, (database_url, "SELECT pg_notify('orders', %s)", (str(number),)))
         timer.start()
         assert next(events).data == str(number)
         timer.join()
