@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from http.cookies import SimpleCookie
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support.client import Message, Response, eventually, request
+from tests.support.client import Response, eventually, opened, request
 from tests.support.link import Link, through
 from tests.support.servers import WebServer
 from tests.support.slow import but_one_slow
@@ -29,9 +31,15 @@ class Browser:
         self.server = server
         self.cookies: dict[str, str] = {}
 
-    def request(self, path: str, method: str = "GET") -> Response:
+    @property
+    def header(self) -> dict[str, str]:
         cookies = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
-        response = request(self.server.port, path, method=method, headers={"Cookie": cookies} if cookies else {})
+        return {"Cookie": cookies} if cookies else {}
+
+    def request(self, path: str, method: str = "GET") -> Response:
+        return self.keep(request(self.server.port, path, method=method, headers=self.header))
+
+    def keep(self, response: Response) -> Response:
         for line in response.set_cookies:
             for name, morsel in SimpleCookie(line).items():
                 self.cookies[name] = morsel.value
@@ -104,25 +112,10 @@ def test_hooks_read_the_session_and_what_they_write_to_it_is_dropped(
     server = start(start_server, database_url, env)
     browser = Browser(server)
     browser.read("/login?remember", "POST")
-    with browser.request("/sse?channel=a") as response:
-        assert response.status == 200 and not response.set_cookies
-        assert response.next().event == "sse-open"
+    with opened(lambda: browser.request("/sse?channel=a")) as response:
+        assert not response.set_cookies
         assert browser.read("/who") == "Ann, logged in, asked 0"
     assert "Traceback" not in server.log()
-
-
-def stay(browser: Browser, ended: list[Message], left: list[int]) -> None:
-    """As a page that opens its stream again as soon as it is told to end, with the cookies that it has then."""
-    while True:
-        with browser.request("/sse?channel=a") as response:
-            if response.status != 200:
-                left.append(response.status)
-                return
-            message = response.next()
-            if message.event == "sse-open":
-                message = response.event()
-            ended.append(message)
-            assert message.event == "sse-end" and message.json["reason"] in ("revoked", "unavailable"), message
 
 
 @pytest.mark.slow
@@ -135,15 +128,17 @@ def test_a_page_that_comes_back_at_once_finds_that_its_user_has_logged_out(
     for _ in range(14 if works_for != "0" else 4):
         browser = Browser(server)
         browser.read("/login", "POST")
-        ended: list[Message] = []
-        left: list[int] = []
-        page = threading.Thread(target=stay, args=(browser, ended, left))
-        page.start()
-        eventually(lambda: json.loads(server.get("/state"))["streams"] >= 1)
-        browser.read(f"/logout?works_for={works_for}", "POST")
-        page.join(10)
-        assert left == [403]
-        assert [message.json for message in ended] == [{"reason": "revoked"}]
+        page = opened(partial(browser.request, "/sse?channel=a"))
+        with page, socket.create_connection(("127.0.0.1", server.port), 10) as logout:
+            cookie = browser.header["Cookie"]
+            line = f"POST /logout?works_for={works_for} HTTP/1.1"
+            logout.sendall(f"{line}\r\nHost: localhost\r\nCookie: {cookie}\r\nContent-Length: 0\r\n\r\n".encode())
+            message = page.event()
+            assert (message.event, message.json) == ("sse-end", {"reason": "revoked"})
+            assert select.select([logout], [], [], 0)[0], "the answer, which clears the cookie, came first"
+            browser.keep(Response(logout, 10))
+        with browser.request("/sse?channel=a") as again:
+            assert again.status == 403
         eventually(lambda: json.loads(server.get("/state"))["streams"] == 0)
 
 
@@ -161,16 +156,16 @@ def test_a_user_logs_out_while_the_database_is_away(
         here.post("/notify/a")  # a connection to send with is open now, and will be lost
         elsewhere = Browser(there)
         elsewhere.cookies = dict(browser.cookies)
-        with browser.request("/sse?channel=a") as near, elsewhere.request("/sse?channel=a") as far:
-            assert near.next().event == far.next().event == "sse-open"
+        near, far = (opened(partial(one.request, "/sse?channel=a")) for one in (browser, elsewhere))
+        with near, far:
             getattr(line, how)()
             begun = time.monotonic()
             browser.read("/logout", "POST")
-            assert time.monotonic() - begun < 1
+            assert time.monotonic() - begun < 4, "it does not wait for the database"
             for _ in range(3):
                 browser.read("/logout", "POST")  # again: it is one command
             assert near.event().json == {"reason": "revoked"}
-            assert time.monotonic() - begun < 3
+            assert time.monotonic() - begun < 8
             eventually(lambda: "disconnect() has ended the streams of this worker" in here.log(), 30)
             line.restore()
             far.timeout = 30
@@ -182,7 +177,7 @@ def test_a_user_logs_out_while_the_database_is_away(
         assert here.log().count("disconnect() has ended the streams of this worker") == 1
 
 
-@pytest.mark.parametrize("options", [(), pytest.param(("-k", "gthread", "--threads", "4"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", [(), pytest.param(("-k", "gthread", "--threads", "8"), marks=pytest.mark.slow)])
 def test_the_view_waits_for_nothing(start_server: Start, tmp_path: Path, options: tuple[str, ...]) -> None:
     """A stream's headers come while PostgreSQL is silent, and say nothing that is late when the stream can begin."""
     with socket.create_server(("127.0.0.1", 0), backlog=128) as hole:
@@ -190,12 +185,16 @@ def test_the_view_waits_for_nothing(start_server: Start, tmp_path: Path, options
         server = start(start_server, url, {"KIND": "cookie", "STORE": str(tmp_path)}, *options)
         browser = Browser(server)
         browser.read("/login?remember", "POST")
-        for number in range(2):  # the first may wait for a moment, because the worker has just started to listen
+        waited = []
+        for _ in range(5):
             begun = time.monotonic()
             with browser.request("/sse?channel=a") as response:
-                assert time.monotonic() - begun < (0.7 if number else 3)
+                waited.append(time.monotonic() - begun)
                 assert response.status == 200 and not response.set_cookies
                 assert response.next_line() == b"retry: 3000\n"
+        # The first may wait for a moment, a second, because the worker has just started to listen. Of the others each
+        # may stand still for as long on a busy machine, but not all.
+        assert waited[0] < 8 and min(waited[1:]) < 0.7, waited
 
 
 def test_the_ends_of_requests_that_extensions_have(database_url: str, start_server: Start) -> None:
