@@ -206,7 +206,7 @@ def test_a_redis_that_hangs_is_noticed_within_seconds(
         began = time.monotonic()
         server.freeze() if how == "frozen" else link.silence()
         eventually(lambda: process.engine.status().readiness is Readiness.AWAY, 20)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 15  # three until it is asked, and five for the answer
         assert "Redis has said nothing for" in eventually(lambda: warnings(caplog))[0]
         server.thaw() if how == "frozen" else link.restore()
         eventually(lambda: gaps(process) == ["reconnected"], 20)
