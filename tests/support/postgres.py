@@ -207,7 +207,7 @@ def fresh_database(server: postgres.Server, options: str = "", *, logged: bool =
         try:
             yield server.url(name)
             try:
-                eventually(lambda: not sessions(), 5, "no session is left in the test's database")
+                eventually(lambda: not sessions(), 20, "no session is left in the test's database")
             except AssertionError as error:
                 raise AssertionError(f"{error}: {sessions()}") from None
         finally:
