@@ -30,9 +30,9 @@ from .hub import Hub
 from .replay import Replay
 from .ticker import Ticker
 
-# Seconds from the start of a worker in which it usually begins to hear the database. Streams of later requests do not
-# wait for that before they are answered.
-_MOMENT = 1.0
+# Seconds from the start of a worker in which it begins to hear the database, on a busy machine too. Streams of later
+# requests do not wait for that before they are answered.
+_MOMENT = 5.0
 # Seconds in which threads must end. After that they end by themselves.
 PATIENCE = 5.0
 # So many apps that are in use in one process are probably those of a suite, whose tests are done with most of them.

@@ -14,6 +14,7 @@ import pytest
 from flask import Flask, abort
 
 from flask_pg_sse import EventLogMissing, notify, schema_sql
+from flask_pg_sse.engine.postgres.listener import PostgresListener
 from flask_pg_sse.testing import stream
 from tests.support.client import eventually
 from tests.support.link import Link, through
@@ -217,6 +218,22 @@ def test_a_log_that_is_required_and_a_postgres_that_falls_silent_hold_up_no_depl
         assert time.monotonic() - begun < 3
         [answer] = answers
         assert answer.endswith(b'data: {"reason": "shutdown"}\n\n')
+
+
+@pytest.mark.slow
+def test_the_first_stream_opens_where_its_worker_takes_long_to_listen(
+    app_with: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a busy machine. Told to come back, a browser would do so at once; a test of an app would fail."""
+    connect = PostgresListener._connect
+
+    def connect_late(listener: PostgresListener) -> Any:
+        time.sleep(2)
+        return connect(listener)
+
+    monkeypatch.setattr(PostgresListener, "_connect", connect_late)
+    with stream(app_with(lambda channel: True).test_client(), "/sse?channel=a") as events:
+        assert next(events).event == "sse-open"
 
 
 def test_a_stream_opens_where_it_was_decided_on(app_with: Callable[..., Flask]) -> None:
