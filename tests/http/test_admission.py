@@ -15,8 +15,9 @@ from flask import Flask, abort
 
 from flask_pg_sse import EventLogMissing, notify, schema_sql
 from flask_pg_sse.engine.postgres.listener import PostgresListener
+from flask_pg_sse.hub.admission import OPEN_TIMEOUT
 from flask_pg_sse.testing import stream
-from tests.support.client import eventually
+from tests.support.client import eventually, request
 from tests.support.link import Link, through
 from tests.support.postgres import execute
 from tests.support.servers import WebServer, free_port
@@ -72,15 +73,13 @@ def test_with_postgres_away_other_routes_are_answered_and_a_deploy_goes_on(
                 receive(sock, answers)
             return sum(b'"reason": "capacity"' in answer for answer in answers.values())
 
-        begun = time.monotonic()
-        eventually(lambda: refused() == CLIENTS - room, 5)
+        eventually(lambda: refused() == CLIENTS - room)
         assert server.get("/ping") == "pong"
-        assert time.monotonic() - begun < 5, "long before those who wait are told that it is in vain"
+        refused()
+        assert not any(b'"reason": "unavailable"' in answer for answer in answers.values()), "it is too early for that"
 
-        begun = time.monotonic()
         server.terminate()
-        assert server.process.wait(10) == 0
-        assert time.monotonic() - begun < 4
+        assert server.process.wait(OPEN_TIMEOUT - 1) == 0
         refused()
         assert sum(b'"reason": "shutdown"' in answer for answer in answers.values()) == room, answers
     assert "Traceback" not in server.log()
@@ -176,7 +175,7 @@ def test_who_waits_is_told_in_time_that_it_is_in_vain(
     for method in ("GET", "HEAD", "GET"):
         begun = time.monotonic()
         response = app.test_client().open("/sse?channel=a", method=method)
-        assert response.status_code == 200 and time.monotonic() - begun < 3
+        assert response.status_code == 200 and time.monotonic() - begun < OPEN_TIMEOUT - 1
         if method == "GET":
             assert response.data.endswith(b'data: {"reason": "unavailable"}\n\n')
     assert places(app) == 0
@@ -215,7 +214,7 @@ def test_a_log_that_is_required_and_a_postgres_that_falls_silent_hold_up_no_depl
         begun = time.monotonic()
         runtime.close(0)
         waiting.join()
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < OPEN_TIMEOUT - 1
         [answer] = answers
         assert answer.endswith(b'data: {"reason": "shutdown"}\n\n')
 
@@ -252,31 +251,29 @@ def test_a_client_that_has_left_while_it_waited_does_not_count_and_is_not_called
     url = f"postgresql://postgres@127.0.0.1:{free_port()}/postgres"
     server = start_server(url, app="tests.support.apps.asking:app", FLASK_SSE_MAX_STREAMS_PER_CLIENT="1")
     ask = b"GET /sse?channel=a HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    first = socket.create_connection(("127.0.0.1", server.port), 10)
-    first.sendall(ask)
-    with socket.create_connection(("127.0.0.1", server.port), 10) as refused:
+    with socket.create_connection(("127.0.0.1", server.port), 10) as first:
+        first.sendall(ask)
         eventually(lambda: b"retry: 3000" in first.recv(65536))  # it waits for LISTEN, and counts
-        refused.sendall(ask)
-        assert b"capacity" in refused.recv(65536) + refused.recv(65536)
-    first.close()
+        with request(server.port, "/sse?channel=a") as refused:
+            assert b"capacity" in refused.read()
     with socket.create_connection(("127.0.0.1", server.port), 10) as second:
         second.sendall(ask)
-        second.settimeout(0.5)  # who is refused has the whole answer by then
         answer = b""
-        with pytest.raises(TimeoutError):
-            while data := second.recv(65536):
-                answer += data
-        assert answer.endswith(b"retry: 3000\n\r\n"), answer
+        while not answer.endswith(b"retry: 3000\n\r\n"):  # it waits too
+            data = second.recv(65536)
+            assert data, answer
+            answer += data
+        assert server.get("/places") == "1"
     assert "has not answered within 10 s" not in server.log(), "the first client waited for a moment"
 
 
 def test_who_is_refused_a_head_holds_no_thread(database_url: str, start_server: Start) -> None:
-    """gthread lingers over a connection for its client to close it."""
+    """gthread lingers over a connection for its client to close it, for two seconds."""
     server = start_server(database_url, "-k", "gthread", "--threads", "3")
     with ExitStack() as stack:
-        for _ in range(6):
+        for _ in range(30):
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10))
             sock.sendall(b"HEAD /sse?channel=a HTTP/1.1\r\nHost: localhost\r\n\r\n")
         begun = time.monotonic()
         assert server.get("/ping") == "pong"
-        assert time.monotonic() - begun < 1.5
+        assert time.monotonic() - begun < 9
