@@ -15,6 +15,7 @@ from flask_pg_sse import DatabaseUnavailable, disconnect
 from flask_pg_sse.engine.base import Disconnect
 from flask_pg_sse.engine.outbox import MOST, Outbox
 from flask_pg_sse.testing import capture, stream
+from flask_pg_sse.web import after_response
 from tests.support.client import eventually
 from tests.support.postgres import execute
 from tests.support.servers import ROOT
@@ -53,30 +54,36 @@ def app(database_url: str, make_app: MakeApp, sent: list[str]) -> Flask:
 
     def slowly() -> Iterator[str]:
         yield "begun"
-        eventually(lambda: sent, 5, "a long response holds it up for a second at most")
+        eventually(lambda: sent, what="a long response holds it up for a second at most")
         yield "ended"
 
     return app
 
 
+@pytest.fixture
+def closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a busy machine takes to close a response."""
+    monkeypatch.setattr(after_response, "LONGEST", 60.0)
+
+
+@pytest.mark.usefixtures("closed_in_time")
 @pytest.mark.parametrize("how", ["answers", "fails", "raises"])
 def test_it_is_sent_once_when_the_response_is_closed(app: Flask, sent: list[str], how: str) -> None:
     app.config["PROPAGATE_EXCEPTIONS"] = False
     with app.test_client().post(f"/7/{how}") as response:
         assert response.status_code == (200 if how == "answers" else 500) and sent == []
-    eventually(lambda: sent)
-    time.sleep(0.05)
+    outbox = app.extensions["pg_sse"].runtime.worker.outbox
+    eventually(lambda: sent and outbox._sender is None, what="nothing is left to be sent")
     assert sent == ["7"]
 
 
 def test_a_response_that_nobody_closes_or_that_takes_long(app: Flask, sent: list[str]) -> None:
     begun = time.monotonic()
     response = app.test_client().post("/7/answers")
-    assert sent == []
-    eventually(lambda: sent == ["7"], 5)
+    eventually(lambda: sent == ["7"])
     assert time.monotonic() - begun > 0.9
     response.close()
-    eventually(lambda: sent == ["7", "7"], 5, "the right way all the same: when it is closed")
+    eventually(lambda: sent == ["7", "7"], what="the right way all the same: when it is closed")
     sent.clear()
     assert app.test_client().post("/8/streams").text == "begunended"
 
@@ -136,10 +143,12 @@ def test_commands_that_wait_are_bounded_and_each_is_one(caplog: pytest.LogCaptur
     assert len(sent) == len(set(sent)) and len(sent) >= MOST
 
 
+@pytest.mark.usefixtures("closed_in_time")
 def test_a_page_that_is_back_with_its_right_is_not_ended_again(app: Flask, sent: list[str]) -> None:
     """The command comes back to the worker that has sent it, and must not be obeyed there before that too."""
     ended: list[Disconnect] = []
     hub: Any = app.extensions["pg_sse"].runtime.worker.streams[0]
+    eventually(hub.admission._answered.is_set, what="it hears commands")
     end_here = hub.disconnect
 
     def end(command: Disconnect) -> None:
