@@ -185,6 +185,8 @@ def test_a_right_that_is_taken_away_while_it_is_asked_for(url: str) -> None:
 
     def may_listen(channel: str) -> bool:
         hub = app.extensions["pg_sse"].runtime.worker.streams[0]
+        # On a busy machine that may be later than the check begins, which does not wait for long.
+        eventually(hub.admission._answered.is_set, what="it hears commands")
         disconnect(subject=7)
         eventually(lambda: hub.admission._commands)
         obeyed.set()
