@@ -14,6 +14,7 @@ from flask import Flask
 
 from flask_pg_sse import notify
 from flask_pg_sse.engine.postgres import pool, watch
+from flask_pg_sse.engine.postgres.connect import ask_for_an_answer
 from flask_pg_sse.engine.postgres.schema import schema_sql
 from flask_pg_sse.testing import Received, stream
 from tests.support.client import eventually
@@ -211,12 +212,11 @@ def test_connections_that_were_dropped_in_silence_cost_one_wait_and_no_error(
             line.silence()
             line.restore()
             waits = 0
-            ask = pool.ask_for_an_answer
 
             def counted(*arguments: Any) -> None:
                 nonlocal waits
                 try:
-                    ask(*arguments)
+                    ask_for_an_answer(*arguments)
                 except TimeoutError:
                     waits += 1
                     raise
