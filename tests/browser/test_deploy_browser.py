@@ -97,7 +97,7 @@ def test_every_client_comes_back_after_a_planned_end(
         if reason == "shutdown":
             wait_for(page, lambda server=server: server.get("/held") == "3")  # type: ignore[misc]
             server.terminate()
-            server.process.wait(10)
+            server.process.wait(30)
             server = start_server(database_url, **env, port=server.port)
         wait_for(page, lambda times=times: all(counted[name] >= times for name in NAMES))  # type: ignore[misc]
     if holder is not None:
@@ -140,7 +140,7 @@ def test_a_restart_behind_nginx_ends_no_page(
     )
     wait_for(page, lambda: page.evaluate("window.opened") == 20)
     server.terminate()
-    server.process.wait(10)
+    server.process.wait(30)
     execute(logged_url, "SELECT flask_pg_sse.notify('orders', 'meanwhile')")
     page.wait_for_timeout(3000)
     start_server(logged_url, **env, FLASK_SSE_ALLOWED_ORIGINS=f"http://127.0.0.1:{pages.port}", port=server.port)

@@ -17,7 +17,7 @@ from tests.browser.test_htmx_browser import RECIPES, Shop
 from tests.browser.test_htmx_browser import open_page as open_shop
 from tests.browser.test_readme_browser import open_page
 from tests.docs.test_docs import example as log_example
-from tests.docs.test_security_docs import SECURITY
+from tests.docs.test_security_docs import COUNT_OPENINGS, SECURITY
 from tests.support.client import request
 from tests.support.documents import Document
 from tests.support.postgres import execute
@@ -91,8 +91,10 @@ def test_the_html_example_sends_what_is_text(
     page: Page, database_url: str, start_server: Start, tmp_path: Path
 ) -> None:
     server = serve(start_server, tmp_path, database_url, SWAPS)
+    page.add_init_script(COUNT_OPENINGS)
     for number in range(2):
         open_page(page, server)
+        page.wait_for_function("opened == 1")  # the server still listens for the stream of the first time
         execute(database_url, "SELECT pg_notify('orders', %s)", (sent_by(example("html"))[number],))
         shows_as_text(page)
 

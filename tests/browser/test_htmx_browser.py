@@ -333,8 +333,7 @@ def test_a_stream_with_a_position_that_is_too_old_loads_the_page_again(
 def test_htmx_4_repeats_a_first_request_that_failed(page: Page, open_shop: OPEN_SHOP) -> None:
     shop = open_shop(4, "row")
     page.route(STREAM, lambda route: route.fulfill(status=503), times=1)
-    page.goto(f"http://127.0.0.1:{shop.front.port}/")
     with page.expect_response(lambda response: answered(response, 200)):
-        pass
+        page.goto(f"http://127.0.0.1:{shop.front.port}/")
     shop.order("soup")
     shows(page, "soup")

@@ -42,6 +42,10 @@ def login():
     session["user"] = "7"
     return page()
 
+@app.get("/streams")
+def streams():
+    return str(len(app.extensions["pg_sse"].runtime.worker.streams[0]))
+
 @app.get("/asked")
 def show():
     return jsonify(asked)
@@ -104,6 +108,7 @@ def test_a_page_of_another_site_takes_no_place_and_learns_nothing(
     page.goto(f"{own}/login")
     assert page.evaluate(OPEN_THREE, f"{own}/sse/user-7") == ["sse-open"] * 3, "the login counts"
     page.goto(f"{other}/")
+    eventually(lambda: server.get("/streams") == "0", 30, "the streams of the page that was left have ended")
     asked = eventually(lambda: page.request.get(f"{own}/asked").json())
     answers = [page.evaluate(ATTACK, f"{own}/sse/user-{number}") for number in (7, 8)]
     assert answers[0] == answers[1], "the page cannot tell who the user is"
