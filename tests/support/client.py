@@ -68,16 +68,18 @@ class Response:
     def _read_more(self) -> None:
         """Move at least one more byte to `body`, or set `finished`."""
         if self.chunked:
-            if not self.raw and not self._receive():
+            # Nothing is taken out of `raw` before the chunk is whole: a wait for its rest may end by TimeoutError.
+            while (at := self.raw.find(b"\r\n")) < 0 or len(self.raw) < at + 4 + int(self.raw[:at], 16):
+                if self._receive():
+                    continue
+                if self.raw:
+                    raise ConnectionError("the connection ended within a chunk")
                 self.finished = self.broken = True
                 return
-            size = int(self._until(b"\r\n"), 16)
-            while len(self.raw) < size + 2:
-                if not self._receive():
-                    raise ConnectionError("the connection ended within a chunk")
-            assert self.raw[size : size + 2] == b"\r\n", "a chunk of another length than it says"
-            self.body += self.raw[:size]
-            self.raw = self.raw[size + 2 :]
+            size = int(self.raw[:at], 16)
+            body, mark, self.raw = self.raw[at + 2 :][:size], self.raw[at + 2 + size :][:2], self.raw[at + 4 + size :]
+            assert mark == b"\r\n", "a chunk of another length than it says"
+            self.body += body
             self.finished = size == 0
         else:
             if not self.raw and not self._receive():
