@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -138,7 +139,14 @@ def test_the_unit_is_ready_reloaded_and_stopped(database_url: str, tmp_path: Pat
                 (tmp_path / ".env").write_text(f"DATABASE_URL={database_url}\nSSE_RETRY=78\n")
                 subprocess.run(service["ExecReload"].replace("$MAINPID", str(server.process.pid)).split(), check=True)
                 assert stream.event().json == {"reason": "shutdown"}
-            eventually(lambda: b"retry: 78\n" in first_block(port), 60)
+            eventually(lambda: server.log().count("Worker is ready.") > 1, 60)  # before that it misses a SIGTERM
+
+            def reloaded() -> bool:
+                with contextlib.suppress(EOFError, ConnectionError):  # of the old worker, which ends
+                    return b"retry: 78\n" in first_block(port)
+                return False
+
+            eventually(reloaded, 60)
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(20) == 0
         finally:
@@ -150,5 +158,7 @@ def first_block(port: int) -> bytes:
         client.sendall(b"GET /orders HTTP/1.1\r\nHost: x\r\n\r\n")
         found = b""
         while b"retry: " not in found or not found.endswith(b"\n\r\n"):
-            found += client.recv(1000)
+            if not (more := client.recv(1000)):
+                raise EOFError(f"the connection ended within {found!r}")
+            found += more
         return found
