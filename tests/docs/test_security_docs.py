@@ -110,7 +110,7 @@ def test_a_page_fetches_another_url_when_its_own_has_expired(
     page.on("request", lambda request: streams.append(request.url) if "/sse?" in request.url else None)
     page.add_init_script(COUNT_OPENINGS)
     page.goto(f"http://127.0.0.1:{server.port}/")
-    page.wait_for_function("opened == 1")  # its URL has no position: what was sent before is none of its business
+    page.wait_for_function("opened >= 1")  # its URL has no position: what was sent before is none of its business
     sent: list[str] = []
     while len(streams) < 4:
         sent.append(str(len(sent)))
@@ -183,7 +183,7 @@ def test_every_tab_of_a_user_who_logs_out_is_at_the_login_page(
             page.context.clear_cookies()
         else:
             page.context.request.post(f"{site}/logout")  # in another tab, with the same cookies
-        expect(page.get_by_role("heading")).to_have_text("Log in", timeout=10_000)
+        expect(page.get_by_role("heading")).to_have_text("Log in")
 
 
 def test_streams_on_a_server_of_their_own(database_url: str, start_server: Start, tmp_path: Path) -> None:

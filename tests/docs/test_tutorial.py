@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from tests.docs.test_security_docs import COUNT_OPENINGS
 from tests.support.client import Message, request
 from tests.support.documents import ROOT, Document
 from tests.support.postgres import execute
@@ -226,10 +227,12 @@ def test_step_by_step(
     app.write("Step 5")
     app.restart()
     second = anna.context.new_page()
+    second.add_init_script(COUNT_OPENINGS)
     second.goto(app.url)
     ben.goto(app.url)
     for _ in range(3):
         expect(second.locator("#tasks > li")).to_have_count(5)
+        second.wait_for_function("opened == 1")  # one that is still opening would come too late for the end
         anna.get_by_role("button", name="Log out").click()
         for page in (anna, second):
             expect(page.get_by_role("button", name="Log in")).to_be_visible()
