@@ -93,7 +93,7 @@ def test_from_nothing(database_url: str, tmp_path: Path, start_server: Start) ->
         while curl.stdout.readline() != "event: sse-open\n":
             pass
         shell(example("psql"), database_url)
-        while (found := curl.stdout.readline()) in ("data: {}\n", "\n"):
+        while (found := curl.stdout.readline()) in ("data: {}\n", "\n", ": heartbeat\n"):
             pass
         assert found == "data: Two soups\n"
         curl.terminate()
