@@ -31,7 +31,7 @@ from tests.support.documents import Document
 from tests.support.eventsource import LOGGED, Browser, check, for_ever
 from tests.support.pgbouncer import pgbouncer
 from tests.support.postgres import Running, connect, dump, execute, fresh_database, load
-from tests.support.publishers import install_log, logged
+from tests.support.publishers import head, install_log, logged
 from tests.support.servers import WebServer
 from tools import postgres
 
@@ -144,10 +144,15 @@ class Scene:
         events_come(self.browsers)
         self.waits.append(round(time.monotonic() - begun, 1))
 
+    def all_have_what_is_in(self, url: str) -> None:
+        """Wait until each stream has what is in the log now, and more than a standby or a backup of before."""
+        newest = head(url)
+        eventually(lambda: all(browser.at >= newest for browser in self.browsers), 40, f"all have {newest}")
+
     def end(self) -> None:
         for sender in self.senders:
             sender.stop()
-        run_to_the_end(self.browsers, self.url, 30)
+        run_to_the_end(self.browsers, self.url, 60)
         assert not [sender.failure for sender in self.senders if sender.failure]
         assert "Traceback" not in self.server.log()
         self.log = logged(self.url)
@@ -266,15 +271,17 @@ def test_managed_failover_of_a_host_that_says_nothing_more(logged_cluster: Clust
         logged_cluster.primary.stop("kill")
         promote(standby)
         logged_cluster.lead_to(standby, drop=False)
-        logged_cluster.address.restore()
-        events_come(scene.browsers)
         ours, theirs = scene.senders
+        logged_cluster.address.restore()
+        under_way = len(ours.calls)
+        events_come(scene.browsers)
         theirs.abandon()
         scene.goes_on()
     scene.report("managed failover, silent")
     scene.check_all_exact()
-    # One call may have been under way.
-    assert len(ours.failures) <= 1 and max(call.seconds for call in ours.calls) < 15
+    # What was called before may fail, at the package's own limit of time and not at TCP's quarter of an hour.
+    assert not [call for call in ours.calls[under_way + 1 :] if call.failure]
+    assert max(call.seconds for call in ours.calls) < 30
 
 
 @pytest.mark.slow
@@ -284,8 +291,8 @@ def test_a_synchronous_standby_that_is_away(logged_cluster: Cluster, play: Play)
     synchronous(logged_cluster)
     with play(logged_cluster) as scene:
         standby.line.cut()
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-        eventually(lambda: execute(logged_cluster.primary.url(), waiting) == [(1,)], 10, "a commit waits")
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        eventually(lambda: execute(logged_cluster.primary.url(), waiting), 30, "a commit waits")
         open_stream(scene.server.port, "orders").close()
         standby.line.restore()
         scene.goes_on()
@@ -407,6 +414,7 @@ def test_a_replica_that_lagged_is_promoted(logged_cluster: Cluster, play: Play) 
     with play(logged_cluster) as scene:
         standby.line.cut()
         scene.goes_on()
+        scene.all_have_what_is_in(logged_cluster.primary.url())
         logged_cluster.address.cut()
         before = logged(logged_cluster.primary.url())
         promote(standby)
@@ -443,6 +451,7 @@ def test_recovery_to_a_point_in_time(logged_cluster: Cluster, play: Play) -> Non
     with play(logged_cluster) as scene:
         execute(logged_cluster.primary.url(), "SELECT pg_create_restore_point('before the mishap')")
         scene.goes_on()
+        scene.all_have_what_is_in(logged_cluster.primary.url())
         logged_cluster.address.cut()
         before = logged(logged_cluster.primary.url())
         logged_cluster.primary.stop("fast")
@@ -459,6 +468,7 @@ def test_last_nights_dump(logged_cluster: Cluster, play: Play, running_postgres:
     with running_postgres() as new, play(logged_cluster) as scene:
         dumped = dump(old.url())
         scene.goes_on()
+        scene.all_have_what_is_in(old.url())
         logged_cluster.address.cut()
         before = logged(old.url())
         target = new if place == "a new server" else old
