@@ -37,8 +37,8 @@ def test_all_that_they_held_is_freed(
             stream = far.there(lambda: open_stream(far.port, "a", "b"))
             stack.callback(stream.close)
         assert streams(server) == CLIENTS + 1
-        far.vanish()
         began = time.monotonic()
+        far.vanish()
         eventually(lambda: streams(server) == 1, 20)
         assert time.monotonic() - began > 1, "they were to have time to come back"
         eventually(lambda: len(os.listdir(descriptors)) <= before, 5)
