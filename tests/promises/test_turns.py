@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import socket
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.http.test_hostile_requests import cpu
 from tests.http.test_limits import streams
 from tests.support.client import eventually, open_stream, request
 from tests.support.crowd import Crowd, install, resident, worker
@@ -21,9 +24,32 @@ from tools import postgres
 Start = Callable[..., WebServer]
 OPTIONS = ("--worker-connections", "3000", "--backlog", "2048")
 ATTACK = 5.0  # seconds of it
-# Seconds that nothing may take on a machine that many tests keep busy; usually it is a few hundredths. After 10 s a
-# stream that waits is told `unavailable`.
-LATE = 8.0
+# How long something may take, in seconds of the CPU that the worker uses for others meanwhile: usually it is a few
+# hundredths, and half a second where many streams open. The time of the clock would say how busy the machine is.
+LATE = 2.0
+PATIENCE = 60.0  # in seconds, for an answer
+
+
+class Took:
+    """What answers have taken, in seconds of a worker's CPU."""
+
+    def __init__(self, pid: int) -> None:
+        self.times: list[float] = []
+        self._pid = pid
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        before = cpu(self._pid)
+        yield
+        self.times.append((cpu(self._pid) - before) / os.sysconf("SC_CLK_TCK"))
+
+    @property
+    def most(self) -> float:
+        return max(self.times)
+
+    def __str__(self) -> str:
+        ordered = sorted(self.times)
+        return f"{ordered[len(ordered) // 2]:.2f}, at most {ordered[-1]:.2f} ({len(ordered)})"
 
 
 def history(url: str, channels: list[str], count: int, size: int) -> int:
@@ -41,30 +67,40 @@ def history(url: str, channels: list[str], count: int, size: int) -> int:
 
 
 @contextmanager
-def asking(server: WebServer, *paths: str) -> Iterator[list[float]]:
-    """Ask for the paths all the time; a POST where it begins so. Gives the seconds that each answer has taken."""
-    times: list[float] = []
+def asking(server: WebServer, *paths: str) -> Iterator[Took]:
+    """Ask for the paths all the time; a POST where it begins so."""
+    took = Took(worker(server))
     done = threading.Event()
 
     def ask() -> None:
         while not done.is_set():
             for path in paths:
                 method, _, where = path.rpartition(" ")
-                begun = time.monotonic()
+                options = {"method": method or "GET", "body": b"{}" if method else b"", "timeout": PATIENCE}
                 headers = {"Content-Type": "application/json"}
-                body = b"{}" if method else b""
-                with request(server.port, where, method=method or "GET", headers=headers, body=body) as response:
+                with took.measured(), request(server.port, where, headers=headers, **options) as response:  # type: ignore[arg-type]
                     response.read()
-                    times.append(time.monotonic() - begun if response.status == 200 else float("inf"))
+                if response.status != 200:
+                    took.times.append(float("inf"))
             time.sleep(0.02)
 
     thread = threading.Thread(target=ask)
     thread.start()
     try:
-        yield times
+        yield took
     finally:
         done.set()
         thread.join()
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Let a worker stand still: what comes meanwhile, comes for it at once."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize(
@@ -82,23 +118,28 @@ def test_clients_far_behind_get_on_equally_and_delay_no_page_and_no_publisher(
 ) -> None:
     install(database_url)
     after = history(database_url, ["a"], events, 2000)  # 32 to a page
-    server = start_server(database_url, *OPTIONS, *workers)
-    with Crowd(server.port) as crowd, asking(server, "/cursor", "POST /notify/b") as times:
-        readers = [crowd.add("a", last_event_id=after) for _ in range(count)]
+    server = start_server(database_url, *OPTIONS, *workers, FLASK_SSE_HEARTBEAT="300")  # which would bring a cursor
+    with Crowd(server.port) as crowd, asking(server, "/cursor", "POST /notify/b") as took:
+        with stopped(worker(server)):
+            readers = [crowd.add("a", last_event_id=after) for _ in range(count)]
         crowd.read_until(lambda: all(reader.opened for reader in readers), 60, every=0.01)
         first = [len(reader.events) for reader in readers]
         assert max(first) < 0.5 * events, "some opened only when others had caught up"
         crowd.read_until(lambda: any(len(reader.events) >= 0.9 * events for reader in readers), 60, every=0.01)
         got = sorted(len(reader.events) - had for reader, had in zip(readers, first, strict=True))
         crowd.read_until(lambda: all(len(reader.events) == events for reader in readers), 60)
-    print(f"{count} clients: one got {got[0]}, another {got[-1]} events; the slowest answer took {max(times):.3f} s")
+    print(f"{count} clients: one got {got[0]}, another {got[-1]} events; answers took {took} s of CPU")
     assert all([name for name, _, _ in reader.control] == ["sse-open"] for reader in readers)
     assert got[-1] - got[0] <= 0.2 * events, "a few pages of 32"
-    assert max(times) < LATE
+    assert took.most < LATE
 
 
 class Passing(threading.Thread):
-    """A client that opens streams on a hundred channels of its own, so many a second, and leaves each after a while."""
+    """A client that opens streams on a hundred channels of its own, so many a second, and leaves each after a while.
+
+    Where the server is too slow for that, it leaves a stream when that is answered: only as many wait for an answer as
+    come within a fifth of a second.
+    """
 
     def __init__(self, port: int, *, rate: int = 200, stays: float = 0.02, last_event_id: str = "") -> None:
         super().__init__()
@@ -108,11 +149,12 @@ class Passing(threading.Thread):
 
     def run(self) -> None:
         left: list[tuple[float, socket.socket]] = []
+        most = int(self._rate * (self._stays + 0.2))
         begun = time.monotonic()
         while not self._done.wait(0.001) or left:
-            while left and (left[0][0] <= time.monotonic() or self._done.is_set()):
+            while left and (self._done.is_set() or (left[0][0] <= time.monotonic() and readable(left[0][1]))):
                 left.pop(0)[1].close()
-            if not self._done.is_set() and self.opened < (time.monotonic() - begun) * self._rate:
+            if not self._done.is_set() and len(left) < most and self.opened < (time.monotonic() - begun) * self._rate:
                 left.append((time.monotonic() + self._stays, self._open()))
         self.seconds = time.monotonic() - begun
 
@@ -133,6 +175,12 @@ class Passing(threading.Thread):
         self.join()
 
 
+def readable(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "cap"),
@@ -145,43 +193,36 @@ def test_one_that_asks_for_ever_new_channels_and_leaves_is_not_noticed(
     install(database_url)
     env = {"FLASK_SSE_MAX_STREAMS_PER_CLIENT": cap} if cap else {}
     server = start_server(database_url, *OPTIONS, *workers, **env)
-    opening: list[float] = []
-    known: list[float] = []
-    arriving: list[float] = []
     pid = worker(server)
-    with open_stream(server.port, "a", source="127.0.0.2") as stays:
+    opening, known, arriving = Took(pid), Took(pid), Took(pid)
+    options = {"source": "127.0.0.2", "timeout": PATIENCE}
+    with open_stream(server.port, "a", **options) as stays:
         for number in range(5):  # what the worker needs anyway
-            open_stream(server.port, f"early-{number}", source="127.0.0.2").close()
+            open_stream(server.port, f"early-{number}", **options).close()
         before = resident(pid)
         with Passing(server.port) as passing:
             begun = time.monotonic()
             number = 0
             while time.monotonic() < begun + ATTACK:
                 number += 1
-                for channel, times in ((f"own-{number}", opening), ("a", known)):
-                    since = time.monotonic()
-                    with open_stream(server.port, channel, source="127.0.0.2"):
-                        times.append(time.monotonic() - since)
-                since = time.monotonic()
-                execute(database_url, "SELECT flask_pg_sse.notify('a', %s)", (str(number),))
-                assert stays.event().data == str(number)
-                arriving.append(time.monotonic() - since)
+                for channel, took in ((f"own-{number}", opening), ("a", known)):
+                    with took.measured():
+                        stream = open_stream(server.port, channel, **options)
+                    stream.close()
+                with arriving.measured():
+                    execute(database_url, "SELECT flask_pg_sse.notify('a', %s)", (str(number),))
+                    assert stays.event().data == str(number)
             high = resident(pid)
-        eventually(lambda: streams(server) == 1, 5)
+        eventually(lambda: streams(server) == 1, PATIENCE)
         print(
-            f"{passing.opened / passing.seconds:.0f} a second; seconds to open, on a new channel: {told(opening)}; "
-            f"on a known one: {told(known)}; for an event to arrive: {told(arriving)}; the worker had "
+            f"{passing.opened / passing.seconds:.0f} a second; seconds of CPU to open, on a new channel: {opening}; "
+            f"on a known one: {known}; for an event to arrive: {arriving}; the worker had "
             f"{before >> 20} MB, {high >> 20} at the end, and {resident(pid) >> 20} then"
         )
-    for times in (opening, known, arriving):
-        assert max(times) < LATE
+    for took in (opening, known, arriving):
+        assert took.most < LATE
     assert "Traceback" not in server.log()
     assert high - before < 30 << 20
-
-
-def told(times: list[float]) -> str:
-    ordered = sorted(times)
-    return f"{ordered[len(ordered) // 2]:.3f}, at most {ordered[-1]:.3f} ({len(ordered)})"
 
 
 def test_a_worker_that_listens_to_all_the_channels_it_can_opens_known_ones(
@@ -207,17 +248,16 @@ def test_a_worker_that_listens_to_all_the_channels_it_can_opens_known_ones(
 def test_a_stream_that_waits_for_listen_is_let_go_when_its_client_leaves(
     own_postgres: postgres.Server, start_server: Start, workers: tuple[str, ...]
 ) -> None:
-    server = start_server(own_postgres.url(), *OPTIONS, *workers, FLASK_SSE_HEARTBEAT="300")
+    app = "tests.support.apps.patient:app"
+    server = start_server(own_postgres.url(), *OPTIONS, *workers, app=app, FLASK_SSE_HEARTBEAT="300")
     with open_stream(server.port, "a"):
         own_postgres.stop()
         with Crowd(server.port) as crowd:
             for number in range(20):
                 crowd.add(f"b-{number}")
-            eventually(lambda: streams(server) == 21, 5)
-        begun = time.monotonic()
-        eventually(lambda: streams(server) == 1, 5)
-        assert time.monotonic() - begun < 2, "and not when its wait of ten seconds ends"
-        eventually(lambda: server.get("/held") == "1", 5)
+            eventually(lambda: streams(server) == 21, PATIENCE)
+        eventually(lambda: streams(server) == 1, PATIENCE, "and not when its wait of ten minutes ends")
+        eventually(lambda: server.get("/held") == "1", PATIENCE)
 
 
 @pytest.mark.slow
@@ -229,25 +269,22 @@ def test_one_that_resumes_on_ever_new_channels_is_not_noticed_by_others_that_res
     after = history(database_url, [f"n-{number}-{which}" for number in range(200) for which in range(100)], 5, 200)
     history(database_url, [f"own-{number}" for number in range(200)], 20, 200)
     server = start_server(database_url, *OPTIONS)
-    resuming: list[float] = []
-    arriving: list[float] = []
+    resuming, arriving = Took(worker(server)), Took(worker(server))
+    options = {"source": "127.0.0.2", "timeout": PATIENCE}
     passing = Passing(server.port, rate=40, stays=1.0, last_event_id=str(after))
-    with open_stream(server.port, "a", source="127.0.0.2") as stays, passing:
+    with open_stream(server.port, "a", **options) as stays, passing:
         begun = time.monotonic()
         number = 0
         while time.monotonic() < begun + ATTACK:
-            since = time.monotonic()
             known = {"Last-Event-ID": str(after)}
-            with open_stream(server.port, f"own-{number}", source="127.0.0.2", headers=known) as stream:
+            with resuming.measured(), open_stream(server.port, f"own-{number}", headers=known, **options) as stream:
                 assert str(stream.event().data).startswith("1 ")
-            resuming.append(time.monotonic() - since)
-            since = time.monotonic()
-            execute(database_url, "SELECT flask_pg_sse.notify('a', %s)", (str(number),))
-            assert stays.event().data == str(number)
-            arriving.append(time.monotonic() - since)
+            with arriving.measured():
+                execute(database_url, "SELECT flask_pg_sse.notify('a', %s)", (str(number),))
+                assert stays.event().data == str(number)
             number += 1
-    print(f"seconds to resume: {told(resuming)}; for an event to arrive: {told(arriving)}")
-    assert statistics.median(resuming) < LATE / 2 and max(arriving) < LATE
+    print(f"seconds of CPU to resume: {resuming}; for an event to arrive: {arriving}")
+    assert resuming.most < LATE and arriving.most < LATE
 
 
 @pytest.mark.slow
@@ -255,23 +292,20 @@ def test_one_that_resumes_on_ever_new_channels_is_not_noticed_by_others_that_res
 def test_clients_that_do_not_read_keep_nobody_from_large_events(
     database_url: str, start_server: Start, workers: tuple[str, ...]
 ) -> None:
-    """They hold thirteen events of 5 MB, which is all the room, and come again before they are cut."""
+    """They hold thirteen events of 5 MB, which is all the room, and are not cut before the others have theirs."""
     install(database_url)
     names = [f"large-{number}" for number in range(18)]
     after = history(database_url, names, 1, 5_000_000)
     small_buffers = ("-c", "python:tests.support.apps.small_buffers")
-    server = start_server(database_url, *OPTIONS, *workers, *small_buffers, FLASK_SSE_SEND_TIMEOUT="30")
-    took: list[float] = []
+    server = start_server(database_url, *OPTIONS, *workers, *small_buffers, FLASK_SSE_SEND_TIMEOUT="300")
     with Crowd(server.port) as crowd:
         for channel in names[13:]:
             idle = [crowd.add(name, last_event_id=after, receive_buffer=4096) for name in names[:13]]
             for reader in idle:
                 reader.stop_after = 20_000
             crowd.read_until(lambda: not any(reader.reading for reader in idle), 60)  # noqa: B023
-            begun = time.monotonic()
             good = crowd.add(channel, last_event_id=after)
-            crowd.read_until(lambda: good.events or good.closed, 20)  # noqa: B023
-            took.append(time.monotonic() - begun)
+            crowd.read_until(lambda: good.events or good.closed, PATIENCE)  # noqa: B023
             assert good.end is None and len(good.events) == 1
             if channel == names[-1]:
                 for reader in idle:
@@ -281,6 +315,4 @@ def test_clients_that_do_not_read_keep_nobody_from_large_events(
             for reader in [*idle, good]:
                 reader.sock.close()
                 crowd.readers.remove(reader)
-    print(f"seconds to get 5 MB: {told(took)}")
-    assert max(took) < LATE
     assert "Traceback" not in server.log()
