@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from tests.promises.test_turns import stopped
 from tests.support.crowd import Crowd, Reader, calls_after, flood, install, logged, publish
+from tests.support.crowd import worker as worker_of
 from tests.support.postgres import execute
 from tests.support.servers import WebServer, need_open_files
 
@@ -26,7 +28,7 @@ def test_a_thousand_that_return_to_one_channel(database_url: str, start_server: 
     install(database_url)
     chooser = random.Random(1)
     flood(database_url, ["news", "other"], 100, 200)
-    server = start_server(database_url, *OPTIONS)
+    server = start_server(database_url, *OPTIONS, FLASK_SSE_HEARTBEAT="300")
     with Crowd(server.port) as crowd:
         if worker == "knows":
             [stays] = crowd.open(1, "news")
@@ -35,7 +37,9 @@ def test_a_thousand_that_return_to_one_channel(database_url: str, start_server: 
         log = logged(database_url, ["news"])
         ids = [chooser.choice(log[-60:])[0] for _ in range(COUNT)]
         missed = {log_id: [event for event in log if event[0] > log_id] for log_id in set(ids)}
-        last = {id(reader): log_id for reader, log_id in zip(_open(crowd, ids, "news"), ids, strict=True)}
+        with stopped(worker_of(server)):
+            added = _open(crowd, ids, "news")
+        last = {id(reader): log_id for reader, log_id in zip(added, ids, strict=True)}
         crowd.read_until(lambda: all(len(r.events) >= len(missed[last[id(r)]]) for r in crowd.readers[-COUNT:]), 60)
         publish(database_url, ("news", "live"))
         crowd.read_until(lambda: all(r.events and r.events[-1][1] == "live" for r in crowd.readers), 60)
@@ -63,10 +67,11 @@ def test_a_thousand_that_return_to_channels_of_their_own(database_url: str, star
     log: dict[str, list[int]] = {}
     for channel, log_id in execute(database_url, "SELECT channel, id FROM flask_pg_sse.event ORDER BY id"):
         log.setdefault(channel, []).append(log_id)
-    server = start_server(database_url, *OPTIONS)
+    server = start_server(database_url, *OPTIONS, FLASK_SSE_HEARTBEAT="300")
     with Crowd(server.port) as crowd:
-        for name in names:
-            crowd.add(name, last_event_id=log[name][0])
+        with stopped(worker_of(server)):
+            for name in names:
+                crowd.add(name, last_event_id=log[name][0])
         crowd.read_until(lambda: all(len(reader.events) >= 3 for reader in crowd.readers), 60)
         for reader in crowd.readers:
             assert reader.ids == log[reader.channels[0]][1:]
@@ -86,7 +91,7 @@ def test_a_crowd_of_all_kinds(database_url: str, start_server: Start) -> None:
     flood(database_url, names, 150, 500)
     log = {name: logged(database_url, [name]) for name in names}
     everything = sorted(log_id for events in log.values() for log_id, _ in events)
-    server = start_server(database_url, *OPTIONS)
+    server = start_server(database_url, *OPTIONS, FLASK_SSE_HEARTBEAT="300")
     with Crowd(server.port) as crowd:
         kinds: list[tuple[tuple[str, ...], int | None]] = []
         for _ in range(300):
