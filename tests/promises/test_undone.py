@@ -10,9 +10,11 @@ from flask import Flask
 
 from flask_pg_sse import notify
 from flask_pg_sse.testing import stream
+from tests.promises.test_turns import stopped
 from tests.support.client import eventually
 from tests.support.cluster import Cluster, promote
 from tests.support.crowd import Crowd, Reader, calls_after, install, logged, publish
+from tests.support.crowd import worker as worker_of
 from tests.support.log import run
 from tests.support.postgres import connect, execute
 from tests.support.servers import WebServer, need_open_files
@@ -27,13 +29,18 @@ def send(channel: str, data: str) -> int:
     return log_id
 
 
-def lose(url: str, after: int) -> None:
-    """Put an older state of the log back in place, as TRUNCATE and the rows of a backup do."""
+def lose(url: str, after: int, then: str = "") -> None:
+    """Put an older state of the log back in place, as TRUNCATE and the rows of a backup do.
+
+    `then`: with an event on channel b already, before anybody can look.
+    """
     with closing(connect(url)) as connection:
         run(connection, "BEGIN")
         run(connection, "CREATE TEMP TABLE backup AS SELECT * FROM flask_pg_sse.event WHERE id <= %s", (after,))
         run(connection, "TRUNCATE flask_pg_sse.event")
         run(connection, "INSERT INTO flask_pg_sse.event SELECT * FROM backup")
+        if then:
+            run(connection, "SELECT flask_pg_sse.notify('b', %s)", (then,))
         run(connection, "COMMIT")
 
 
@@ -55,8 +62,9 @@ def test_a_restore_in_place(logged_url: str, make_app: MakeApp, caplog: pytest.L
         hub = app.extensions["pg_sse"].runtime.worker.streams[0]
         engine = app.extensions["pg_sse"].runtime.worker.engine
         eventually(lambda: engine._listener._receiver.confirmed >= lost[-1], 10, "a beat has come back")
-        lose(logged_url, kept[-1])
-        new = [send("b", "on another channel")] if newer == "events follow" else []
+        lose(logged_url, kept[-1], "on another channel" if newer == "events follow" else "")
+        new = [log_id for log_id, _ in logged(logged_url, ["b"])]
+        assert len(new) == (newer == "events follow")
         while (reset := next(events)).event == "sse-cursor":
             pass
         head = (new or kept)[-1]
@@ -165,7 +173,8 @@ def test_a_thousand_that_come_back_with_lost_ids(database_url: str, start_server
     execute(database_url, "DELETE FROM flask_pg_sse.event WHERE id > %s", (kept,))
     server = start_server(database_url, "--worker-connections", "3000", "--backlog", "2048")
     with Crowd(server.port) as crowd:
-        readers = [crowd.add("news", last_event_id=log_id) for log_id in lost]
+        with stopped(worker_of(server)):
+            readers = [crowd.add("news", last_event_id=log_id) for log_id in lost]
         crowd.read_until(lambda: all(len(reader.control) >= 2 for reader in readers), 60)
         publish(database_url, ("news", "live"))
         crowd.read_until(lambda: all(reader.events for reader in readers), 60)
