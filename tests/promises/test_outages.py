@@ -66,9 +66,9 @@ def workers_of(server: WebServer) -> list[int]:
 @pytest.fixture
 def url(own_postgres: postgres.Server) -> str:
     install_log(own_postgres.url())
-    # A past, for the pruning to have something to do from the first moment.
+    # A past, for the pruning to have something to do from the first moment. Workers prune what is a day old themselves.
     execute(own_postgres.url(), "SELECT flask_pg_sse.publish_v1('past', array_fill('{}'::json, ARRAY[2000]), NULL)")
-    execute(own_postgres.url(), "UPDATE flask_pg_sse.event SET created_at = now() - interval '1 day'")
+    execute(own_postgres.url(), "UPDATE flask_pg_sse.event SET created_at = now() - interval '1 hour'")
     return own_postgres.url()
 
 
@@ -166,7 +166,7 @@ def test_whoever_was_away_for_too_long_is_told_and_goes_on_from_there(
                 return len(resets) >= (200 if LONG else 12)
 
             eventually(some_were_too_late, 300 if LONG else 40)
-        run_to_the_end(browsers, url, 40)
+        run_to_the_end(browsers, url, 60)
     log = logged(url)
     report("retention too short", browsers, log, time.monotonic() - begun)
     for browser in browsers:

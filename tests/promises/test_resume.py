@@ -97,7 +97,7 @@ def test_no_event_is_lost_or_repeated_by_clients_that_are_cut_at_any_byte(
                 done.wait(0.1)
                 assert time.monotonic() < begun + 60 + wanted / 100, "events come"
                 assert not [browser.failure for browser in browsers if browser.failure]
-        run_to_the_end(browsers, database_url, 30)
+        run_to_the_end(browsers, database_url, 60)
     log = logged(database_url)
     assert log == execute(database_url, "SELECT id, channel, data FROM flask_pg_sse.event ORDER BY id")
     report("cut at any byte", browsers, log, time.monotonic() - begun)
