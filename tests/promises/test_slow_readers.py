@@ -22,6 +22,8 @@ from tools import postgres
 Start = Callable[..., WebServer]
 LONG = bool(os.environ.get("LONG"))
 SMALL_BUFFERS = ("-c", "python:tests.support.apps.small_buffers", "--worker-connections", "3000", "--backlog", "2048")
+# A busy machine's clients stop for longer than the usual 30 s.
+PATIENT = {"FLASK_SSE_SEND_TIMEOUT": "300"}
 BUFFER_BYTES = 262144
 # More than the sum of the parts, by what Python's and C's allocators keep of pieces that come and go.
 KEPT = 1.25
@@ -90,7 +92,7 @@ def test_stalled_clients_cost_bounded_memory_delay_nobody_and_lose_nothing(
 ) -> None:
     need_open_files(2 * count + 500)
     install(database_url)
-    server = start_server(database_url, *SMALL_BUFFERS, FLASK_SSE_HEARTBEAT="1")
+    server = start_server(database_url, *SMALL_BUFFERS, FLASK_SSE_HEARTBEAT="1", **PATIENT)
     channels = [f"own-{number % 50}" for number in range(count)]
     with Crowd(server.port) as crowd:
         slow = [crowd.add("all", channel, receive_buffer=4096) for channel in channels]
@@ -129,7 +131,7 @@ def test_stalled_clients_cost_bounded_memory_delay_nobody_and_lose_nothing(
 def test_stalled_clients_on_channels_of_their_own_cost_no_more(database_url: str, start_server: Start) -> None:
     """Where no two share the bytes that wait for them. And all of it is in small pieces."""
     install(database_url)
-    server = start_server(database_url, *SMALL_BUFFERS, FLASK_SSE_BUFFER_BYTES="65536")
+    server = start_server(database_url, *SMALL_BUFFERS, FLASK_SSE_BUFFER_BYTES="65536", **PATIENT)
     count = 100
     with Crowd(server.port) as crowd:
         slow = [crowd.add(f"own-{number}", receive_buffer=4096) for number in range(count)]
@@ -155,7 +157,7 @@ def test_stalled_clients_on_channels_of_their_own_cost_no_more(database_url: str
 def test_clients_with_the_kernels_own_buffers_lose_nothing_either(database_url: str, start_server: Start) -> None:
     """Those hold megabytes for each client, so that a stream is behind only after a long time."""
     install(database_url)
-    server = start_server(database_url)
+    server = start_server(database_url, **PATIENT)
     with Crowd(server.port) as crowd:
         slow = crowd.open(6, "a", receive_buffer=4096)
         [good] = crowd.open(1, "a")
@@ -179,7 +181,7 @@ def test_large_events_on_their_way_to_stalled_clients_have_a_budget(database_url
     after = {name: logged(database_url, [name])[0][0] for name in names}
     for name in names:
         publish(database_url, (name, name.ljust(5_000_000, "x")), (name, "last"))
-    server = start_server(database_url, *SMALL_BUFFERS)
+    server = start_server(database_url, *SMALL_BUFFERS, **PATIENT)
     with Crowd(server.port) as crowd:
         [good] = crowd.open(1, "good")
         before = resident(worker(server))
@@ -203,7 +205,7 @@ def test_large_events_on_their_way_to_stalled_clients_have_a_budget(database_url
 
 
 def test_without_the_log_a_stalled_client_is_told_that_it_is_behind(database_url: str, start_server: Start) -> None:
-    server = start_server(database_url, *SMALL_BUFFERS)
+    server = start_server(database_url, *SMALL_BUFFERS, **PATIENT)
     with Crowd(server.port) as crowd:
         slow = crowd.open(20, "a", receive_buffer=4096)
         [good] = crowd.open(1, "a")
@@ -221,7 +223,7 @@ def test_without_the_log_a_stalled_client_is_told_that_it_is_behind(database_url
 def test_what_is_said_to_a_slow_reader_keeps_its_place(database_url: str, start_server: Start) -> None:
     """Where the log has lost what a stream has yet to read, it is told so between the old and the new."""
     install(database_url)
-    server = start_server(database_url, *SMALL_BUFFERS, FLASK_SSE_BUFFER_BYTES="20000")
+    server = start_server(database_url, *SMALL_BUFFERS, FLASK_SSE_BUFFER_BYTES="20000", **PATIENT)
     with Crowd(server.port) as crowd:
         [slow] = crowd.open(1, "a", receive_buffer=4096)
         [good] = crowd.open(1, "a")
@@ -250,7 +252,8 @@ def test_a_stream_that_is_behind_ends_soon_when_the_worker_is_to_stop(
     database_url: str, start_server: Start, reads: bool
 ) -> None:
     install(database_url)
-    server = start_server(database_url, *SMALL_BUFFERS)
+    # What else would end them takes longer than this test.
+    server = start_server(database_url, *SMALL_BUFFERS, "--graceful-timeout", "300", **PATIENT)
     with Crowd(server.port) as crowd:
         slow = crowd.open(10, "a", receive_buffer=4096)
         [good] = crowd.open(1, "a")
@@ -262,13 +265,10 @@ def test_a_stream_that_is_behind_ends_soon_when_the_worker_is_to_stop(
             go_on(slow)
             crowd.read_until(lambda: all(len(reader.events) > 50 for reader in slow), every=0)
             assert any(len(reader.events) < 2000 for reader in slow), "they are behind still"
-        begun = time.monotonic()
         server.terminate()
         if reads:
-            crowd.read_until(lambda: all(reader.closed for reader in slow), 10)
-        eventually(lambda: server.process.poll() is not None)
-        took = time.monotonic() - begun
-        assert took < 4
+            crowd.read_until(lambda: all(reader.closed for reader in slow), 60)
+        eventually(lambda: server.process.poll() is not None, 60)
         go_on(slow)
         crowd.read_until(lambda: all(reader.closed for reader in crowd.readers))
         assert good.end == "shutdown"
@@ -285,7 +285,7 @@ def test_a_stream_that_is_behind_ends_soon_when_the_worker_is_to_stop(
 def test_a_stream_that_is_behind_waits_for_postgres(own_postgres: postgres.Server, start_server: Start) -> None:
     url = own_postgres.url()
     install(url)
-    server = start_server(url, *SMALL_BUFFERS, FLASK_SSE_HEARTBEAT="0.3")
+    server = start_server(url, *SMALL_BUFFERS, FLASK_SSE_HEARTBEAT="0.3", **PATIENT)
     with Crowd(server.port) as crowd:
         slow = crowd.open(10, "a", receive_buffer=4096)
         [good] = crowd.open(1, "a")
