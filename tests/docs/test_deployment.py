@@ -264,7 +264,7 @@ def test_a_worker_has_no_more_connections_than_the_table_says(
         with closing(connect(logged_url)) as locker, locker.cursor() as cursor:
             cursor.execute("BEGIN; LOCK TABLE flask_pg_sse.event, flask_pg_sse.retention IN ACCESS EXCLUSIVE MODE")
             waiting = ask_at_once(*["/notify/channel-1", "/cursor"] * 25)
-            eventually(lambda: reached("listener", "notify", "head"), 7, "publishers and pages wait for the lock")
+            eventually(lambda: reached("listener", "notify", "head"), 30, "publishers and pages wait for the lock")
         for number in range(30):
             execute(logged_url, "SELECT flask_pg_sse.notify(%s, %s)", (f"channel-{number}", "x" * 100_000))
         resuming = [f"/sse?channel=channel-{number}&last_event_id=0" for number in range(30)]

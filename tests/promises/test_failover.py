@@ -234,7 +234,7 @@ def synchronous(cluster: Cluster, name: str = "standby") -> None:
     execute(cluster.primary.url(), f"ALTER SYSTEM SET synchronous_standby_names = '{name}'")
     execute(cluster.primary.url(), "SELECT pg_reload_conf()")
     query = "SELECT sync_state FROM pg_stat_replication WHERE application_name = %s"
-    eventually(lambda: execute(cluster.primary.url(), query, (name,)) == [("sync",)], 10)
+    eventually(lambda: execute(cluster.primary.url(), query, (name,)) == [("sync",)], 30)
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ class Link:
         with self._done:
             self._orders.append(word)
             self._wake.send(b"\0")
-            self._done.wait_for(lambda: word not in self._orders, 5)
+            self._done.wait_for(lambda: word not in self._orders, 30)
 
     def _run(self) -> None:
         while True:

@@ -48,7 +48,7 @@ def pgbouncer(direct_url: str, **settings: object) -> Iterator[str]:
         )
     url = f"postgresql://postgres@127.0.0.1:{port}{direct.path}"
     try:
-        eventually(lambda: _answers(url, process, folder / "log"), 10, "PgBouncer answers")
+        eventually(lambda: _answers(url, process, folder / "log"), 60, "PgBouncer answers")
         yield url
     finally:
         process.kill()

@@ -86,7 +86,7 @@ class WebServer:
 
     def wait_ready(self) -> None:
         try:
-            eventually(self._answers, 30, "the server answers")
+            eventually(self._answers, 60, "the server answers")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log()}") from None
 
