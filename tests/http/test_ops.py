@@ -31,6 +31,7 @@ NOBODY_THERE = "postgresql://127.0.0.1:1/nothing_listens_there"
 TOKEN = "a token of the operators"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 APP = "tests.support.apps.operated:app"
+NOT_ANSWERING = "flask_pg_sse_workers_not_answering"
 
 
 def scrape(server: WebServer) -> dict[str, float]:
@@ -139,12 +140,11 @@ def test_one_scrape_has_all_workers_and_counters_do_not_fall(database_url: str, 
     server.post("/notify/orders", b'{"data": "x"}')
     for stream in streams:
         assert stream.event().data == "x"
-    before = scrape(server)
+    before = eventually(lambda: (found := scrape(server)) and not found[NOT_ANSWERING] and found, 30)
     assert before["flask_pg_sse_streams"] == before["flask_pg_sse_streams_opened_total"] == 12
     assert before["flask_pg_sse_delivered_events_total"] == 12
     assert before["flask_pg_sse_delivered_bytes_total"] == 12 * len("data: x\n\n")
     assert before["flask_pg_sse_notify_calls_total"] == 1
-    assert before["flask_pg_sse_workers_not_answering"] == 0
     assert 0 < before["flask_pg_sse_listener_lag_seconds"] < 5
     victim, other = children(server)
     os.kill(victim, signal.SIGSTOP)
@@ -152,11 +152,11 @@ def test_one_scrape_has_all_workers_and_counters_do_not_fall(database_url: str, 
     began = time.monotonic()
     stopped = scrape_of(server)
     assert time.monotonic() - began < 5
-    assert (stopped["flask_pg_sse_workers"], stopped["flask_pg_sse_workers_not_answering"]) == (1, 1)
+    assert (stopped["flask_pg_sse_workers"], stopped[NOT_ANSWERING]) == (1, 1)
     os.kill(victim, signal.SIGKILL)
     eventually(lambda: victim not in children(server))
-    killed = scrape_of(server)
-    assert killed["flask_pg_sse_workers_not_answering"] == 0
+    # The one that comes in its place may take longer than 0.7 s to answer.
+    killed = eventually(lambda: (found := scrape_of(server)) and not found[NOT_ANSWERING] and found, 30)
     for name, value in before.items():
         if name.partition(" ")[0].endswith("_total"):
             assert value <= stopped[name] <= killed[name], name
@@ -180,7 +180,10 @@ def test_ready_is_when_listen_is_confirmed_and_not_while_postgres_is_away(
     server = start_server(own_postgres.url(), app=APP)
     assert '"streams":0' in server.get("/state").replace(" ", "")
     assert status(server, "/livez") == 200
-    assert status(server, "/readyz") == 200  # it starts to listen for this
+    began = time.monotonic()
+    first = status(server, "/readyz")  # it starts to listen for this, and waits a second for the answer
+    assert first == 200 or time.monotonic() - began > 1
+    eventually(lambda: status(server, "/readyz") == 200)
     assert json.loads(server.get("/state"))["listened"] == []
     own_postgres.stop()
     eventually(lambda: status(server, "/readyz") == 503, 20)
@@ -195,7 +198,7 @@ def test_ready_is_when_listen_is_confirmed_and_not_while_postgres_is_away(
 def test_not_ready_while_the_worker_ends(database_url: str, start_server: Start) -> None:
     """A request that is under way holds the worker, which still answers on a connection that is open."""
     server = start_server(database_url, "--keep-alive", "30", app="tests.support.apps.draining:app")
-    assert status(server, "/readyz") == 200
+    eventually(lambda: status(server, "/readyz") == 200)
     with request(server.port, "/signal-then-ready", timeout=20) as response:
         assert response.read() == b"503"
 

@@ -15,6 +15,7 @@ from flask_pg_sse.engine.postgres.unquoted import UnquotedNames
 from flask_pg_sse.serve import create_app
 from flask_pg_sse.testing import Received, stream
 from flask_pg_sse.web.blueprint import SSEBlueprint
+from tests.support.client import eventually
 from tests.support.postgres import connect, execute
 
 Alone = Callable[..., Flask]
@@ -89,7 +90,9 @@ def test_all_other_paths_are_channels(alone: Alone) -> None:
 @pytest.mark.parametrize("name", ["livez", "healthz", "readyz"])
 def test_the_names_of_health_are_no_channels(alone: Alone, name: str) -> None:
     app = alone()
-    response = app.test_client().get(f"/{name}")
+    client = app.test_client()
+    eventually(lambda: client.get(f"/{name}").status_code == 200)  # the first LISTEN may take longer than it waits
+    response = client.get(f"/{name}")
     assert (response.status_code, response.text, response.mimetype) == (200, "ok\n", "text/plain")
     assert status(app, f"/?channel={name}") == status(app, f"/channel={name}") == 404
 
