@@ -183,7 +183,7 @@ def test_a_silent_postgres_stops_no_other_route(silent_postgres: str, start_serv
         body = "" if index % 2 else "Content-Type: application/json\r\nContent-Length: 2\r\n"
         sock.sendall(f"{call} HTTP/1.1\r\nHost: localhost\r\n{body}\r\n{'' if index % 2 else '{}'}".encode())
     for _ in range(20):
-        with request(server.port, "/ping", timeout=2) as response:
+        with request(server.port, "/ping", timeout=5) as response:
             assert response.read() == b"pong"
     # After 10 s the streams are told to come back later, and the views get an error that shows no password.
     for index, sock in enumerate(busy):
