@@ -12,6 +12,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -39,13 +40,19 @@ def _ports() -> Iterator[int]:
 
 
 _OWN_PORTS = _ports()
+_reserved: deque[socket.socket] = deque()
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing listens on, and that no other test of this run is given."""
+    """Return a TCP port that nothing listens on, and that no other test is given, nor one of another run for a while."""
+    while len(_reserved) >= 100:
+        _reserved.popleft().close()
     for port in itertools.islice(_OWN_PORTS, 900):
-        with socket.socket() as probe, contextlib.suppress(OSError):
+        _reserved.append(probe := socket.socket())
+        with contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            # Servers set this too, and then bind the port nevertheless, since nothing listens on it.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             return port
     raise AssertionError("no port is free")
 
