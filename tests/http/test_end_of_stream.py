@@ -30,12 +30,13 @@ EACH_SERVER = but_one_slow(SERVERS)
 @pytest.mark.parametrize("name", EACH_SERVER)
 def test_the_last_chunk_is_not_sent(database_url: str, start_server: Start, name: str, direct: str) -> None:
     """Neither after an open stream nor after a refusal. All that was sent arrives, and the log is as ever."""
-    env = {"FLASK_SSE_MAX_AGE": "1", "FLASK_SSE_MAX_STREAMS": "1", "FLASK_SSE_DIRECT_WRITE": direct}
+    env = {"FLASK_SECRET_KEY": "x", "FLASK_SSE_MAX_STREAMS": "1", "FLASK_SSE_DIRECT_WRITE": direct}
     server = start_server(database_url, command=SERVERS[name], **env)
     with open_stream(server.port, "orders") as stream, request(server.port, "/sse?channel=orders") as refused:
         server.post("/notify/orders", b'{"data": "hello"}')
         assert stream.event().data == "hello"
-        for one, reason in ((stream, "max_age"), (refused, "capacity")):
+        server.post("/end/orders")
+        for one, reason in ((stream, "revoked"), (refused, "capacity")):
             assert one.event().json == {"reason": reason}
             assert one.read() == b"" and one.broken
             one.wait_closed()
@@ -49,14 +50,15 @@ def test_the_last_chunk_is_not_sent(database_url: str, start_server: Start, name
 @pytest.mark.parametrize("name", EACH_SERVER)
 def test_the_end_is_a_clean_one_for_an_event_source(database_url: str, start_server: Start, name: str) -> None:
     """Which comes back after any end, and is known by what it asks for. A page must see the last event."""
-    env = {"FLASK_SSE_MAX_AGE": "1", "FLASK_SSE_MAX_STREAMS": "1"}
+    env = {"FLASK_SECRET_KEY": "x", "FLASK_SSE_MAX_STREAMS": "1"}
     server = start_server(database_url, command=SERVERS[name], **env)
     asks = {"Cache-Control": "no-cache"}
     with (
         open_stream(server.port, "orders", headers=asks) as stream,
         request(server.port, "/sse?channel=orders", headers=asks) as refused,
     ):
-        for one, reason in ((stream, "max_age"), (refused, "capacity")):
+        server.post("/end/orders")
+        for one, reason in ((stream, "revoked"), (refused, "capacity")):
             assert one.event().json == {"reason": reason}
             assert one.read() == b"" and one.finished and not one.broken
             one.wait_closed()

@@ -8,7 +8,7 @@ import logging
 from flask import Flask, current_app, jsonify, request
 from flask.typing import ResponseReturnValue
 
-from flask_pg_sse import notify, notify_many, sse_bp, sse_cursor
+from flask_pg_sse import disconnect, notify, notify_many, sse_bp, sse_cursor
 from flask_pg_sse.hub.subscription import Subscription
 
 logging.basicConfig(level=logging.INFO)
@@ -28,6 +28,13 @@ def ping() -> ResponseReturnValue:
 def send(channel: str) -> ResponseReturnValue:
     options = request.get_json()
     return jsonify(notify(channel, options.pop("data", None), **options))
+
+
+@app.post("/end/<channel>")
+def end(channel: str) -> ResponseReturnValue:
+    """End the streams on a channel. It needs FLASK_SECRET_KEY."""
+    disconnect(channel=channel)
+    return "", 204
 
 
 @app.get("/cursor")
