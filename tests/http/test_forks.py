@@ -82,13 +82,15 @@ def check(server: WebServer, url: str, folder: Path, how: str) -> None:
     exactly(streams)
     assert len(shared) == 1, "only the socket that reads as ended, which children get in the place of all others"
     before = time.monotonic()
+    publish(url, 1)
+    exactly(streams, 1)  # and the heartbeats that came while the others were read
     beats = [streams[0].next() for _ in range(3)]  # SSE_HEARTBEAT is 1 s
     assert all(beat.comments == ["heartbeat"] or beat.event == "sse-cursor" for beat in beats)
     assert time.monotonic() - before > 1.5
     (folder / "go").touch()
     assert jobs.event().data == "ended"
     if how != "executor":  # whose process waits for another job
-        eventually(lambda: not Path(f"/proc/{child}").exists() or state_of(child) == "Z")
+        eventually(lambda: state_of(child) in ("", "Z"))
     publish(url, 3)
     exactly(streams, 3)
     for stream in (*streams, jobs):
@@ -97,7 +99,11 @@ def check(server: WebServer, url: str, folder: Path, how: str) -> None:
 
 
 def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    """Return the letter of /proc for a process; "" if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 HOW = ["multiprocessing", "os.fork", "atexit", "executor"]
@@ -139,10 +145,8 @@ def test_a_stream_ends_for_its_client_though_another_process_has_its_socket(
         child = int(server.post(f"/fork/c?folder={tmp_path}"))
         assert stream.event().json == {"reason": "max_age"}
         assert stream.read() == b"" and stream.broken != bool(asks)
-        before = time.monotonic()
         stream.wait_closed()
-        assert time.monotonic() - before < 2
-        assert state_of(child) in "SR"
+        assert state_of(child) in ("S", "R")
     (tmp_path / "go").touch()
     assert not any(word in server.log() for word in WRONG), server.log()
 
