@@ -76,9 +76,7 @@ def test_all_that_a_client_held_is_free_within_a_second(
             assert streams(server) == 31
             for stream in leaving:
                 way(stream.sock)
-        began = time.monotonic()
-        eventually(lambda: streams(server) == 1, 5)
-        assert time.monotonic() - began < 3, "a second, and what a busy machine adds"
+        eventually(lambda: streams(server) == 1, what="a second, and what a busy machine adds; not 300 s")
         server.post("/notify/a", b'{"data": "hello"}')
         assert staying.event().data == "hello"
     assert "Traceback" not in server.log()

@@ -310,7 +310,7 @@ def test_a_flood_from_one_address_leaves_the_worker_as_it_was(database_url: str,
                 asked = [crowd.add("a") for _ in range(500)]
                 for reader in asked:
                     reader.reading = False
-            eventually(lambda: len(waits) > 2, what="others are answered while the flood's connections are there")
+            eventually(lambda: len(waits) > 2, 60, "others are answered while the flood's connections are there")
             stop.set()
             other.join()
             asked = crowd.readers[20:]
