@@ -44,7 +44,7 @@ _reserved: deque[socket.socket] = deque()
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing listens on, and that no other test is given, nor one of another run for a while."""
+    """Return a TCP port that nothing listens on. No other test is given it, nor, for a while, one of another run."""
     while len(_reserved) >= 100:
         _reserved.popleft().close()
     for port in itertools.islice(_OWN_PORTS, 900):
