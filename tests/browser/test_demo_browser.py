@@ -387,6 +387,7 @@ def test_nothing_is_wider_than_the_screen(demo: Demo) -> None:
     page = demo.tab()
     place(page, "W" * 30)
     expect(ticket(page, "new", "W" * 30)).to_have_count(1)
+    wait_for_cards_to_rest(page)
     for width in (320, 375, 768, 1280, 2000):
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -436,7 +437,7 @@ def test_who_wants_no_motion_sees_none(demo: Demo) -> None:
     page.emulate_media(reduced_motion="no-preference")
     page.locator("#next-3").click()
     expect(ticket(page, "ready", "Linus")).to_have_count(1)
-    assert page.evaluate("window.animated") > 0
+    page.wait_for_function("window.animated > 0")
 
 
 def contrast(one: list[float], other: list[float]) -> float:
