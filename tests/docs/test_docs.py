@@ -243,7 +243,7 @@ def test_after_a_restore_everybody_is_told(own_postgres: postgres.Server, make_a
     execute(own_postgres.url(), "ALTER DATABASE backup RENAME TO shop")
 
     def back() -> list[Received]:
-        events = stream(app.test_client(), f"/sse?channel=orders&last_event_id={seen}")
+        events = stream(app.test_client(), f"/sse?channel=orders&last_event_id={seen}", timeout=30)
         first = [next(events), next(events)]
         events.close()
         return first

@@ -79,7 +79,7 @@ def app(database_url: str, make_app: Callable[..., Flask]) -> Iterator[Flask]:
 
 
 def received(app: Flask, count: int, act: Callable[[], None]) -> list[tuple[str, str]]:
-    events = stream(app.test_client(), "/sse?channel=orders")
+    events = stream(app.test_client(), "/sse?channel=orders", timeout=30)
     assert next(events).event == "sse-open"
     act()
     found = [next(events) for _ in range(count)]
@@ -134,7 +134,7 @@ def test_an_order_placed_while_the_page_is_on_its_way(app: Flask, database_url: 
     }  # fmt: skip
     exec(example("cursor"), names)
     client = app.test_client()
-    events = stream(client, client.get("/orders").text)
+    events = stream(client, client.get("/orders").text, timeout=30)
     assert next(events).event == "sse-open"
     assert next(events).id == str(placed[0])
     events.close()

@@ -536,7 +536,7 @@ def test_a_dump_by_a_role_that_may_read_all(
         load(dump(by("backup")), copy)
         app = make_app(by("app", copy))
         with app.app_context():
-            events = stream(app.test_client(), f"/sse?channel=orders&last_event_id={seen}")
+            events = stream(app.test_client(), f"/sse?channel=orders&last_event_id={seen}", timeout=30)
             assert [next(events).event, next(events).data] == ["sse-open", "two"]
             notify("orders", "three")
             assert next(events).data == "three"
@@ -556,7 +556,7 @@ def test_a_dump_by_the_apps_own_role(
         execute(copy, schema_sql([parse_dsn(by("app"))["user"]]))
         app = make_app(by("app", copy))
         with app.app_context():
-            events = stream(app.test_client(), f"/sse?channel=orders&last_event_id={seen}")
+            events = stream(app.test_client(), f"/sse?channel=orders&last_event_id={seen}", timeout=30)
             assert next(events).event == "sse-open"
             reset = next(events)
             assert (reset.event, reset.json["reason"]) == ("sse-reset", "too-old")

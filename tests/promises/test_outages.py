@@ -165,7 +165,7 @@ def test_whoever_was_away_for_too_long_is_told_and_goes_on_from_there(
                 resets = [reset for browser in browsers for reset in browser.resets if reset.asked not in FOREIGN_IDS]
                 return len(resets) >= (200 if LONG else 12)
 
-            eventually(some_were_too_late, 300 if LONG else 40)
+            eventually(some_were_too_late, 300 if LONG else 90)
         run_to_the_end(browsers, url, 60)
     log = logged(url)
     report("retention too short", browsers, log, time.monotonic() - begun)

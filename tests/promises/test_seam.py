@@ -39,7 +39,7 @@ def send(channel: str, data: str, **options: Any) -> int:
 def listen(app: Flask, *channels: str, after: object = None) -> Stream:
     with app.test_request_context():
         url = sse_url(channels)
-    return stream(app.test_client(), url if after is None else f"{url}&last_event_id={after}")
+    return stream(app.test_client(), url if after is None else f"{url}&last_event_id={after}", timeout=30)
 
 
 def take(events: Iterator[Received], count: int) -> list[tuple[str, str]]:

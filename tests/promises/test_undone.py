@@ -54,7 +54,7 @@ def test_a_restore_in_place(logged_url: str, make_app: MakeApp, caplog: pytest.L
     """The listener's connection stays, so the next beat finds out, even if the head of the log is a newer event."""
     app = make_app(logged_url, SSE_HEARTBEAT=0.5)
     with app.app_context():
-        events = stream(app.test_client(), "/sse?channel=a")
+        events = stream(app.test_client(), "/sse?channel=a", timeout=30)
         assert next(events).event == "sse-open"
         kept = [send("a", f"kept {number}") for number in range(3)]
         lost = [send("a", f"lost {number}") for number in range(3)]
@@ -86,12 +86,12 @@ def test_clients_that_come_back(logged_url: str, make_app: MakeApp) -> None:
         lose(logged_url, kept[-1])
         after = send("a", "after")
         for log_id in lost:
-            with closing(stream(app.test_client(), f"/sse?channel=a&last_event_id={log_id}")) as events:
+            with closing(stream(app.test_client(), f"/sse?channel=a&last_event_id={log_id}", timeout=30)) as events:
                 assert next(events).id == str(log_id)
                 reset = next(events)
                 assert (reset.event, reset.json, reset.id) == ("sse-reset", {"reason": "undone"}, str(after))
         for number, log_id in enumerate(kept):
-            with closing(stream(app.test_client(), f"/sse?channel=a&last_event_id={log_id}")) as events:
+            with closing(stream(app.test_client(), f"/sse?channel=a&last_event_id={log_id}", timeout=30)) as events:
                 assert next(events).id == str(log_id)
                 assert [next(events).id for _ in kept[number + 1 :]] == list(map(str, kept[number + 1 :]))
                 assert next(events).id == str(after)
