@@ -434,6 +434,8 @@ def test_an_old_primary_that_lives_on(logged_cluster: Cluster, play: Play, monke
         execute(old.url(), "ALTER SYSTEM RESET synchronous_standby_names")
         execute(old.url(), "SELECT pg_reload_conf()")
         promote(new)
+        scene.goes_on()
+        scene.all_have_what_is_in(old.url())
         logged_cluster.lead_to(new, drop=False)
         moved = "The listener moves there"
         eventually(lambda: scene.server.log().count(moved) == 2, 90, "both workers have moved")
