@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import select
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -613,13 +613,19 @@ def test_a_copy_of_100000_rows_costs_less_than_a_call_for_each(logged: Writer) -
         CREATE TRIGGER by_row AFTER INSERT ON by_row FOR EACH ROW EXECUTE FUNCTION by_row()
     """
     logged(ORDERS, trigger_sql("orders"), by_row)
-    seconds = {}
+
+    def used() -> int:
+        """Return the processor time of the session so far, in which other processes have no part."""
+        fields = Path(f"/proc/{logged._connection.info.backend_pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    ticks = {}
     for table in ("by_row", "orders"):
-        begun = time.monotonic()
+        before = used()
         logged(f"INSERT INTO {table} SELECT g, 'new', 1 FROM generate_series(1, 100000) g")
-        seconds[table] = time.monotonic() - begun
+        ticks[table] = used() - before
     assert [data["id"] for _, data in logged.heard()] == list(range(1, 100001))
-    assert seconds["orders"] < seconds["by_row"], seconds
+    assert ticks["orders"] < ticks["by_row"], ticks
 
 
 # --- in the browser's stream
