@@ -212,7 +212,7 @@ def test_no_clock_gives_an_id_out_twice(running_postgres: Running) -> None:
             for step in ("+3600", "-10", "+10", "-3600", "+7200", "+0"):
                 count = len(found[0])
                 put_off(step)
-                eventually(lambda count=count: len(found[0]) > count + 20)  # type: ignore[misc]
+                eventually(lambda count=count: len(found[0]) > count + 20, 60)  # type: ignore[misc]
         finally:
             stop.set()
             for thread in threads:
@@ -247,7 +247,7 @@ def test_two_servers_of_a_split_brain_have_no_id_in_common(cluster: Cluster) -> 
     threads = [InThread(work, one) for one in both]
     try:
         time.sleep(3 * LONG)  # how long it lasts, not a wait for something
-        eventually(lambda: all(len(ids.get(one, ())) > 1000 for one in both))
+        eventually(lambda: all(len(ids.get(one, ())) > 1000 for one in both), 60)
     finally:
         stop.set()
         for thread in threads:
