@@ -454,8 +454,7 @@ def test_a_log_that_outgrows_its_events(
             reader.rollback()
         assert line["remedy"]
         execute(url, "VACUUM flask_pg_sse.event")
-        answer = doctor(app)
-        assert answer.status == 0, answer.output
+        eventually(lambda: doctor(app).status == 0, 20)  # up to version 14, the statistics come half a second later
 
 
 def test_rows_left_in_pending(logged_url: str, healthy: Flask) -> None:
