@@ -86,7 +86,7 @@ class Sites:
             self.server.post(f"/notify/{channel}")
             return page.evaluate("window.heard")
 
-        answer = eventually(said)
+        answer = eventually(said, 30)
         assert answer in ("hello", "refused")
         return bool(answer == "hello")
 

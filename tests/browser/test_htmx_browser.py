@@ -128,7 +128,7 @@ class Shop:
 
     def wait_for_listen(self) -> None:
         """Wait until PostgreSQL has confirmed LISTEN for the page's stream, whose headers come before that."""
-        eventually(lambda: "orders" in self.front.get("/listened"))
+        eventually(lambda: "orders" in self.front.get("/listened"), 30)
 
     def post(self, path: str, dish: str = "") -> None:
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -189,7 +189,7 @@ def restart_behind_nginx(page: Page, shop: Shop, proxies: Proxies) -> list[str]:
     with page.expect_response(lambda response: answered(response, 502), timeout=30_000):
         shop.front.stop()
     shop.order("pie")
-    with page.expect_response(lambda response: answered(response, 200), timeout=60_000):
+    with page.expect_response(lambda response: answered(response, 200), timeout=120_000):
         shop.front_is_back()
     shop.wait_for_listen()
     shop.order("tea")

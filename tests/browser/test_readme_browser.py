@@ -39,7 +39,7 @@ def test_eventsource(page: Page, database_url: str, start_server: Start, tmp_pat
 def open_page(page: Page, server: WebServer, channel: str = "orders") -> None:
     """Open the page and wait until PostgreSQL has confirmed LISTEN: from then on it misses nothing."""
     page.goto(f"http://127.0.0.1:{server.port}/")
-    eventually(lambda: f'"{channel}"' in server.get("/state"))
+    eventually(lambda: f'"{channel}"' in server.get("/state"), 30)
 
 
 DISPATCHED = """
@@ -73,7 +73,7 @@ def test_heartbeats_and_comments_dispatch_nothing(
         )
         with page.expect_response("**/sse?channel=orders"):
             page.goto(f"http://127.0.0.1:{server.port}/")
-        eventually(lambda: '"streams":1' in server.get("/state"))  # noqa: B023
+        eventually(lambda: '"streams":1' in server.get("/state"), 30)  # noqa: B023
         with open_stream(server.port, "orders") as stream:
             for number in range(3):
                 for _ in range(2):
