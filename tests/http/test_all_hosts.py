@@ -189,7 +189,7 @@ def test_the_question_does_not_go_into_the_event_log(hosts: Hosts, database_url:
 
 @pytest.mark.slow
 def test_a_stopped_worker_of_another_host_is_named(hosts: Hosts) -> None:
-    server = hosts.start("first-host", "-w", "3")
+    server = hosts.start("first-host", "-w", "3", "--timeout", "300")
     process = server.process.pid
     stopped = int(Path(f"/proc/{process}/task/{process}/children").read_text().split()[0])
     streams = [open_stream(server.port, "orders") for _ in range(12)]
@@ -199,8 +199,7 @@ def test_a_stopped_worker_of_another_host_is_named(hosts: Hosts) -> None:
         def states() -> dict[int, str]:
             return {worker["pid"]: worker["state"] for worker in hosts.look("elsewhere")["workers"]}
 
-        eventually(lambda: len(states()) == 3, 30)
-        assert states()[stopped] == "stopped"
+        eventually(lambda: len(found := states()) == 3 and found[stopped] == "stopped", 30)
     finally:
         os.kill(stopped, signal.SIGCONT)
     for stream in streams:
@@ -217,7 +216,7 @@ def test_while_postgres_is_away_the_workers_of_this_host_are_shown(
         own_postgres.stop()
         began = time.monotonic()
         found = hosts.look("first-host")
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
         assert [worker["streams"] for worker in found["workers"]] == [1]
         assert found["other_hosts"].startswith("Other hosts cannot be asked: PostgreSQL cannot be reached")
         lines = hosts.run("first-host", "--all-hosts").stdout.splitlines()
