@@ -50,7 +50,7 @@ class RedisServer:
         }
         line = [part for name, value in options.items() for part in (f"--{name}", *(value.split() or [""]))]
         self._process = subprocess.Popen([self.program, *line])
-        eventually(self.socket.exists, 20, "Redis listens")
+        eventually(self.socket.exists, 60, "Redis listens")
 
     def stop(self) -> None:
         if self._process is not None:
