@@ -30,9 +30,11 @@ from .hub import Hub
 from .replay import Replay
 from .ticker import Ticker
 
-# Seconds from the start of a worker in which it begins to hear the database, on a busy machine too. Streams of later
-# requests do not wait for that before they are answered.
-_MOMENT = 5.0
+# Seconds from the start of a worker in which it usually begins to hear the database. Streams of later requests do not
+# wait for that before they are answered.
+_MOMENT = 1.0
+# The same in tests of apps, whose stream() does not come back as a browser does. A busy machine takes longer.
+_MOMENT_IN_TESTS = 5.0
 # Seconds in which threads must end. After that they end by themselves.
 PATIENCE = 5.0
 # So many apps that are in use in one process are probably those of a suite, whose tests are done with most of them.
@@ -95,14 +97,14 @@ class Worker:
         if self._streams is not None:
             self._streams[0].disconnect(command)
 
-    def listen_soon(self) -> None:
+    def listen_soon(self, *, in_test: bool) -> None:
         """Start to listen, if nothing has yet, and give that a moment.
 
         A right is best checked when this process hears the commands that take it away. A stream whose right was checked
         before that comes back and is checked again, if such a command may have been missed.
         """
         _ = self.streams
-        self.admission.wait_to_hear(self._started_at + _MOMENT)
+        self.admission.wait_to_hear(self._started_at + (_MOMENT_IN_TESTS if in_test else _MOMENT))
 
     def _start(self) -> tuple[Hub, Replay]:
         self._started_at = time.monotonic()

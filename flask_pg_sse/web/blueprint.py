@@ -344,7 +344,7 @@ def _admitted(
     try:
         with worker.admission.place(subscription):
             if permission.revocable and current.method != "HEAD":
-                worker.listen_soon()
+                worker.listen_soon(in_test="flask_pg_sse.testing" in current.environ)
             asked_at = time.monotonic()
             subjects = authorize.subjects_of(permission.subject, permission.tokens.subjects(now), state.refusals)
             if subjects is None:
