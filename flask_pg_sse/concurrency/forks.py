@@ -29,15 +29,15 @@ _descriptors: set[weakref.ref[Descriptor]] = set()
 _stops: set[weakref.WeakMethod[Callable[[], None]]] = set()
 _resets: list[Callable[[], None]] = []
 # What children get in the place of each descriptor. Opened before there is a child, which may have no descriptor left.
-_ended: dict[str, _socket.socket] = {}
+_ended: dict[str, int] = {}
 
 
 def close_in_children(one: Descriptor) -> None:
     """Have the descriptor closed in every child that is forked from now on. Only a weak reference to it is kept."""
     if not _ended:
         made = _ended_socket()
-        if _ended.setdefault("socket", made) is not made:  # another thread was faster
-            made.close()
+        if _ended.setdefault("socket", made) != made:  # another thread was faster
+            os.close(made)
     _descriptors.add(weakref.ref(one, _descriptors.discard))
 
 
@@ -67,7 +67,7 @@ def _silence(one: Any, ended: int) -> None:
 def _begin_child() -> None:
     for descriptor in tuple(_descriptors):
         if _ended:
-            _silence(descriptor(), _ended["socket"].fileno())
+            _silence(descriptor(), _ended["socket"])
     _descriptors.clear()
     for stop in tuple(_stops):
         method = stop()
@@ -78,11 +78,14 @@ def _begin_child() -> None:
         reset()
 
 
-def _ended_socket() -> _socket.socket:
-    """Return a socket whose other side is closed: it reads as ended, and writing to it fails."""
+def _ended_socket() -> int:
+    """Return the descriptor of a socket whose other side is closed: it reads as ended, and writing to it fails.
+
+    It stays open until the process ends. Python would then warn of a socket object that nobody has closed.
+    """
     this, other = _socket.socketpair()  # not gevent's
     other.close()
-    return this
+    return this.detach()
 
 
 os.register_at_fork(after_in_child=_begin_child)

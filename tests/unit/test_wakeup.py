@@ -42,6 +42,17 @@ def test_a_watched_descriptor_sets_it(kind: str) -> None:
     assert done.stdout == "fine\n", done.stderr
 
 
+def test_the_end_of_a_process_is_no_warning() -> None:
+    """What is kept for the children that a process may fork is let go of there, in some order."""
+    script = (
+        "from flask_pg_sse.concurrency.wakeup import Wakeup; from flask_pg_sse.concurrency import forks\n"
+        "Wakeup().close(); assert forks._ended; forks._ended.clear()"
+    )
+    command = [sys.executable, "-W", "always", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 BUSY = """
 import gevent.monkey; gevent.monkey.patch_all()
 import gevent, socket, time
