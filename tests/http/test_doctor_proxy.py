@@ -66,6 +66,7 @@ class Site:
             for limit in ("_OPEN_WITHIN", "_COME_WITHIN", "_LATE", "_RATHER_LATE"):
                 patch.setattr(checks, limit, 20.0)
             patch.setattr(web_server, "_READ_WITHIN", 60.0)
+            patch.setattr("flask_pg_sse.cli.doctor.checks.LIMIT", 60.0)  # of a whole check
             return self.ask(proxy, **options)
 
 
