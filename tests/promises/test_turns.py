@@ -203,6 +203,7 @@ def test_one_that_asks_for_ever_new_channels_and_leaves_is_not_noticed(
         with Passing(server.port) as passing:
             number = 0
             while passing.opened < passing.goes_on_to:
+                assert passing.is_alive()
                 number += 1
                 for channel, took in ((f"own-{number}", opening), ("a", known)):
                     with took.measured():
