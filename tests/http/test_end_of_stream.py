@@ -68,9 +68,10 @@ def test_the_end_is_a_clean_one_for_an_event_source(database_url: str, start_ser
 def test_where_the_end_is_a_clean_one(database_url: str, start_server: Start, app: str) -> None:
     """As docs/deploy.md says. What the server makes of the body is not seen there, or HTTP has no other end."""
     version = "1.0" if app == "HTTP/1.0" else "1.1"
-    server = start_server(database_url, app=APP if version == "1.0" else app, FLASK_SSE_MAX_AGE="0.5")
+    server = start_server(database_url, app=APP if version == "1.0" else app, FLASK_SECRET_KEY="x")
     with open_stream(server.port, "orders", version=version) as stream:
-        assert stream.event().json == {"reason": "max_age"}
+        server.post("/end/orders")
+        assert stream.event().json == {"reason": "revoked"}
         assert stream.read() == b"" and stream.finished and not stream.broken
 
 
