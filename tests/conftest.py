@@ -14,6 +14,7 @@ import pytest
 from flask import Flask
 
 from flask_pg_sse import sse_bp
+from flask_pg_sse.hub import worker
 from flask_pg_sse.server import rundir
 from tests.support.client import eventually
 
@@ -73,8 +74,12 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def make_app() -> Iterator[Callable[..., Flask]]:
-    """Make apps with the blueprint and open channels, or hooks; what they start is ended after the test."""
+def make_app(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Flask]]:
+    """Make apps with the blueprint and open channels, or hooks; what they start is ended after the test.
+
+    However a test opens its first stream, that waits for LISTEN as `stream()` does, on a busy machine too.
+    """
+    monkeypatch.setattr(worker, "_MOMENT", worker._MOMENT_IN_TESTS)
     apps: list[Flask] = []
 
     def make(database_url: str | None = None, /, *, authorize: Any = None, subject: Any = None, **config: Any) -> Flask:

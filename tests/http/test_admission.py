@@ -15,6 +15,7 @@ from flask import Flask, abort
 
 from flask_pg_sse import EventLogMissing, notify, schema_sql
 from flask_pg_sse.engine.postgres.listener import PostgresListener
+from flask_pg_sse.hub import worker
 from flask_pg_sse.hub.admission import OPEN_TIMEOUT
 from flask_pg_sse.testing import stream
 from tests.support.client import eventually, request
@@ -24,6 +25,7 @@ from tests.support.servers import WebServer, free_port
 
 Start = Callable[..., WebServer]
 CLIENTS = 14
+MOMENT = worker._MOMENT  # before the fixture `make_app` makes it longer
 WORKERS = pytest.mark.parametrize(
     ("options", "room"),
     [
@@ -234,6 +236,7 @@ def test_a_worker_takes_long_to_listen_and_the_first_view_does_not_wait_for_it(
         return connect(listener)
 
     monkeypatch.setattr(PostgresListener, "_connect", connect_late)
+    monkeypatch.setattr(worker, "_MOMENT", MOMENT)
     with app_with(lambda channel: True).test_client().get("/sse?channel=a") as response:
         assert not connected.is_set(), "the view waits for a second"
         assert response.get_data(as_text=True).endswith('data: {"reason": "unavailable"}\n\n')

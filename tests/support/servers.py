@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -41,6 +42,12 @@ def _ports() -> Iterator[int]:
 
 _OWN_PORTS = _ports()
 _reserved: deque[socket.socket] = deque()
+
+
+@atexit.register
+def _release() -> None:
+    for probe in _reserved:
+        probe.close()
 
 
 def free_port() -> int:
