@@ -21,6 +21,7 @@ from .channels import check_channel
 from .concurrency.locks import Lock
 from .engine.base import Disconnect, Engine
 from .engine.caller import check_caller
+from .engine.last_result import LastResult
 from .engine.losses import Losses
 from .engine.memory import MemoryEngine
 from .engine.postgres.dsn import Dsn, Engines, configured_databases
@@ -202,7 +203,7 @@ class Runtime:
             retention=settings.retention,
             log_owner=settings.log_owner,
             longest_silence=settings.heartbeat,
-            keys=_KeysOf(self),
+            keys=LastResult[Sequence[str | bytes]](weakref.WeakMethod(self.keys), ()),
         )
 
     @functools.cached_property
@@ -233,19 +234,6 @@ class Runtime:
         # One lock for each process. A lock from before a fork may stay locked forever in the child, and may be of the
         # wrong kind (created before gevent patched the process).
         return self._locks.setdefault(os.getpid(), Lock())
-
-
-class _KeysOf:
-    """Returns the keys of an app, and those that it had last once it is gone."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = weakref.ref(runtime)
-        self._last: Sequence[str | bytes] = ()
-
-    def __call__(self) -> Sequence[str | bytes]:
-        if (runtime := self._runtime()) is not None:
-            self._last = runtime.keys()
-        return self._last
 
 
 class _FoundOnce:

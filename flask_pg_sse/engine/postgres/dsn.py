@@ -24,6 +24,7 @@ from psycopg2.extensions import get_wait_callback, make_dsn, parse_dsn
 from ...concurrency.greenlets import is_patched
 from ...errors import IN_TESTS, ConfigurationError, DatabaseNotConfigured, DatabaseUnavailable
 from ...settings import POLL, Settings, database_sources
+from ..last_result import LastResult
 
 logger = logging.getLogger(__name__)
 
@@ -236,26 +237,13 @@ def _is_libpq_option(key: str) -> bool:
 
 
 def _to_asked(value: Any, source: str) -> Dsn | None:
-    return Dsn(source, {}, _AppsFunction(value)) if callable(value) else None
-
-
-class _AppsFunction:
-    """Calls a function that belongs to an app, and returns its last result once the function is gone.
-
-    It does not keep the function, which may refer to the app: see hub/worker.py. The app's settings keep it.
-    """
-
-    def __init__(self, function: Callable[[], object]) -> None:
-        try:
-            self._function: Callable[[], Callable[[], object] | None] = weakref.ref(function)
-        except TypeError:  # an object of C, or with __slots__
-            self._function = lambda: function
-        self._last: object = None
-
-    def __call__(self) -> object:
-        if (function := self._function()) is not None:
-            self._last = function()
-        return self._last
+    if not callable(value):
+        return None
+    try:
+        reference: Callable[[], Callable[[], object] | None] = weakref.ref(value)  # the app's settings keep it
+    except TypeError:  # an object of C, or with __slots__
+        reference = lambda: value  # noqa: E731
+    return Dsn(source, {}, LastResult(reference, None))
 
 
 _NO_DATABASE = (
