@@ -13,6 +13,7 @@ import pytest
 from psycopg2.extensions import parse_dsn
 
 from tests.support.client import Response, eventually, open_stream
+from tests.support.crowd import state_of
 from tests.support.postgres import connect
 from tests.support.redis import RedisServer
 from tests.support.servers import ROOT, WebServer
@@ -96,14 +97,6 @@ def check(server: WebServer, url: str, folder: Path, how: str) -> None:
     for stream in (*streams, jobs):
         stream.close()
     assert not any(word in server.log() for word in WRONG), server.log()
-
-
-def state_of(pid: int) -> str:
-    """Return the letter of /proc for a process; "" if there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
 
 
 HOW = ["multiprocessing", "os.fork", "atexit", "executor"]

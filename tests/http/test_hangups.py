@@ -18,10 +18,9 @@ from flask_pg_sse.hub.subscription import Subscription
 from flask_pg_sse.hub.ticker import Ticker
 from flask_pg_sse.server.connection import Connection
 from flask_pg_sse.server.hangups import Hangups
-from tests.http.test_hostile_requests import cpu
 from tests.http.test_limits import streams
 from tests.support.client import eventually, open_stream
-from tests.support.crowd import worker
+from tests.support.crowd import cpu, worker
 from tests.support.model import Quiet
 from tests.support.servers import WebServer
 

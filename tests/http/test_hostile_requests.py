@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flask_pg_sse.tokens import Token, sign_token
 from tests.support.client import Response, eventually, open_stream
-from tests.support.crowd import worker
+from tests.support.crowd import cpu, worker
 from tests.support.postgres import fresh_database
 from tests.support.servers import WebServer, free_port, gunicorn
 from tools import postgres
@@ -238,12 +238,6 @@ def test_refusals_need_no_database(server_without_database: WebServer, name: str
     """A client without permission costs no query: without a database the answer is the same, and comes at once."""
     target, status, word = LONG[name]
     assert_refused(get(server_without_database, target), status, word)
-
-
-def cpu(pid: int) -> int:
-    """Return the ticks of CPU that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
 
 
 def cost(server: WebServer, target: bytes, times: int) -> int:

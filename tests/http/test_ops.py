@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from flask_pg_sse import ops_bp, stats
 from flask_pg_sse.web.metrics import GAUGES
 from tests.support.client import eventually, open_stream, request
+from tests.support.crowd import state_of
 from tests.support.servers import WebServer, free_port
 from tools import postgres
 
@@ -148,7 +149,7 @@ def test_one_scrape_has_all_workers_and_counters_do_not_fall(database_url: str, 
     assert 0 < before["flask_pg_sse_listener_lag_seconds"] < 5
     victim, other = children(server)
     os.kill(victim, signal.SIGSTOP)
-    eventually(lambda: Path(f"/proc/{victim}/stat").read_text().split()[2] == "T")
+    eventually(lambda: state_of(victim) == "T")
     began = time.monotonic()
     stopped = scrape_of(server)
     assert time.monotonic() - began < 5

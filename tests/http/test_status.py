@@ -17,6 +17,7 @@ import pytest
 
 from flask_pg_sse.server import siblings
 from tests.support.client import eventually, open_stream
+from tests.support.crowd import state_of
 from tests.support.servers import ROOT, WebServer
 from tools import postgres
 
@@ -103,7 +104,7 @@ def test_a_stopped_worker_is_named_and_a_killed_one_is_gone_while_postgres_is_aw
     stopped = min(pids)
     os.kill(stopped, signal.SIGSTOP)
     try:
-        eventually(lambda: Path(f"/proc/{stopped}/stat").read_text().split()[2] == "T")
+        eventually(lambda: state_of(stopped) == "T")
         by_pid = {one["pid"]: one for one in workers(nobody_there)}
         assert (by_pid[stopped]["state"], by_pid[stopped]["streams"]) == ("stopped", None)
         assert by_pid[max(pids)]["state"] == "serving"
@@ -123,7 +124,7 @@ def test_a_look_takes_less_than_a_second_also_if_a_worker_is_stopped(
     [stopped, _] = children(server)
     os.kill(stopped, signal.SIGSTOP)
     try:
-        eventually(lambda: Path(f"/proc/{stopped}/stat").read_text().split()[2] == "T")
+        eventually(lambda: state_of(stopped) == "T")
 
         def a_quick_look() -> siblings.Asked | None:
             began = time.monotonic()

@@ -16,10 +16,9 @@ from benchmarks.crowd import Crowd, Heard, data_of
 from benchmarks.machine import many_descriptors
 from benchmarks.rig import faults
 from flask_pg_sse import schema_sql
-from tests.http.test_hostile_requests import cpu
 from tests.http.test_limits import streams
 from tests.support.client import eventually
-from tests.support.crowd import resident, worker
+from tests.support.crowd import cpu, resident, worker
 from tests.support.far_host import far_host
 from tests.support.postgres import connect, execute
 from tests.support.servers import WebServer

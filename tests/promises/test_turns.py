@@ -13,10 +13,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.http.test_hostile_requests import cpu
 from tests.http.test_limits import streams
 from tests.support.client import eventually, open_stream, request
-from tests.support.crowd import Crowd, install, resident, worker
+from tests.support.crowd import Crowd, cpu, install, resident, worker
 from tests.support.postgres import execute
 from tests.support.servers import WebServer
 from tools import postgres

@@ -6,7 +6,6 @@ import json
 import select
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -17,6 +16,7 @@ from flask import Flask
 from flask_pg_sse import drop_schema_sql, drop_trigger_sql, schema_sql, trigger_sql
 from flask_pg_sse.engine.postgres.codec import from_payload, pg_name
 from flask_pg_sse.testing import stream
+from tests.support.crowd import cpu
 from tests.support.postgres import connect, dump, execute, fresh_database, load
 from tools import postgres
 
@@ -614,16 +614,12 @@ def test_a_copy_of_100000_rows_costs_less_than_a_call_for_each(logged: Writer) -
     """
     logged(ORDERS, trigger_sql("orders"), by_row)
 
-    def used() -> int:
-        """Return the processor time of the session so far, in which other processes have no part."""
-        fields = Path(f"/proc/{logged._connection.info.backend_pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
-
+    pid = logged._connection.info.backend_pid
     ticks = {}
     for table in ("by_row", "orders"):
-        before = used()
+        before = cpu(pid)  # in which other processes have no part
         logged(f"INSERT INTO {table} SELECT g, 'new', 1 FROM generate_series(1, 100000) g")
-        ticks[table] = used() - before
+        ticks[table] = cpu(pid) - before
     assert [data["id"] for _, data in logged.heard()] == list(range(1, 100001))
     assert ticks["orders"] < ticks["by_row"], ticks
 
