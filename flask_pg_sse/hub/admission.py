@@ -37,7 +37,10 @@ def _reset() -> None:
 
 reset_in_children(_reset)
 _NONE: set[Subscription] = set()
-_NO_ANSWER = f"PostgreSQL has not answered within {OPEN_TIMEOUT:g} s"
+_NO_ANSWER = (
+    f"PostgreSQL has not answered within {OPEN_TIMEOUT:g} s, or its answer waits behind more events than this worker "
+    "can handle"
+)
 # The longest time in seconds that a client waits because the log has been missing for as long.
 _LONGEST_WAIT = 30.0
 # Milliseconds after which a client comes back that only has to be asked again.
