@@ -20,6 +20,7 @@ from flask_pg_sse import schema_sql
 from flask_pg_sse.tokens import Question, read_question, sign_question
 from tests.support.client import eventually, open_stream
 from tests.support.postgres import connect, execute
+from tests.support.processes import children
 from tests.support.servers import ROOT, WebServer
 from tools import postgres
 
@@ -190,8 +191,7 @@ def test_the_question_does_not_go_into_the_event_log(hosts: Hosts, database_url:
 @pytest.mark.slow
 def test_a_stopped_worker_of_another_host_is_named(hosts: Hosts) -> None:
     server = hosts.start("first-host", "-w", "3", "--timeout", "300")
-    process = server.process.pid
-    stopped = int(Path(f"/proc/{process}/task/{process}/children").read_text().split()[0])
+    stopped = children(server.process.pid)[0]
     streams = [open_stream(server.port, "orders") for _ in range(12)]
     os.kill(stopped, signal.SIGSTOP)
     try:

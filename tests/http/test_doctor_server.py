@@ -16,6 +16,7 @@ from tests.docs.test_readme import example
 from tests.support.client import eventually, open_stream
 from tests.support.doctor import Answer, doctor_command, found
 from tests.support.postgres import execute
+from tests.support.processes import children
 from tests.support.redis import RedisServer
 from tests.support.servers import ROOT, WebServer, free_port
 
@@ -176,7 +177,7 @@ def test_a_worker_and_listener_that_are_deaf(logged_url: str, start_server: Star
     options = ("-k", "gevent", "--timeout", "300")
     server = run(start_server, site, logged_url, *options, FLASK_SSE_HEARTBEAT="0.5")
     with open_stream(server.port, "orders"):
-        [pid] = [int(one.name) for one in Path("/proc").glob("[0-9]*") if _parent(one) == server.process.pid]
+        [pid] = children(server.process.pid)
         os.kill(pid, signal.SIGSTOP)
         try:
             line = found(ask(site, logged_url), "workers", "fault", f"1 of 1 workers of this host do not answer: {pid}")
@@ -204,13 +205,6 @@ def test_events_for_a_channel_in_another_case(logged_url: str, start_server: Sta
         assert next(one for one in iter(stream.event, None) if one.event == "message").data == "8"
         assert ask(site, logged_url, **environ).status == 0
     server.stop()
-
-
-def _parent(process: Path) -> int:
-    try:
-        return int(process.joinpath("stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ import pytest
 from psycopg2.extensions import parse_dsn
 
 from tests.support.client import Response, eventually, open_stream
-from tests.support.crowd import state_of
 from tests.support.postgres import connect
+from tests.support.processes import parent_of, state_of
 from tests.support.redis import RedisServer
 from tests.support.servers import ROOT, WebServer
 from tests.support.slow import but_one_slow
@@ -45,10 +45,6 @@ def at_postgres(url: str) -> set[str]:
     port = f":{int(parse_dsn(url)['port']):04X}"
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return {f"socket:[{line[9]}]" for line in lines if line[2].endswith(port)}
-
-
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def publish(url: str, count: int = COUNT) -> None:

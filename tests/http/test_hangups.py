@@ -20,8 +20,9 @@ from flask_pg_sse.server.connection import Connection
 from flask_pg_sse.server.hangups import Hangups
 from tests.http.test_limits import streams
 from tests.support.client import eventually, open_stream
-from tests.support.crowd import cpu, worker
+from tests.support.crowd import worker
 from tests.support.model import Quiet
+from tests.support.processes import cpu
 from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]

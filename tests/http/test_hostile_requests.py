@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from flask_pg_sse.tokens import Token, sign_token
 from tests.support.client import Response, eventually, open_stream
-from tests.support.crowd import cpu, worker
+from tests.support.crowd import worker
 from tests.support.postgres import fresh_database
+from tests.support.processes import cpu
 from tests.support.servers import WebServer, free_port, gunicorn
 from tools import postgres
 

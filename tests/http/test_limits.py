@@ -21,8 +21,9 @@ from flask_pg_sse.testing import parse, stream
 from flask_pg_sse.tokens import Token, sign_token
 from flask_pg_sse.web.authorize import counted_under
 from tests.support.client import eventually, open_stream, request
-from tests.support.crowd import Crowd, resident, worker
+from tests.support.crowd import Crowd, worker
 from tests.support.postgres import execute, members
+from tests.support.processes import resident
 from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from flask_pg_sse import ops_bp, stats
 from flask_pg_sse.web.metrics import GAUGES
 from tests.support.client import eventually, open_stream, request
-from tests.support.crowd import state_of
+from tests.support.processes import children, state_of
 from tests.support.servers import WebServer, free_port
 from tools import postgres
 
@@ -50,11 +50,6 @@ def status(server: WebServer, path: str, **headers: str) -> int:
     with request(server.port, path, headers=headers, timeout=10) as response:
         response.read()
         return response.status
-
-
-def children(server: WebServer) -> list[int]:
-    process = server.process.pid
-    return sorted(int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split())
 
 
 @pytest.fixture
@@ -147,7 +142,7 @@ def test_one_scrape_has_all_workers_and_counters_do_not_fall(database_url: str, 
     assert before["flask_pg_sse_delivered_bytes_total"] == 12 * len("data: x\n\n")
     assert before["flask_pg_sse_notify_calls_total"] == 1
     assert 0 < before["flask_pg_sse_listener_lag_seconds"] < 5
-    victim, other = children(server)
+    victim, other = sorted(children(server.process.pid))
     os.kill(victim, signal.SIGSTOP)
     eventually(lambda: state_of(victim) == "T")
     began = time.monotonic()
@@ -155,7 +150,7 @@ def test_one_scrape_has_all_workers_and_counters_do_not_fall(database_url: str, 
     assert time.monotonic() - began < 5
     assert (stopped["flask_pg_sse_workers"], stopped[NOT_ANSWERING]) == (1, 1)
     os.kill(victim, signal.SIGKILL)
-    eventually(lambda: victim not in children(server))
+    eventually(lambda: victim not in children(server.process.pid))
     # The one that comes in its place may take longer than 0.7 s to answer.
     killed = eventually(lambda: (found := scrape_of(server)) and not found[NOT_ANSWERING] and found, 30)
     for name, value in before.items():

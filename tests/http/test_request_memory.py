@@ -11,7 +11,8 @@ import pytest
 
 from tests.http.test_web_servers import pywsgi
 from tests.support.client import Response, eventually
-from tests.support.crowd import resident, worker
+from tests.support.crowd import worker
+from tests.support.processes import resident
 from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]

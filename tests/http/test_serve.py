@@ -20,6 +20,7 @@ from flask_pg_sse.serve import create_app
 from flask_pg_sse.settings import Settings
 from tests.support.client import Response, eventually, open_stream, request
 from tests.support.postgres import execute
+from tests.support.processes import children
 from tests.support.servers import ROOT, WebServer, gunicorn
 
 # One control socket for all tests would be a file in the home directory.
@@ -44,10 +45,6 @@ def serve(start_server: Serve) -> Serve:
         return start_server(database_url, command=line, ready="/livez", **env)
 
     return start
-
-
-def children(process: int) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def opened(port: int, path: str = "/orders") -> Response:

@@ -11,7 +11,8 @@ from contextlib import ExitStack
 import pytest
 
 from tests.support.client import Response, eventually, open_stream
-from tests.support.crowd import Crowd, publish, resident, worker
+from tests.support.crowd import Crowd, publish, worker
+from tests.support.processes import resident
 from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]

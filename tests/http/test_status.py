@@ -17,7 +17,7 @@ import pytest
 
 from flask_pg_sse.server import siblings
 from tests.support.client import eventually, open_stream
-from tests.support.crowd import state_of
+from tests.support.processes import children, state_of
 from tests.support.servers import ROOT, WebServer
 from tools import postgres
 
@@ -55,11 +55,6 @@ def answering(database_url: str) -> list[dict[str, Any]]:
     return found
 
 
-def children(server: WebServer) -> set[int]:
-    process = server.process.pid
-    return {int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()}
-
-
 @pytest.mark.parametrize(
     "options",
     [("-w", "2"), pytest.param(("-w", "2", "-k", "gthread", "--threads", "8"), marks=pytest.mark.slow)],
@@ -69,7 +64,7 @@ def test_the_workers_of_this_host_and_what_they_do(
     database_url: str, start_server: Start, options: tuple[str, ...]
 ) -> None:
     server = start_server(database_url, *options)
-    pids = children(server)
+    pids = set(children(server.process.pid))
     eventually(lambda: {one["pid"] for one in workers(database_url)} == pids, 30)  # also those that served nothing
     assert [one["streams"] for one in answering(database_url)] == [0, 0]
     streams = [open_stream(server.port, "orders", "stock") for _ in range(5)]
@@ -99,7 +94,7 @@ def test_a_stopped_worker_is_named_and_a_killed_one_is_gone_while_postgres_is_aw
     nobody_there: str, start_server: Start
 ) -> None:
     server = start_server(nobody_there, "-w", "2")
-    pids = children(server)
+    pids = set(children(server.process.pid))
     eventually(lambda: {one["pid"] for one in workers(nobody_there)} == pids, 30)
     stopped = min(pids)
     os.kill(stopped, signal.SIGSTOP)
@@ -121,7 +116,7 @@ def test_a_look_takes_less_than_a_second_also_if_a_worker_is_stopped(
     server = start_server(nobody_there, "-w", "2")
     app_id = make_app(nobody_there).extensions["pg_sse"].runtime.app_id()
     eventually(lambda: len(siblings.ask_all(app_id, {}).answers) == 2)
-    [stopped, _] = children(server)
+    [stopped, _] = children(server.process.pid)
     os.kill(stopped, signal.SIGSTOP)
     try:
         eventually(lambda: state_of(stopped) == "T")
@@ -177,7 +172,7 @@ def test_watch_looks_again_until_ctrl_c(nobody_there: str, start_server: Start) 
     with watching:
         assert watching.stdout is not None and watching.stderr is not None
         looks = [json.loads(watching.stdout.readline()) for _ in range(2)]
-        assert all(worker["pid"] in children(server) for look in looks for worker in look["workers"])
+        assert all(worker["pid"] in children(server.process.pid) for look in looks for worker in look["workers"])
         watching.send_signal(signal.SIGINT)
         assert watching.wait(10) == 130
         assert watching.stderr.read() == ""

@@ -16,6 +16,7 @@ import pytest
 from tests.support.client import eventually, open_stream, request
 from tests.support.crowd import worker
 from tests.support.postgres import connect, execute
+from tests.support.processes import resident
 from tests.support.servers import WebServer
 from tools import postgres
 
@@ -181,11 +182,6 @@ def test_a_client_that_goes_frees_its_subscription_and_its_listen(database_url: 
     assert "Traceback" not in server.log()
 
 
-def resident_kb(pid: int) -> int:
-    with open(f"/proc/{pid}/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
-
-
 @pytest.mark.slow
 def test_the_memory_of_clients_that_went_is_used_again(database_url: str, start_server: Start) -> None:
     server = start_server(database_url, FLASK_SSE_HEARTBEAT="0.2")
@@ -196,8 +192,8 @@ def test_the_memory_of_clients_that_went_is_used_again(database_url: str, start_
         for stream in streams:
             stream.close()
         eventually(lambda: state(server)["streams"] == 0)
-        sizes.append(resident_kb(pid))
-    assert sizes[-1] - sizes[1] < 2000, sizes
+        sizes.append(resident(pid))
+    assert sizes[-1] - sizes[1] < 2000 * 1024, sizes
 
 
 @pytest.mark.parametrize("app", ["basic", pytest.param("hiding", marks=pytest.mark.slow)])

@@ -18,9 +18,10 @@ from benchmarks.rig import faults
 from flask_pg_sse import schema_sql
 from tests.http.test_limits import streams
 from tests.support.client import eventually
-from tests.support.crowd import cpu, resident, worker
+from tests.support.crowd import worker
 from tests.support.far_host import far_host
 from tests.support.postgres import connect, execute
+from tests.support.processes import cpu, resident
 from tests.support.servers import WebServer
 
 Start = Callable[..., WebServer]

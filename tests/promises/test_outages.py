@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from tests.support.client import eventually
 from tests.support.eventsource import FOREIGN_IDS, Browser, check, for_ever
 from tests.support.link import Link, through
 from tests.support.postgres import connect, execute
+from tests.support.processes import children
 from tests.support.publishers import head, install_log, logged
 from tests.support.servers import WebServer
 from tools import postgres
@@ -56,11 +56,6 @@ class Pruning(threading.Thread):
     def __exit__(self, *exc: object) -> None:
         self._stop_asked.set()
         self.join()
-
-
-def workers_of(server: WebServer) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(server.process.pid)], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
 
 
 @pytest.fixture
@@ -112,7 +107,7 @@ def test_nothing_is_missing_after_postgres_workers_and_lines_were_away(
                     events_come(browsers)
                     line.silence()
                     events_come(browsers[:1])
-                    os.kill(chooser.choice(workers_of(near)), signal.SIGKILL)
+                    os.kill(chooser.choice(children(near.process.pid)), signal.SIGKILL)
                     to_near.cut()
                     to_near.restore()
                     if mode == "immediate":

@@ -14,8 +14,9 @@ from flask_pg_sse.hub import buffer as backlog
 from flask_pg_sse.hub import history as recent
 from flask_pg_sse.hub import replay
 from tests.support.client import eventually
-from tests.support.crowd import Crowd, Reader, flood, install, logged, publish, resident, worker
+from tests.support.crowd import Crowd, Reader, flood, install, logged, publish, worker
 from tests.support.postgres import execute
+from tests.support.processes import resident
 from tests.support.servers import WebServer, need_open_files
 from tools import postgres
 

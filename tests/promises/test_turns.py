@@ -15,8 +15,9 @@ import pytest
 
 from tests.http.test_limits import streams
 from tests.support.client import eventually, open_stream, request
-from tests.support.crowd import Crowd, cpu, install, resident, worker
+from tests.support.crowd import Crowd, install, worker
 from tests.support.postgres import execute
+from tests.support.processes import cpu, resident
 from tests.support.servers import WebServer
 from tools import postgres
 

@@ -244,29 +244,3 @@ def logged(url: str, channels: Iterable[str], after: int = 0) -> list[Seen]:
 def worker(server: WebServer) -> int:
     """Return the process id of the first worker."""
     return int(re.findall(r"Worker is ready\. Its process: (\d+)\.", server.log())[0])
-
-
-def resident(pid: int) -> int:
-    """Return the bytes of memory that a process has."""
-    with open(f"/proc/{pid}/status") as status:
-        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
-
-
-def cpu(pid: int) -> int:
-    """Return the ticks of CPU that a process has used."""
-    fields = _stat(pid)
-    return int(fields[11]) + int(fields[12])
-
-
-def state_of(pid: int) -> str:
-    """Return the letter of a process' state, as "T" for a stopped one; "" if there is none."""
-    try:
-        return _stat(pid)[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
-def _stat(pid: int) -> list[str]:
-    # From the third field on: the second is the process' name, which may have blanks.
-    with open(f"/proc/{pid}/stat") as stat:
-        return stat.read().rpartition(")")[2].split()

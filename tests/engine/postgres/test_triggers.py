@@ -16,8 +16,8 @@ from flask import Flask
 from flask_pg_sse import drop_schema_sql, drop_trigger_sql, schema_sql, trigger_sql
 from flask_pg_sse.engine.postgres.codec import from_payload, pg_name
 from flask_pg_sse.testing import stream
-from tests.support.crowd import cpu
 from tests.support.postgres import connect, dump, execute, fresh_database, load
+from tests.support.processes import cpu
 from tools import postgres
 
 MakeApp = Callable[..., Flask]
