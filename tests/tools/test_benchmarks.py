@@ -73,6 +73,19 @@ def test_coming_back_prints_its_tables() -> None:
 # -- the fan-out
 
 
+def test_a_worker_says_that_it_is_ready_in_one_write() -> None:
+    """The workers share a pipe. With PYTHONUNBUFFERED, print() writes the end of the line by itself."""
+    reader, writer = os.pipe2(os.O_DIRECT)  # each read returns what one write has written
+    try:
+        hook = "from benchmarks.gunicorn_conf import post_worker_init; post_worker_init(None)"
+        environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        subprocess.run([sys.executable, "-c", hook], stdout=writer, env=environ, check=True)
+        assert os.read(reader, 100) == b"ready\n"
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
 @pytest.mark.slow
 def test_fanout_prints_its_report_into_a_document_and_draws_a_plot(tmp_path: Path) -> None:
     page, figure = tmp_path / "page.md", tmp_path / "plot.svg"
